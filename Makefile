@@ -1,0 +1,38 @@
+# make demo | test | lab | docs: each makes .venv first when it is not there. PYTHON may be any Python >= 3.10.
+PYTHON ?= python3
+BIN := .venv/bin
+# Idle OpenMP threads sleep instead of spinning: two searches side by side then cost what two searches cost.
+export OMP_WAIT_POLICY ?= PASSIVE
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.PHONY: demo test lab docs clean sync
+
+.venv/.installed: settings.ini setup.py pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q -e '.[dev,lab]'
+	touch $@
+
+demo: .venv/.installed
+	rm -rf runs/demo && mkdir -p runs
+	$(BIN)/papermill --log-level WARNING -k python3 nbs/quickstart.ipynb runs/quickstart-demo.ipynb -p out runs/demo
+	@echo "report:   $(CURDIR)/runs/demo/report.html"
+	@echo "notebook: $(CURDIR)/runs/quickstart-demo.ipynb"
+
+test: .venv/.installed
+	$(BIN)/python -m pytest
+
+lab: .venv/.installed
+	$(BIN)/jupyter lab nbs
+
+docs: .venv/.installed
+	$(BIN)/pip install -q -e '.[docs]'
+	$(BIN)/python tools/project.py docs
+
+# After editing notebooks: export the package, clean the notebooks, regenerate README.md and environment.yml.
+sync: .venv/.installed
+	$(BIN)/nbdev_clean
+	$(BIN)/nbdev_export
+	$(BIN)/python tools/project.py readme environment
+
+clean:
+	rm -rf .venv _docs _proc build dist *.egg-info
