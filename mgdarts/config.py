@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, asdict
 
 # %% auto #0
 __all__ = ['PARTS', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Config', 'knobs', 'resolve',
-           'configure', 'validate', 'to_dict', 'from_dict', 'preset']
+           'validate', 'to_dict', 'from_dict', 'configure', 'preset']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -178,19 +178,7 @@ def _check(name, f, value):
         if m["lo"] is not None and v < m["lo"] or m["hi"] is not None and v > m["hi"]:
             raise InputError(f"{name}={v} is out of range: from {m['lo']} to {'any size' if m['hi'] is None else m['hi']}")
 
-# %% ../nbs/00_config.ipynb #0472d3d2
-def configure(cfg: Config, # starting point, not changed
-              **settings # knob name (dots as given) -> value or text
-             )->Config: # validated
-    "A copy of `cfg` with `settings` applied and everything validated."
-    new = from_dict(to_dict(cfg))
-    names = knobs(new)
-    for key, given in settings.items():
-        name = resolve(new, key)
-        owner, f = names[name]
-        setattr(owner, f.name, _read(name, f, given))
-    return validate(new)
-
+# %% ../nbs/00_config.ipynb #2cad28ce
 def validate(cfg: Config)->Config: # the same object
     "Check every value against its range and the values against each other. `InputError` on the first that is wrong."
     for name, (owner, f) in knobs(cfg).items(): _check(name, f, getattr(owner, f.name))
@@ -225,6 +213,19 @@ def from_dict(d: dict)->Config:
         owner, f = names[name]
         setattr(owner, f.name, _read(name, f, given))
     return validate(cfg)
+
+# %% ../nbs/00_config.ipynb #3f23e7b7
+def configure(cfg: Config, # starting point, not changed
+              **settings # knob name (dots as given) -> value or text
+             )->Config: # validated
+    "A copy of `cfg` with `settings` applied and everything validated."
+    new = from_dict(to_dict(cfg))
+    names = knobs(new)
+    for key, given in settings.items():
+        name = resolve(new, key)
+        owner, f = names[name]
+        setattr(owner, f.name, _read(name, f, given))
+    return validate(new)
 
 # %% ../nbs/00_config.ipynb #a0d2089e
 PRESETS = {
