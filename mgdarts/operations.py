@@ -86,7 +86,7 @@ def max_pool(x: Tensor, # [N, C, H, W]
     "3x3 maximum."
     return F.max_pool2d(x, 3, stride, 1)
 
-# %% ../nbs/02_operations.ipynb #4283494b
+# %% ../nbs/02_operations.ipynb #b3bb2bed
 class ConvNorm(nn.Module):
     "A convolution without bias, then batch norm."
     def __init__(self, cin: int, cout: int, # channels
@@ -111,8 +111,10 @@ class Classifier(nn.Module):
     def reads(self)->nn.Parameter:
         "The parameter whose second dimension runs over the incoming channels."
         return self.weight
+    @reads.setter
+    def reads(self, w): self.weight = w
 
-# %% ../nbs/02_operations.ipynb #ccabcda7
+# %% ../nbs/02_operations.ipynb #41650f3b
 class Stem(nn.Module):
     "From images [N, in_channels, size, size] to the two maps that the first cell reads, `spec.stem_out` channels each."
     def __init__(self, spec, # NetSpec
@@ -146,3 +148,5 @@ class AuxHead(nn.Module):
     def reads(self)->nn.Parameter:
         "The parameter whose second dimension runs over the incoming channels."
         return self.narrow.weight
+    @reads.setter
+    def reads(self, w): self.narrow.weight = w

@@ -13,7 +13,7 @@ from .operations import Classifier, Stem, AuxHead, avg_pool, max_pool, to_phases
 from .size import CellIndex, Layout, NetCount, layout, count_cell
 
 # %% auto #0
-__all__ = ['add_at', 'LiveOp', 'remap', 'carry', 'Cell', 'SuperNet']
+__all__ = ['add_at', 'LiveOp', 'remap', 'carry', 'carry_columns', 'Cell', 'SuperNet']
 
 # %% ../nbs/06_supernet.ipynb #c5a557c6
 class _AddAt(torch.autograd.Function):
@@ -38,7 +38,7 @@ def add_at(acc: Tensor, # [N, C, H, W] channels-last, changed in place
     "acc[:, at] += y"
     return _AddAt.apply(acc, y, at)
 
-# %% ../nbs/06_supernet.ipynb #f73ab9cc
+# %% ../nbs/06_supernet.ipynb #3cb317cb
 @dataclass(frozen=True)
 class LiveOp:
     "A live operation of a cell, and where its parts are."
@@ -66,7 +66,15 @@ def carry(value: Tensor, # [m]
     out[kept] = value[at.to(value.device)[kept]]
     return out
 
-# %% ../nbs/06_supernet.ipynb #15e893c5
+def carry_columns(value: Tensor, # [k, m, ...], a head: its second dimension runs over channels
+                  at: Tensor, kept: Tensor # from `remap`
+                 )->Tensor: # [k, n, ...]
+    "The same for the columns of a head. A channel that comes back starts at 0 and changes nothing at first."
+    out = value.new_zeros(value.shape[0], len(at), *value.shape[2:])
+    out[:, kept.to(value.device)] = value[:, at[kept].to(value.device)]
+    return out
+
+# %% ../nbs/06_supernet.ipynb #1135ba35
 class Cell(nn.Module):
     "One cell of the super-net, storing what its `Layout` lists. Maps are channels-last."
     GATES = ("scale", "shift", "beta", "mean", "var") # vectors with one entry a live filter
@@ -95,21 +103,24 @@ class Cell(nn.Module):
         return out
 
     @torch.no_grad()
-    def relayout(self, lay: Layout, generator: torch.Generator)->dict: # parameter name -> (positions, kept), for optimizer state
+    def relayout(self, lay: Layout, generator: torch.Generator
+                )->list: # (old parameter, new parameter, positions, kept), for optimizers
         "Store what `lay` lists: kept entries keep their values, new ones start fresh (weights random, beta 0, batch norm neutral, masks 1)."
-        moves = {g: remap(self.layout.slots[g], lay.slots[g]) for g in lay.slots}
+        moves, moved = {g: remap(self.layout.slots[g], lay.slots[g]) for g in lay.slots}, []
+        def renew(name, move, fresh): # a new object: graphs that still hold the old one stay valid
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(carry(old.data, *move, fresh)))
+            moved.append((old, getattr(self, name), *move))
         for name in ("omega", "plain"):
-            p = getattr(self, name)
             fresh = self._fresh(lay, name, generator) if not bool(moves[name][1].all()) else 0.
-            p.data, p.grad = carry(p.data, *moves[name], fresh), None
+            renew(name, moves[name], fresh)
         self.omega_live = carry(self.omega_live, *moves["omega"], True)
         for name, fresh in zip(self.GATES, (1., 0., 0., 0., 1.)):
-            v = getattr(self, name)
-            if isinstance(v, nn.Parameter): v.data, v.grad = carry(v.data, *moves["gates"], fresh), None
-            else: setattr(self, name, carry(v, *moves["gates"], fresh))
+            if name in ("mean", "var"): setattr(self, name, carry(getattr(self, name), *moves["gates"], fresh))
+            else: renew(name, moves["gates"], fresh)
         self.layout = lay
         self._plan()
-        return {n: moves["gates" if n in self.GATES else n] for n in ("omega", "plain", "scale", "shift", "beta")}
+        return moved
 
     def _plan(self):
         "What the forward pass needs to know of the layout; tensors follow the module's device."
@@ -244,7 +255,7 @@ class Cell(nn.Module):
             states.append(total)
         return torch.cat(states[INPUTS:], 1)
 
-# %% ../nbs/06_supernet.ipynb #2c7b1eb1
+# %% ../nbs/06_supernet.ipynb #1b1f7906
 class SuperNet(nn.Module):
     "The multi-granularity super-net of a `NetSpec`. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
@@ -313,30 +324,41 @@ class SuperNet(nn.Module):
             x0, x1 = x1, cell(x0, x1, alpha[c], cell.gates(t_gate), cell.weights(t_weight))
         return self.head(x1)
 
-    def count(self, parts: list|None = None # CellCount of each cell; None: of what is stored
+    def count(self, ops: Tensor|None = None, # [cells, 14, 7] bool: operations that would be live
+              gates: list|None = None, # per cell [stored filters] bool: filters that would be
+              weights: list|None = None # per cell [stored searched weights] bool: weights that would be
              )->NetCount:
-        "Size of the sub-net, mask-aware; the auxiliary head is never counted."
-        parts = parts or [count_cell(c.layout, weights=c.omega_live.cpu()) for c in self.cells]
-        last = isinstance(self.head, Classifier)
-        width = int(self._out(len(self.cells) - 1).sum())
+        "Size of the sub-net, mask-aware, as it is or as it would be. The auxiliary head is never counted."
+        parts, outs = [], [self._out(-2), self._out(-1)]
+        for c, cell in enumerate(self.cells):
+            lay, live = cell.layout, cell.omega_live.cpu()
+            alive = lay.alive if ops is None else cell.index.alive(ops[c], self.full_gates(c, gates[c]), *outs[-2:])
+            parts.append(count_cell(lay, None if ops is None else ops[c], None if ops is None else alive, live if weights is None else live & weights[c]))
+            outs.append(cell.index.out(alive))
+        width, last = int(outs[-1].sum()), isinstance(self.head, Classifier)
         return NetCount(parts, self.spec.stem_params, self.spec.stem_macs, (width + 1) * self.spec.classes if last else 0, width * self.spec.classes if last else 0)
+
+    def full_gates(self, c: int, # cell
+                   keep: Tensor|None = None # [stored filters] bool; None: all
+                  )->Tensor: # [filters of the full cell] bool
+        "Which filters of the full cell are stored (and kept)."
+        slots = self.cells[c].layout.slots["gates"]
+        full = torch.zeros(self.spec.cell[c].sizes["gates"], dtype=torch.bool)
+        full[slots if keep is None else slots[keep]] = True
+        return full
 
     @torch.no_grad()
     def rebuild(self, ops: Tensor, # [cells, 14, 7] bool: operations that are to be live
                 gates: list, # per cell [full gates] bool: filters that are to be live, for live operations
                 stamp: int = 0 # distinguishes the fresh weights of one rebuilding from those of another
-               )->list: # (parameter, positions, kept) for optimizer state
+               )->list: # (old parameter, new parameter, positions, kept), for optimizers
         "Compact, regrow, or both: store exactly what lives from now on. Exact in evaluation for whatever only leaves."
         moved, before = [], self._out(len(self.cells) - 1)
         self.op_live[:len(self.cells)] = ops.to(self.op_live.device)
         for c, cell in enumerate(self.cells):
             alive = cell.index.alive(ops[c], gates[c], *self._inputs(c))
-            moves = cell.relayout(layout(cell.spec, ops[c], alive), self._generator(4, stamp, c))
-            moved += [(getattr(cell, name), *move) for name, move in moves.items()]
-        after, w = self._out(len(self.cells) - 1), self.head.reads
+            moved += cell.relayout(layout(cell.spec, ops[c], alive), self._generator(4, stamp, c))
+        after, old = self._out(len(self.cells) - 1), self.head.reads
         at, kept = remap(before.nonzero().flatten(), after.nonzero().flatten())
-        # columns of the head: a channel that comes back starts at 0, so that it changes nothing at first
-        columns = w.data.new_zeros(w.shape[0], len(at), *w.shape[2:])
-        columns[:, kept.to(w.device)] = w.data[:, at[kept].to(w.device)]
-        w.data, w.grad = columns, None
-        return moved + [(w, at, kept)]
+        self.head.reads = nn.Parameter(carry_columns(old.data, at, kept))
+        return moved + [(old, self.head.reads, at, kept)]
