@@ -86,7 +86,7 @@ def max_pool(x: Tensor, # [N, C, H, W]
     "3x3 maximum."
     return F.max_pool2d(x, 3, stride, 1)
 
-# %% ../nbs/02_operations.ipynb #b3bb2bed
+# %% ../nbs/02_operations.ipynb #c8ff6430
 class ConvNorm(nn.Module):
     "A convolution without bias, then batch norm."
     def __init__(self, cin: int, cout: int, # channels
@@ -111,10 +111,11 @@ class Classifier(nn.Module):
     def reads(self)->nn.Parameter:
         "The parameter whose second dimension runs over the incoming channels."
         return self.weight
-    @reads.setter
-    def reads(self, w): self.weight = w
+    def read(self, w: nn.Parameter):
+        "Put another parameter in its place, for other channels."
+        self.weight = w
 
-# %% ../nbs/02_operations.ipynb #41650f3b
+# %% ../nbs/02_operations.ipynb #5db5b99b
 class Stem(nn.Module):
     "From images [N, in_channels, size, size] to the two maps that the first cell reads, `spec.stem_out` channels each."
     def __init__(self, spec, # NetSpec
@@ -148,5 +149,6 @@ class AuxHead(nn.Module):
     def reads(self)->nn.Parameter:
         "The parameter whose second dimension runs over the incoming channels."
         return self.narrow.weight
-    @reads.setter
-    def reads(self, w): self.narrow.weight = w
+    def read(self, w: nn.Parameter):
+        "Put another parameter in its place, for other channels."
+        self.narrow.weight = w

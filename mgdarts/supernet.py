@@ -255,7 +255,7 @@ class Cell(nn.Module):
             states.append(total)
         return torch.cat(states[INPUTS:], 1)
 
-# %% ../nbs/06_supernet.ipynb #1b1f7906
+# %% ../nbs/06_supernet.ipynb #29573422
 class SuperNet(nn.Module):
     "The multi-granularity super-net of a `NetSpec`. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
@@ -360,5 +360,5 @@ class SuperNet(nn.Module):
             moved += cell.relayout(layout(cell.spec, ops[c], alive), self._generator(4, stamp, c))
         after, old = self._out(len(self.cells) - 1), self.head.reads
         at, kept = remap(before.nonzero().flatten(), after.nonzero().flatten())
-        self.head.reads = nn.Parameter(carry_columns(old.data, at, kept))
+        self.head.read(nn.Parameter(carry_columns(old.data, at, kept)))
         return moved + [(old, self.head.reads, at, kept)]
