@@ -64,14 +64,15 @@ def dilated_depthwise(x: Tensor, # [N, C, H, W]
     if x.shape[2] % 2 or x.shape[3] % 2: return F.conv2d(x, weight, None, 1, weight.shape[-1] - 1, 2, len(weight))
     return from_phases(depthwise(to_phases(x), weight))
 
-# %% ../nbs/02_operations.ipynb #94ec7290
+# %% ../nbs/02_operations.ipynb #104b664d
 def factorized_reduce(x: Tensor, # [N, C, H, W]
                       wa: Tensor, # [A, C, 1, 1], reads even rows and columns
                       wb: Tensor # [B, C, 1, 1], reads odd rows and columns
                      )->Tensor: # [N, A + B, ceil(H/2), ceil(W/2)]
     "Two strided 1x1 convolutions, the second on the map shifted by a pixel, side by side."
     odd = every_second(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)) if x.shape[2] % 2 or x.shape[3] % 2 else x, 1)
-    return torch.cat([F.conv2d(every_second(x), wa), F.conv2d(odd, wb)], 1)
+    # pruning may leave nothing of a half
+    return torch.cat([F.conv2d(m, w) for m, w in ((every_second(x), wa), (odd, wb)) if len(w)], 1)
 
 # %% ../nbs/02_operations.ipynb #9472be64
 def avg_pool(x: Tensor, # [N, C, H, W]

@@ -15,14 +15,15 @@ from .size import CellIndex, Layout, NetCount, layout, count_cell
 # %% auto #0
 __all__ = ['add_at', 'LiveOp', 'remap', 'carry', 'carry_columns', 'Cell', 'SuperNet']
 
-# %% ../nbs/06_supernet.ipynb #c5a557c6
+# %% ../nbs/06_supernet.ipynb #92652cf3
 class _AddAt(torch.autograd.Function):
     @staticmethod
     def forward(ctx, acc, y, at):
         ctx.save_for_backward(at)
         ctx.mark_dirty(acc)
-        rows = acc.permute(0, 2, 3, 1).view(-1, acc.shape[1])
-        rows.index_add_(1, at, y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]))
+        rows = acc.permute(0, 2, 3, 1)
+        if rows.is_contiguous(): rows.view(-1, acc.shape[1]).index_add_(1, at, y.permute(0, 2, 3, 1).reshape(-1, y.shape[1]))
+        else: acc.index_add_(1, at, y) # small maps may come in another layout
         return acc
     @staticmethod
     def backward(ctx, grad):
