@@ -53,7 +53,7 @@ def moving(optimisation: str, # joint, iterative-epoch, iterative-half-epoch
     second = epoch % 2 == 1 if optimisation == "iterative-epoch" else progress >= .5
     return ("thresholds", "fine") if second else ("weights", "strengths")
 
-# %% ../nbs/10_search.ipynb #d004cd08
+# %% ../nbs/10_search.ipynb #344d1c12
 class Search:
     "A multi-granularity search that can be stepped, saved and resumed."
     UNTIL = ("step", "epoch", "commit", "stage", "end")
@@ -152,7 +152,9 @@ class Search:
         if self.stage < 0: self._open()
         steps = len(self.loaders["train"])
         if self.epoch_step < steps: self._optimise(steps)
-        if self.epoch_step == steps: self._end_epoch()
+        if self.epoch_step == steps:
+            self._end_epoch()
+            if self.events.wants("rest"): self._emit("rest")
 
     def _optimise(self, steps):
         net, cfg = self.net, self.cfg
