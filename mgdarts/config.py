@@ -107,7 +107,7 @@ class Train:
     autoaugment: bool = knob(False, "AutoAugment (CIFAR-10 policy)")
     weights: str = knob("scratch", "start from fresh weights, or from the super-net's", choices=("scratch", "supernet"))
 
-# %% ../nbs/00_config.ipynb #f43e1008
+# %% ../nbs/00_config.ipynb #89391a76
 @dataclass
 class Config:
     "A whole run."
@@ -118,6 +118,7 @@ class Config:
     method: str = knob("mg-darts", "search method", choices=("mg-darts",))
     preset: str = knob("", "name of the preset the run started from")
     seed: int = knob(0, "seed of everything random", 0, 2**31 - 1)
+    threads: int = knob(0, "CPU threads of the run; 0: as many as torch takes (small nets are fastest with one)", 0, 1024)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
 
 PARTS = ("space", "data", "search", "train")
@@ -227,12 +228,12 @@ def configure(cfg: Config, # starting point, not changed
         setattr(owner, f.name, _read(name, f, given))
     return validate(new)
 
-# %% ../nbs/00_config.ipynb #60568799
+# %% ../nbs/00_config.ipynb #e3ff9952
 PRESETS = {
-    "smoke": {"space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
+    "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
               "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
               "train.epochs": 12, "train.batch": 32, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "cpu": {"space.channels": 8, "space.cells": 6, "data.name": "cifar10-jpeg", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
+    "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10-jpeg", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
             "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
             "train.epochs": 30, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
     "small": {"space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},

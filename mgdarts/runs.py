@@ -24,9 +24,11 @@ __all__ = ['device_of', 'environment', 'write_json', 'read_json', 'new_folder', 
            'Checkpoints', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_config', 'search',
            'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
 
-# %% ../nbs/14_runs.ipynb #88aac7d3
-def device_of(name: str)->torch.device:
-    "The device a configuration asks for. `InputError` when it is not there."
+# %% ../nbs/14_runs.ipynb #b68d1fec
+def device_of(cfg: Config)->torch.device:
+    "The device a configuration asks for, with its number of threads set. `InputError` when it is not there."
+    name = cfg.device
+    if cfg.threads: torch.set_num_threads(cfg.threads)
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError: raise InputError(f"device {name!r} is not one: use auto, cpu, cuda or cuda:N") from None
@@ -144,7 +146,7 @@ class Progress:
                             description=f"{e.stage} · epoch {e.epoch} {d['phase']} loss {e.loss:.3f} val {d['val_acc']:.1f} % size {d['params'] / 1e6:.4f} of {d['target'] / 1e6:.4f} M")
         elif e.type in ("done", "result"): self.bar.update(self.task, completed=self.bar.tasks[0].total)
 
-# %% ../nbs/14_runs.ipynb #ddd3584b
+# %% ../nbs/14_runs.ipynb #01d500f2
 def net_spec(cfg: Config, splits: Splits)->NetSpec:
     "The super-net that fits the data."
     return NetSpec(cfg.space.channels, cfg.space.cells, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem)
@@ -153,7 +155,7 @@ def make_search(cfg: Config,
                 splits: Splits|None = None # None: load them
                )->Search:
     "A search as a configuration describes it, not begun."
-    device = device_of(cfg.device)
+    device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
     train = Loader(splits, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data))
     return Search(net_spec(cfg, splits), {"train": train, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device)
@@ -164,7 +166,7 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits, init_state: di
         raise InputError(f"the architecture is for {arch.classes} classes of {arch.size}-pixel images with {arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and {splits.in_channels}: choose other data, or set data.size={arch.size}")
     augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment)
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), "val": Loader(splits, "val"), "test": Loader(splits, "test")}
-    return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg.device), init_state)
+    return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state)
 
 def _record(cfg, device, splits)->dict:
     return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_fingerprint": splits.fingerprint,
@@ -174,7 +176,7 @@ def read_config(run: str|Path)->Config:
     "The configuration of a run folder."
     return from_dict(read_json(Path(run) / "config.json", "a run folder").get("config", {}))
 
-# %% ../nbs/14_runs.ipynb #ed479266
+# %% ../nbs/14_runs.ipynb #6a03cfaf
 def search(cfg: Config|None, # None: resume with the folder's own
            out: str|Path|None = None, # run folder; None: a new one under runs/
            resume: bool = False, # go on with `out`
@@ -192,7 +194,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
         if (out / "result.json").exists(): return read_json(out / "result.json", "a result")
         saved = Checkpoints(out / "checkpoint").load()
     else: out = new_folder(out) if out else free_name(cfg)
-    device = device_of(cfg.device)
+    device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
     loop = make_search(cfg, splits)
     if saved: loop.load_state_dict(saved["state"])
@@ -225,7 +227,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
     write_report(out)
     return result
 
-# %% ../nbs/14_runs.ipynb #2b76e738
+# %% ../nbs/14_runs.ipynb #43e0e383
 def train(cfg: Config, arch: Architecture,
           out: str|Path, # folder of this training
           splits: Splits|None = None, init_state: dict|None = None,
@@ -235,7 +237,7 @@ def train(cfg: Config, arch: Architecture,
     start, out = time.time(), Path(out)
     if (out / "result.json").exists() and resume: return read_json(out / "result.json", "a result")
     if not resume: out = new_folder(out)
-    splits = splits or load_data(cfg.data, cfg.seed, device_of(cfg.device))
+    splits = splits or load_data(cfg.data, cfg.seed, device_of(cfg))
     loop = make_trainer(cfg, arch, splits, init_state)
     saved = Checkpoints(out / "checkpoint").load() if resume else None
     if saved: loop.load_state_dict(saved["state"])
