@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, asdict
 
 # %% auto #0
 __all__ = ['PARTS', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Config', 'knobs', 'resolve',
-           'validate', 'to_dict', 'from_dict', 'configure', 'preset']
+           'validate', 'to_dict', 'from_dict', 'configure', 'preset', 'settings_of']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -249,3 +249,21 @@ def preset(name: str, # one of `PRESETS`
     "The configuration of a preset. `InputError` on an unknown name."
     if name not in PRESETS: raise InputError(f"unknown preset {name!r}: {closest(name, PRESETS)}")
     return configure(Config(), preset=name, **{**PRESETS[name], **settings})
+
+# %% ../nbs/00_config.ipynb #1b53d11b
+_preset = preset # a parameter below has the same name
+
+def settings_of(preset: str, # name of a preset
+                dataset: str = "", data_dir: str = "", seed: int = 0,
+                settings: str = "" # more knobs: "key=value, key=value"
+               )->Config:
+    "The configuration that a notebook's parameters describe. `InputError` names the one that is wrong."
+    for name, value, kind in (("preset", preset, str), ("dataset", dataset, str), ("data_dir", data_dir, str), ("seed", seed, int), ("settings", settings, str)):
+        if not isinstance(value, kind) or isinstance(value, bool): raise InputError(f"parameter {name}={value!r} must be {'a whole number' if kind is int else 'text'}")
+    more = {}
+    for pair in filter(str.strip, settings.split(",")):
+        key, eq, value = pair.partition("=")
+        if not eq: raise InputError(f"parameter settings: {pair.strip()!r} is not key=value")
+        more[key.strip()] = value.strip()
+    given = {"data.name": dataset, "data.dir": data_dir}
+    return _preset(preset, seed=seed, **{k: v for k, v in given.items() if v}, **more)

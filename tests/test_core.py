@@ -1,0 +1,409 @@
+"The algorithm against slow, independent versions of itself."
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+from mgdarts.config import InputError, Search as Settings
+from mgdarts.discretise import discretise, start_thresholds, step, strongest, surrogate
+from mgdarts.events import NonFiniteLoss
+from mgdarts.loss import regulariser, size_loss
+from mgdarts.prune import candidates, choose, commit
+from mgdarts.regrow import potential, quotas, regrow
+from mgdarts.search import Search
+from mgdarts.space import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, count_supernet, is_conv
+from mgdarts.supernet import SuperNet
+
+
+def random_net(seed, cells=3, width=4, size=8, stage=2):
+    net, g = SuperNet(NetSpec(width, cells, size=size), seed=seed), torch.Generator().manual_seed(seed)
+    net.open(net.spec.ends[stage], stage)
+    with torch.no_grad():
+        net.alpha.add_(torch.randn(net.alpha.shape, generator=g))
+        for name in net.THRESHOLDS:
+            t = getattr(net, name)
+            t.copy_(torch.rand(t.shape, generator=g) * (0.3 if name == "t_omega" else 0.7))
+        for cell in net.cells:
+            cell.beta.add_(torch.randn(cell.beta.shape, generator=g))
+            cell.scale.add_(0.3 * torch.randn(cell.scale.shape, generator=g))
+            cell.shift.add_(torch.randn(cell.shift.shape, generator=g))
+    net.discretising = True
+    return net
+
+
+# --- Eq. 1-3
+
+@pytest.mark.parametrize("x, s, h", [(0, 0, 2), (0.1, 1, 1.6), (-0.1, 0, 1.6), (0.4, 1, 0.4), (-0.4, 0, 0.4), (0.7, 1, 0.4), (1, 1, 0.4), (-1, 0, 0.4), (1.001, 1, 0), (-3, 0, 0)])
+def test_step_and_surrogate(x, s, h):
+    x = torch.tensor(float(x), dtype=torch.double, requires_grad=True)
+    y = step(x)
+    y.backward()
+    assert y.item() == s and x.grad.item() == pytest.approx(h, abs=1e-12)
+
+
+@given(st.integers(0, 2**31), st.integers(1, 4))
+@settings(max_examples=40, deadline=None)
+def test_discretise_is_the_product_rule_unit_by_unit(seed, m):
+    r = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, 5, (m,), generator=r)
+    n = int(lengths.sum())
+    g = (torch.randn(n, generator=r, dtype=torch.double)).requires_grad_()
+    t = torch.rand(m, generator=r, dtype=torch.double).requires_grad_()
+    live, keep = torch.rand(n, generator=r) < 0.7, torch.rand(n, generator=r) < 0.3
+    grad = torch.randn(n, generator=r, dtype=torch.double)
+    out = discretise(g, t, lengths, live, keep)
+    out.backward(grad)
+    at, want_t = 0, [0.0] * m
+    for k in range(m):
+        for i in range(at, at + int(lengths[k])):
+            a, tk = abs(g[i].item()), t[k].item()
+            x = a - tk
+            on = live[i] and (x > 0 or keep[i])
+            h = float(surrogate(torch.tensor(x, dtype=torch.double))) if live[i] and not (keep[i] and x <= 0) else 0.0
+            assert out[i].item() == (g[i].item() if on else 0)
+            assert g.grad[i].item() == pytest.approx(grad[i].item() * (float(on) + a * h), abs=1e-12)
+            want_t[k] -= grad[i].item() * g[i].item() * h
+        at += int(lengths[k])
+    assert t.grad.tolist() == pytest.approx(want_t, abs=1e-12)
+
+
+@given(st.lists(st.lists(st.tuples(st.sampled_from([0.1, 0.5, 0.5, 0.9]), st.booleans()), min_size=1, max_size=5), min_size=1, max_size=5))
+@settings(deadline=None)
+def test_strongest_is_the_first_largest_live_unit(rows):
+    g = torch.tensor([v for row in rows for v, _ in row])
+    live = torch.tensor([b for row in rows for _, b in row])
+    got = strongest(g, torch.tensor([len(r) for r in rows]), live).split([len(r) for r in rows])
+    for row, mask in zip(rows, got):
+        best = max((v for v, b in row if b), default=None)
+        want = next((i for i, (v, b) in enumerate(row) if b and v == best), None)
+        assert mask.nonzero().flatten().tolist() == ([] if want is None else [want])
+
+
+@pytest.mark.parametrize("margin", [0.0, 0.1, 0.5])
+def test_no_live_unit_is_off_at_the_start(margin):
+    g = torch.rand(20) + 0.01
+    t = start_thresholds(g, torch.tensor([5, 15]), None, margin)
+    assert t.tolist() == pytest.approx([g[:5].min().item() * (1 - margin), g[5:].min().item() * (1 - margin)])
+    assert margin == 0 or (discretise(g, t, torch.tensor([5, 15])) == g).all()
+
+
+# --- Eq. 4, 5: every pattern of masks
+
+def test_every_mask_pattern_of_a_node_and_of_a_convolution():
+    net = SuperNet(NetSpec(2, 3, size=8), seed=5)
+    net.open(0, 0)
+    ops = torch.zeros(1, 14, 7, dtype=torch.bool)
+    for n in range(INPUTS, STATES):
+        ops[0, NODE_EDGES[n][0], 6] = True
+    ops[0, 0, 0] = ops[0, 0, 3] = ops[0, 1, 5] = True  # into node 2: skip, dil conv, max pool, avg pool
+    net.rebuild(ops, [net.full_gates(0)])
+    net.eval().double()
+    cell = net.cells[0]
+    with torch.no_grad():
+        for v in (cell.scale, cell.shift, cell.mean):
+            v.copy_(torch.randn(v.shape, dtype=torch.double))
+        cell.var.copy_(torch.rand(cell.var.shape, dtype=torch.double) + 0.5)
+    x = torch.randn(2, 6, 8, 8, dtype=torch.double)
+    r = torch.Generator().manual_seed(0)
+    strength = torch.rand(98, generator=r, dtype=torch.double)
+    live = [(0, 0), (0, 3), (0, 6), (1, 5)]
+    dw, pw = cell.omega[: 2 * 9].view(2, 1, 3, 3), cell.omega[2 * 9:].view(2, 2, 1, 1)
+    pre = [cell.plain[:12].view(2, 6, 1, 1), cell.plain[12:].view(2, 6, 1, 1)]
+    norm = lambda y, i: (y - cell.mean[i:i + 2].view(1, -1, 1, 1)) / (cell.var[i:i + 2].view(1, -1, 1, 1) + 1e-5).sqrt() * cell.scale[i:i + 2].view(1, -1, 1, 1) + cell.shift[i:i + 2].view(1, -1, 1, 1)
+    with torch.no_grad():
+        for on in itertools.product((0, 1), repeat=4):  # operations
+            for filters in itertools.product((0.0, 0.6), repeat=2):  # filters of the convolution
+                for weights in itertools.product((0, 1), repeat=2):  # a weight of each kernel
+                    alpha = torch.zeros(98, dtype=torch.double)
+                    for keep, (e, o) in zip(on, live):
+                        alpha[e * 7 + o] = strength[e * 7 + o] * keep
+                    gate = torch.tensor([0.7, 0.8, 0.9, 0.4, *filters], dtype=torch.double)
+                    omega = cell.omega.clone()
+                    omega[4] *= weights[0]
+                    omega[19] *= weights[1]
+                    s = [norm(F.conv2d(F.relu(x), pre[i]), 2 * i) * gate[2 * i:2 * i + 2].view(1, -1, 1, 1) for i in (0, 1)]
+                    w_dw, w_pw = omega[:18].view_as(dw), omega[18:].view_as(pw)
+                    conv = norm(F.conv2d(F.conv2d(F.relu(s[0]), w_dw, None, 1, 2, 2, 2), w_pw), 4) * gate[4:].view(1, -1, 1, 1)
+                    want = (alpha[0] * s[0] + alpha[3] * conv + alpha[6] * F.max_pool2d(s[0], 3, 1, 1) + alpha[7 + 5] * F.avg_pool2d(s[1], 3, 1, 1, count_include_pad=False))
+                    got = cell(x.contiguous(memory_format=torch.channels_last), x, alpha, gate, omega)[:, :2]
+                    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+
+
+# --- loss
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=25, deadline=None)
+def test_size_loss_operation_by_operation(seed):
+    r = torch.Generator().manual_seed(seed)
+    alpha, live = torch.randn(2, 14, 7, generator=r, dtype=torch.double), torch.rand(2, 14, 7, generator=r) < 0.4
+    cost, want = torch.rand(2, 14, 7, generator=r, dtype=torch.double), 0.0
+    for c in range(2):
+        for node in range(INPUTS, STATES):
+            units = [(e, o) for e in NODE_EDGES[node] for o in range(7) if live[c, e, o]]
+            z = sum(torch.sigmoid(alpha[c, e, o]).item() for e, o in units)
+            for e, o in units:
+                want += math.log(1 + len(units) * torch.sigmoid(alpha[c, e, o]).item() / z) * (0.5 + 2 * cost[c, e, o].item())
+    assert size_loss(alpha, live, cost, 0.5, 2.0).item() == pytest.approx(want, rel=1e-9)
+
+
+@pytest.mark.parametrize("what", ["params", "macs"])
+def test_the_price_reaches_all_three_granularities(what):
+    net = random_net(0)
+    price, _ = regulariser(net, what, 1.0, 10.0)
+    price.backward()
+    assert net.alpha.grad.abs().sum() > 0 and all(c.beta.grad.abs().sum() > 0 and c.omega.grad.abs().sum() > 0 for c in net.cells)
+    assert net.t_beta.grad.abs().sum() > 0 and net.t_omega.grad.abs().sum() > 0
+
+
+# --- protection, commit, compaction
+
+@pytest.mark.parametrize("seed", range(4))
+def test_nothing_is_ever_emptied(seed):
+    net = random_net(seed)
+    for name in ("t_alpha", "t_beta", "t_pre"):
+        getattr(net, name).data.fill_(2.0)  # everything is under its threshold
+    commit(net, 0)
+    for c, cell in enumerate(net.cells):
+        for n in range(INPUTS, STATES):
+            ops = [(e, o) for e in NODE_EDGES[n] for o in range(7) if net.op_live[c, e, o]]
+            assert len(ops) == 1
+            e, o = ops[0]
+            block = net.alpha[c, NODE_EDGES[n][0]:NODE_EDGES[n][-1] + 1]
+            assert net.alpha[c, e, o] == block.max()
+        assert all(len(ids) == 1 for gate, ids in cell.layout.gates if gate.learned)
+    assert net(torch.randn(2, 3, 8, 8)).isfinite().all()
+
+
+@given(st.integers(0, 1000), st.floats(0.05, 1.0))
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_commit_never_overshoots(seed, share):
+    net = random_net(seed, stage=1)
+    before = net.count().params
+    target = share * before
+    found = candidates(net)
+    off, after = choose(net, found, target)
+    k = int(off.sum())
+    if after.params <= target:
+        assert k == 0 or net.count(**found.masks(found.first(k - 1))).params > target
+    else:
+        assert torch.equal(off, found.off)
+    report = commit(net, target)
+    assert report.after.params == after.params == net.count().params
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_compaction_is_exact_and_the_optimizer_goes_on(seed):
+    net = random_net(seed, size=8 + 2 * (seed % 2))
+    x, y = torch.randn(4, 3, net.spec.size, net.spec.size), torch.arange(4)
+    opt = torch.optim.SGD(net.parameters(), 0.01, 0.9)
+    for _ in range(2):
+        opt.zero_grad()
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+    net.eval()
+    with torch.no_grad():
+        before = net(x)
+        old = [(c.layout.slots, c.omega.clone(), opt.state[c.omega]["momentum_buffer"].clone(), c.beta.clone()) for c in net.cells]
+        commit(net, 0, opt)
+        assert (net(x) - before).abs().max() <= 1e-5
+    for (slots, omega, momentum, beta), cell in zip(old, net.cells):  # slot by slot, the slow way
+        where = {s: i for i, s in enumerate(slots["omega"].tolist())}
+        at = torch.tensor([where[s] for s in cell.layout.slots["omega"].tolist()])
+        assert torch.equal(omega[at], cell.omega) and torch.equal(momentum[at], opt.state[cell.omega]["momentum_buffer"])
+        where = {s: i for i, s in enumerate(slots["gates"].tolist())}
+        assert torch.equal(beta[[where[s] for s in cell.layout.slots["gates"].tolist()]], cell.beta)
+    inside = {id(p) for g in opt.param_groups for p in g["params"]}
+    assert all(id(p) in inside for p in net.parameters())  # the authors' code loses its weights here
+    net.train()
+    weights = [c.omega.clone() for c in net.cells]
+    opt.zero_grad()
+    F.cross_entropy(net(x), y).backward()
+    opt.step()
+    assert all((w != c.omega).any() for w, c in zip(weights, net.cells))
+
+
+def test_a_pruned_unit_gets_no_gradient_and_one_that_is_off_does():
+    net = random_net(1)
+    net.alpha.data[0, 0] = torch.tensor([1.0, -1, 0, 0, 0, 0, 0])
+    net.t_alpha.data[0, 0, 1] = 0.5  # off
+    net.op_live[0, 0, 2] = False  # pruned
+    net(torch.randn(2, 3, 8, 8)).square().sum().backward()
+    assert net.alpha.grad[0, 0, 1] != 0 and net.alpha.grad[0, 0, 2] == 0
+
+
+# --- regrowth
+
+@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 6)), min_size=1, max_size=20), st.integers(0, 60))
+@settings(deadline=None)
+def test_quotas_sum_exactly(pairs, num):
+    p, room = torch.tensor([a for a, _ in pairs]), torch.tensor([b for _, b in pairs])
+    q = quotas(p, room, num)
+    assert q.sum() == min(num, int(room.sum())) and (q <= room).all() and (q >= 0).all()
+
+
+@given(st.integers(0, 2**31), st.sampled_from(["uniform", "density"]))
+@settings(max_examples=25, deadline=None)
+def test_potential_type_by_type(seed, cells):
+    r = torch.Generator().manual_seed(seed)
+    s, mom = torch.rand(3, 14, 7, generator=r, dtype=torch.double), torch.randn(3, 14, 7, generator=r, dtype=torch.double)
+    live = torch.rand(3, 14, 7, generator=r) < 0.3
+    live[:, 0, 0] = True
+    got = potential(s, mom, live, cells)
+    means = []
+    for v in (s, mom.abs()):
+        table = [[None] * 7 for _ in range(3)]
+        for c in range(3):
+            for o in range(7):
+                units = [v[c, e, o].item() for e in range(14) if live[c, e, o]]
+                table[c][o] = sum(units) / len(units) if units else None
+            low = min(m for m in table[c] if m is not None)
+            table[c] = [low / 2 if m is None else m for m in table[c]]
+        means.append(table)
+    want = [[0.0] * 7 for _ in range(3)]
+    for table in means:
+        total = sum(map(sum, table))
+        for c in range(3):
+            for o in range(7):
+                want[c][o] += 0.5 * table[c][o] / (sum(table[c]) if cells == "density" else total)
+    if cells == "density":
+        q = [0.0] * 3
+        for table in means:
+            d = [sum(table[c]) / int(live[c].sum()) for c in range(3)]
+            q = [a + 0.5 * b / sum(d) for a, b in zip(q, d)]
+        want = [[q[c] * w for w in want[c]] for c in range(3)]
+    total = sum(map(sum, want))
+    torch.testing.assert_close(got, torch.tensor(want, dtype=torch.double) / total)
+
+
+def test_regrown_operations_start_as_the_paper_says():
+    net = random_net(2)
+    commit(net, 0)
+    alpha, live = net.alpha.detach().clone(), net.op_live.clone()
+    widths = [list(c.channels) for c in net.cells]
+    back, _ = regrow(net, 40, torch.randn(net.alpha.shape, generator=torch.Generator().manual_seed(0)), 3)
+    assert len(back) == 40 and torch.equal(net.alpha, alpha)  # alpha is what it was just before pruning
+    for c, e, o in back:
+        assert not live[c, e, o] and net.op_live[c, e, o]
+        cell = net.cells[c]
+        at = 0
+        for (gate, ids), beta in zip(cell.layout.gates, cell.beta.split(cell.gate_sizes)):
+            if (gate.edge, gate.op) == (e, o) and is_conv(o):
+                assert (beta == 0).all() and len(ids) == widths[c][EDGES[e][1]]
+    assert [b for b in back] == [b for b in regrow(_again(2), 40, torch.randn(net.alpha.shape, generator=torch.Generator().manual_seed(0)), 3)[0]]
+
+
+def _again(seed):
+    net = random_net(seed)
+    commit(net, 0)
+    return net
+
+
+# --- the whole search
+
+class Noise:
+    "Random images with random labels: nothing to learn, everything to survive."
+    def __init__(self, size, classes, steps): self.size, self.classes, self.steps = size, classes, steps
+    def __len__(self): return self.steps
+    def batch(self, epoch, step):
+        g = torch.Generator().manual_seed(epoch * 97 + step)
+        return torch.randn(8, 3, self.size, self.size, generator=g), torch.randint(self.classes, (8,), generator=g)
+    def eval(self): yield self.batch(10**6, 0)
+
+
+@given(st.data())
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_any_search_ends_with_every_node_fed_and_the_size_at_or_just_under_the_target(data):
+    draw = data.draw
+    spec = NetSpec(draw(st.sampled_from([2, 4])), draw(st.integers(3, 5)), draw(st.integers(2, 4)), draw(st.sampled_from([6, 8, 9])))
+    full = count_supernet(spec)["main"]
+    cfg = Settings(target_m=full * draw(st.floats(0.1, 0.5)) / 1e6, stages=draw(st.sampled_from([1, 3])), regrow=draw(st.sampled_from([0.0, 0.2, 0.7])),
+                   regrow_cells=draw(st.sampled_from(["uniform", "density"])), warmup=draw(st.integers(0, 1)), prune_every=draw(st.integers(1, 2)), max_epochs=6,
+                   optimisation=draw(st.sampled_from(["joint", "iterative-epoch", "iterative-half-epoch"])), threshold_init=draw(st.sampled_from(["min", "zero"])),
+                   granularities=draw(st.sampled_from([("operation", "filter", "weight"), ("operation",), ("operation", "filter"), ("filter", "weight")])),
+                   cost=draw(st.sampled_from(["params", "macs"])), mu=draw(st.sampled_from([0.0, 1.0])), lambda_step=draw(st.sampled_from([1e-5, 0.02])))
+    cfg.stage_keep = (0.3,) * cfg.stages
+    loader, commits = Noise(spec.size, spec.classes, 2), []
+    search = Search(spec, {"train": loader, "val": loader}, cfg, seed=draw(st.integers(0, 5)))
+    done = []
+    search.events.listen(commits.append, "commit")
+    search.events.listen(done.append, "done")
+    search.run()
+    assert len(done) == 1 and search.finished
+    net = search.net
+    for c in range(spec.cells):
+        for n in range(INPUTS, STATES):
+            assert net.op_live[c, list(NODE_EDGES[n])].any()
+    params = net.count().params
+    assert done[0].data["reached"] == (params <= cfg.target_m * 1e6) and params == done[0].data["params"]
+    assert net(loader.batch(0, 0)[0]).isfinite().all()
+    for e in commits:  # sizes only fall, and never past a target that was still ahead
+        assert e.data["params"] <= e.data["params_before"]
+    if done[0].data["reached"] and len(search.stages) > 1:
+        assert params > 0
+
+
+@pytest.mark.parametrize("at", [0, 5, 11, 17, 26])
+def test_resume_gives_the_same_bits(at):
+    spec, cfg = NetSpec(2, 3, 3, 8), Settings(target_m=0.004, warmup=1, prune_every=1, max_epochs=3, lambda_step=0.02)
+    loader = Noise(8, 3, 3)
+    make = lambda: Search(spec, {"train": loader, "val": loader}, cfg, seed=1)
+    whole, events = make(), []
+    whole.events.listen(lambda e: events.append(e.to_dict()), "epoch", "commit", "regrow", "stage", "done")
+    whole.run()
+    part, before = make(), []
+    part.events.listen(lambda e: before.append(e.to_dict()), "epoch", "commit", "regrow", "stage", "done")
+    for _ in range(at):
+        part.step()
+    rest = make()
+    rest.load_state_dict(part.state_dict())
+    rest.events.listen(lambda e: before.append(e.to_dict()), "epoch", "commit", "regrow", "stage", "done")
+    rest.run()
+    assert before == events
+    a, b = whole.net.state_dict(), rest.net.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_until_stops_where_it_says():
+    spec, loader = NetSpec(2, 3, 3, 8), Noise(8, 3, 3)
+    search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=1, prune_every=2, max_epochs=2), seed=1)
+    search.run("step"); assert search.steps == 1
+    search.run("epoch"); assert (search.steps, search.epoch) == (3, 1)
+    search.run("commit"); assert search.epoch == 3 and search.rebuilds >= 1
+    with pytest.raises(InputError, match="run until"):
+        search.run("tomorrow")
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_state_before_it():
+    spec, loader = NetSpec(2, 3, 3, 8), Noise(8, 3, 3)
+    search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=1, lr_weights=1e-3), seed=1)
+    search.run("epoch")
+    search.net.stem.convs[0].weight.data.fill_(float("nan"))
+    good = search.net.cells[0].omega.detach().clone()
+    with pytest.raises(NonFiniteLoss):
+        search.run("epoch")
+    assert search.safe_state["counters"]["epoch"] == 1 and torch.equal(search.safe_state["net"]["cells.0.omega"], good)
+
+
+def test_a_target_above_the_net_is_refused():
+    loader = Noise(8, 3, 3)
+    with pytest.raises(InputError, match="target_m"):
+        Search(NetSpec(2, 3, 3, 8), {"train": loader, "val": loader}, Settings(target_m=5.0))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_same_search_step_on_cuda():
+    spec, loader = NetSpec(4, 3, 3, 8), Noise(8, 3, 3)
+    losses = []
+    for device in ("cpu", "cuda"):
+        search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=0), seed=1, device=device)
+        search.events.listen(lambda e: losses.append(e.loss), "step")
+        search.run("step")
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_names_of_operations_are_in_the_fields_order():
+    assert OPS == ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3")

@@ -1,0 +1,15 @@
+"Every chapter runs from top to bottom. The quickstart runs through papermill, in test_quickstart."
+import pytest
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from nbdev.test import test_nb as run_nb
+
+CFG = get_config()
+NOTEBOOKS = [p for p in sorted(nbglob(CFG.nbs_path, as_path=True)) if p.stem != "quickstart"]
+run_nb.__test__ = False
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebook(path):
+    ok, _ = run_nb(path.absolute(), skip_flags=[], basepath=CFG.config_path)
+    assert ok

@@ -1,0 +1,62 @@
+"The repository keeps its promises: generated files equal their sources, and the package needs no notebook tools."
+import importlib.util
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+spec = importlib.util.spec_from_file_location("project", ROOT / "tools/project.py")
+project = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(project)
+
+
+def test_environment_is_the_twin_of_settings():
+    text = (ROOT / "environment.yml").read_text("utf-8")
+    assert text == project.environment()
+    pip = yaml.safe_load(text)["dependencies"][-1]["pip"]
+    assert set(project.settings()["requirements"].split()) <= set(pip)
+
+
+def test_readme_is_generated_from_the_index():
+    assert (ROOT / "README.md").read_text("utf-8") == project.readme()
+
+
+def test_package_is_exported_from_the_notebooks(tmp_path):
+    for name in ("nbs", "mgdarts"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    for name in ("settings.ini", "pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    for path in (tmp_path / "mgdarts").glob("[!_]*.py"):
+        path.unlink()
+    subprocess.run([sys.executable, "-c", "from nbdev.export import nb_export; from nbdev.doclinks import nbdev_export; nbdev_export()"], cwd=tmp_path, check=True, capture_output=True)
+    ours = {p.name: p.read_text("utf-8") for p in (ROOT / "mgdarts").glob("*.py")}
+    assert ours == {p.name: p.read_text("utf-8") for p in (tmp_path / "mgdarts").glob("*.py")}
+
+
+def test_runs_without_notebook_tools():
+    code = """
+import sys
+for name in ("nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyterlab", "ipywidgets", "papermill"): sys.modules[name] = None
+import mgdarts.cli, mgdarts.runs, mgdarts.plots
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_core_imports_torch_alone():
+    allowed = {"torch", "math", "copy", "dataclasses", "functools", "__future__", "mgdarts"}
+    for name in ("space", "operations", "discretise", "size", "supernet", "loss", "prune", "regrow", "search", "events"):
+        text = (ROOT / f"mgdarts/{name}.py").read_text("utf-8")
+        found = {m.split(".")[0] for line in re.findall(r"^(?:import|from) (.+)$", text, re.M) for m in ([line.split(" import")[0].strip()] if " import" in line else [x.strip() for x in line.split(",")]) if not m.startswith(".")}
+        assert found <= allowed, (name, found - allowed)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_are_committed_clean(path):
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        assert not cell.get("outputs") and not cell.get("execution_count")
