@@ -228,14 +228,14 @@ def configure(cfg: Config, # starting point, not changed
         setattr(owner, f.name, _read(name, f, given))
     return validate(new)
 
-# %% ../nbs/00_config.ipynb #e3ff9952
+# %% ../nbs/00_config.ipynb #83ee2803
 PRESETS = {
     "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
               "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
               "train.epochs": 12, "train.batch": 32, "train.aux_weight": 0.0, "train.drop_path": 0.0},
     "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10-jpeg", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
             "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
-            "train.epochs": 30, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
+            "train.epochs": 60, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
     "small": {"space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},
     "large": {"space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.0},
     "imagenet": {"space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "search.target_m": 4.0,

@@ -176,7 +176,7 @@ def read_config(run: str|Path)->Config:
     "The configuration of a run folder."
     return from_dict(read_json(Path(run) / "config.json", "a run folder").get("config", {}))
 
-# %% ../nbs/14_runs.ipynb #6a03cfaf
+# %% ../nbs/14_runs.ipynb #4c19c223
 def search(cfg: Config|None, # None: resume with the folder's own
            out: str|Path|None = None, # run folder; None: a new one under runs/
            resume: bool = False, # go on with `out`
@@ -207,15 +207,13 @@ def search(cfg: Config|None, # None: resume with the folder's own
         if saved: bar.stage, bar.start = loop.stage, loop.start
         for listener in (recorder, bar, *listeners): loop.events.listen(listener, *heard)
         loop.events.listen(saver, "rest")
-        try: loop.run()
-        except NonFiniteLoss:
-            if loop.safe_state: saver.save(loop.safe_state)
-            raise
-        except KeyboardInterrupt:
+        try:
+            loop.run()
+            saver.save()
+        except (NonFiniteLoss, KeyboardInterrupt):
             if loop.safe_state: saver.save(loop.safe_state)
             raise
         finally: recorder.close()
-    saver.save()
     done = read_events(out / "events.jsonl")[-1]
     arch = derive(loop.net, out.name, {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(device)["commit"]})
     arch_files.save(arch, out, overwrite=True)
@@ -227,7 +225,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
     write_report(out)
     return result
 
-# %% ../nbs/14_runs.ipynb #43e0e383
+# %% ../nbs/14_runs.ipynb #f61968a2
 def train(cfg: Config, arch: Architecture,
           out: str|Path, # folder of this training
           splits: Splits|None = None, init_state: dict|None = None,
@@ -248,12 +246,13 @@ def train(cfg: Config, arch: Architecture,
     saver = Saver(loop, out / "checkpoint", recorder)
     with Progress(cfg.train.epochs, quiet, "train") as bar:
         for listener in (recorder, bar, saver, *listeners): loop.events.listen(listener, "epoch", "result")
-        try: result = loop.run()
+        try:
+            result = loop.run()
+            saver.save()
         except (NonFiniteLoss, KeyboardInterrupt):
             if loop.safe_state: saver.save(loop.safe_state)
             raise
         finally: recorder.close()
-    saver.save()
     result = result | {"run": str(out), "name": arch.name, "wall_s": round(time.time() - start, 1)}
     write_json(out / "result.json", result)
     return result
