@@ -70,19 +70,18 @@ def free_name(cfg: Config)->Path:
     names = (root() / "runs" / (base if i == 1 else f"{base}-{i}") for i in range(1, 10_000))
     return next(p for p in names if not p.exists())
 
-# %% ../nbs/14_runs.ipynb #0b81ec42
+# %% ../nbs/14_runs.ipynb #53428e4e
 class Recorder:
     "A listener that appends events to a file."
-    def __init__(self, path: Path, keep: int = 0 # bytes of an earlier run to keep
+    def __init__(self, path: Path, keep: int = 0 # events of an interrupted run to keep
                 ):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
+        lines = Path(path).read_bytes().splitlines(keepends=True) if keep and Path(path).exists() else []
         self.file = open(path, "ab")
-        self.file.truncate(keep)
+        self.file.truncate(sum(map(len, lines[:keep])))
     def __call__(self, event: Event):
         self.file.write((json.dumps(event.to_dict() | {"time": round(time.time(), 3)}, allow_nan=False) + "\n").encode())
         self.file.flush()
-    @property
-    def size(self)->int: return self.file.tell()
     def close(self): self.file.close()
 
 def read_events(path: Path)->list:
@@ -95,19 +94,18 @@ def read_events(path: Path)->list:
         except ValueError: break
     return out
 
-# %% ../nbs/14_runs.ipynb #a5628d12
+# %% ../nbs/14_runs.ipynb #be60ef44
 class Checkpoints:
     "The last two states of a loop, in a folder."
     def __init__(self, folder: Path): self.folder = Path(folder)
     def files(self)->list: return sorted(self.folder.glob("state-*.pt"))
-    def save(self, state: dict, events: int # bytes of events written so far
-            ):
+    def save(self, state: dict):
         self.folder.mkdir(parents=True, exist_ok=True)
         old, buffer = self.files(), io.BytesIO()
-        torch.save({"state": state, "events": events}, buffer)
+        torch.save(state, buffer)
         write_whole(self.folder / f"state-{int(old[-1].stem.split('-')[1]) + 1 if old else 0:08d}.pt", buffer.getvalue())
         for path in old[:-1]: path.unlink()
-    def load(self)->dict|None: # {"state", "events"}
+    def load(self)->dict|None:
         "The newest state that can be read."
         for path in reversed(self.files()):
             try: return torch.load(path, weights_only=True, map_location="cpu")
@@ -116,12 +114,11 @@ class Checkpoints:
 
 class Saver:
     "A listener that saves a loop's state, at most every so many seconds."
-    def __init__(self, loop, folder: Path, recorder: Recorder, every: float = 60.):
-        self.loop, self.checkpoints, self.recorder, self.every, self.last = loop, Checkpoints(folder), recorder, every, time.monotonic()
+    def __init__(self, loop, folder: Path, every: float = 60.): self.loop, self.checkpoints, self.every, self.last = loop, Checkpoints(folder), every, time.monotonic()
     def __call__(self, event: Event):
         if time.monotonic() - self.last >= self.every: self.save()
     def save(self, state=None):
-        self.checkpoints.save(state or self.loop.state_dict(), self.recorder.size)
+        self.checkpoints.save(state or self.loop.state_dict())
         self.last = time.monotonic()
 
 # %% ../nbs/14_runs.ipynb #fa8d1cab
@@ -176,7 +173,7 @@ def read_config(run: str|Path)->Config:
     "The configuration of a run folder."
     return from_dict(read_json(Path(run) / "config.json", "a run folder").get("config", {}))
 
-# %% ../nbs/14_runs.ipynb #4c19c223
+# %% ../nbs/14_runs.ipynb #054f1812
 def search(cfg: Config|None, # None: resume with the folder's own
            out: str|Path|None = None, # run folder; None: a new one under runs/
            resume: bool = False, # go on with `out`
@@ -197,11 +194,11 @@ def search(cfg: Config|None, # None: resume with the folder's own
     device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
     loop = make_search(cfg, splits)
-    if saved: loop.load_state_dict(saved["state"])
+    if saved: loop.load_state_dict(saved)
     out.mkdir(parents=True, exist_ok=True)
     if not resume: write_json(out / "config.json", _record(cfg, device, splits))
-    recorder = Recorder(out / "events.jsonl", saved["events"] if saved else 0)
-    saver = Saver(loop, out / "checkpoint", recorder)
+    recorder = Recorder(out / "events.jsonl", loop.emitted)
+    saver = Saver(loop, out / "checkpoint")
     heard = "stage", "epoch", "commit", "regrow", "done"
     with Progress(len(loop.stages), quiet) as bar:
         if saved: bar.stage, bar.start = loop.stage, loop.start
@@ -225,7 +222,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
     write_report(out)
     return result
 
-# %% ../nbs/14_runs.ipynb #f61968a2
+# %% ../nbs/14_runs.ipynb #50ebcbcc
 def train(cfg: Config, arch: Architecture,
           out: str|Path, # folder of this training
           splits: Splits|None = None, init_state: dict|None = None,
@@ -238,12 +235,12 @@ def train(cfg: Config, arch: Architecture,
     splits = splits or load_data(cfg.data, cfg.seed, device_of(cfg))
     loop = make_trainer(cfg, arch, splits, init_state)
     saved = Checkpoints(out / "checkpoint").load() if resume else None
-    if saved: loop.load_state_dict(saved["state"])
+    if saved: loop.load_state_dict(saved)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "config.json", _record(cfg, loop.device, splits))
     arch_files.save(arch, out, overwrite=True)
-    recorder = Recorder(out / "events.jsonl", saved["events"] if saved else 0)
-    saver = Saver(loop, out / "checkpoint", recorder)
+    recorder = Recorder(out / "events.jsonl", len(loop.history) + loop.finished)
+    saver = Saver(loop, out / "checkpoint")
     with Progress(cfg.train.epochs, quiet, "train") as bar:
         for listener in (recorder, bar, saver, *listeners): loop.events.listen(listener, "epoch", "result")
         try:
@@ -261,10 +258,10 @@ def supernet_weights(run: str|Path, arch: Architecture)->dict:
     "The searched super-net's weights for its derived network, from the run's checkpoint."
     cfg, saved = read_config(run), Checkpoints(Path(run) / "checkpoint").load()
     if saved is None: raise InputError(f"{run} has no checkpoint to take weights from: use train.weights=scratch")
-    spec = NetSpec(**saved["state"]["spec"])
+    spec = NetSpec(**saved["spec"])
     one = type("NoData", (), {"__len__": lambda self: 1})()
     loop = Search(spec, {"train": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed)
-    loop.load_state_dict(saved["state"])
+    loop.load_state_dict(saved)
     return inherited(loop.net, arch)
 
 def retrain(run: str|Path, # a finished run folder

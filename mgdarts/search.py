@@ -53,7 +53,7 @@ def moving(optimisation: str, # joint, iterative-epoch, iterative-half-epoch
     second = epoch % 2 == 1 if optimisation == "iterative-epoch" else progress >= .5
     return ("thresholds", "fine") if second else ("weights", "strengths")
 
-# %% ../nbs/10_search.ipynb #344d1c12
+# %% ../nbs/10_search.ipynb #22192dd7
 class Search:
     "A multi-granularity search that can be stepped, saved and resumed."
     UNTIL = ("step", "epoch", "commit", "stage", "end")
@@ -76,7 +76,7 @@ class Search:
         self.optimizer = None
         # where it stands: stage, phase (warm-up or joint), epochs of the phase, steps of the epoch; -1: not begun
         self.stage, self.warmup, self.phase_epoch, self.epoch, self.epoch_step, self.steps = -1, True, 0, 0, 0, 0
-        self.lam, self.target, self.start, self.pruned, self.rebuilds, self.finished, self.reached = None, 0., 0, 0, 0, False, []
+        self.lam, self.target, self.start, self.pruned, self.rebuilds, self.emitted, self.finished, self.reached = None, 0., 0, 0, 0, 0, False, []
         self.mom = torch.zeros_like(self.net.alpha)
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device) # CE, R_size, R_thr, hits, images of this epoch
         self.safe_state, self._last = None, set()
@@ -88,6 +88,7 @@ class Search:
 
     def _emit(self, type, loss=None, epoch=None, **data):
         self._last.add(type)
+        self.emitted += type not in ("step", "rest") # a record can be cut back to where a state was taken
         self.events.emit(Event(type, self.steps, self.epoch if epoch is None else epoch, self.stage_name, loss, data))
 
     # stages
@@ -247,7 +248,7 @@ class Search:
         return self.finished
 
     # state
-    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "finished", "reached")
+    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "emitted", "finished", "reached")
 
     def state_dict(self)->dict:
         "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."

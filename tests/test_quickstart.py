@@ -1,0 +1,28 @@
+"The quickstart runs headless with papermill, small; bad parameters stop it."
+import os
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs/quickstart.ipynb"
+FAST = "data.subset=200, search.warmup=1, search.max_epochs=2, train.epochs=2, search.batch=32"
+
+
+def test_quickstart(tmp_path):
+    out = tmp_path / "out.ipynb"
+    papermill.execute_notebook(NOTEBOOK, out, {"out": str(tmp_path / "run"), "settings": FAST}, kernel_name="python3", progress_bar=False, cwd=NOTEBOOK.parent)
+    assert (tmp_path / "run/report.html").exists() and os.path.getsize(out) < 1_000_000
+    nb = nbformat.read(out, 4)
+    shown = [o for c in nb.cells for o in c.get("outputs", [])]
+    assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in shown) == 5
+    text = "".join(o.get("text", "") for o in shown)
+    assert "searched" in text and "random" in text and "standard error" in text
+
+
+@pytest.mark.parametrize("bad", [{"preset": "smok"}, {"seed": "1"}, {"settings": "nothing"}])
+def test_bad_parameters(tmp_path, bad):
+    with pytest.raises(papermill.exceptions.PapermillExecutionError, match="InputError"):
+        papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"out": str(tmp_path / "run"), **bad}, kernel_name="python3", progress_bar=False, cwd=NOTEBOOK.parent)
+    assert not (tmp_path / "run").exists()

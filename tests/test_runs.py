@@ -1,0 +1,200 @@
+"Run folders, the command line, and what bad input gets: one line, exit code 2, nothing written."
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mgdarts import architecture, runs
+from mgdarts.cli import main
+from mgdarts.config import InputError, preset
+from mgdarts.space import NetSpec
+
+SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
+FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
+SETS = [x for k, v in FAST.items() for x in ("--set", f"{k}={v}")]
+
+
+def call(args, capsys):
+    code = main([str(a) for a in args])
+    io = capsys.readouterr()
+    return code, io.out, io.err
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "one"
+    runs.search(preset("smoke", **FAST), out)
+    runs.retrain(out)
+    runs.retrain(out, baseline=True)
+    return out
+
+
+def test_count(capsys):
+    code, out, _ = call(["count", "--channels", 16, "--cells", 8, "--json"], capsys)
+    small = json.loads(out)
+    assert code == 0 and small["main"] == 1987194 and small["ops"] == 784 and small["stages"] == [97536, 438784, 1446912]
+    _, out, _ = call(["count", "--channels", 44, "--cells", 14, "--json"], capsys)
+    large = json.loads(out)
+    assert large["main"] == 21003982 and [sum(large["aux"][k]) for k in ("small", "medium", "large")] == [692500, 2695700, 3236372]
+
+
+def test_counts_agree_with_built_super_nets():
+    from mgdarts.space import count_supernet
+    from mgdarts.supernet import SuperNet
+    for C, L in ((16, 8), (44, 14)):
+        spec = NetSpec(C, L)
+        want = count_supernet(spec)
+        for size in ("small", "medium", "large") if C == 44 else ("medium",):
+            net = SuperNet(spec, size)
+            for stage in (0, 1):
+                net.open(spec.ends[stage], stage)
+                assert sum(p.numel() for p in net.head.parameters()) == want["aux"][size][stage]
+        net.open(L - 1, 2)
+        arch = {id(net.alpha)} | {id(getattr(net, t)) for t in net.THRESHOLDS} | {id(c.beta) for c in net.cells}
+        assert sum(p.numel() for p in net.parameters() if id(p) not in arch) == want["main"] == net.count().params
+
+
+@pytest.mark.skipif(not (SHARED / "data/published").exists(), reason="the published architecture is not beside the repository")
+def test_import_of_the_published_architecture(tmp_path, capsys):
+    published = SHARED / "data/published"
+    code, _, err = call(["arch", "import", "--genotype", published / "genotype_small.txt", "--masks", published / "mask_cifar10_darts_small.npy", "--channels", 24, "--out", tmp_path / "A"], capsys)
+    assert code == 0, err
+    code, out, _ = call(["arch", "show", tmp_path / "A", "--json"], capsys)
+    got = json.loads(out)
+    assert (got["params_total"], got["params_deployable"], got["params_nonzero"], got["ops"]) == (1143644, 704082, 697142, 184)
+    assert got["macs"] == pytest.approx(137.4e6, rel=1e-3)
+    net = architecture.DerivedNet(architecture.load(tmp_path / "A"), aux=True)
+    assert sum(p.numel() for p in net.parameters()) == 1143644
+    assert net(torch.randn(2, 3, 32, 32))[0].shape == (2, 10)
+
+
+def test_a_run_folder_is_complete(run, capsys):
+    names = {p.name for p in run.iterdir()}
+    assert {"config.json", "events.jsonl", "checkpoint", "architecture.json", "masks.safetensors", "report.html", "result.json", "train", "random"} <= names
+    record = json.loads((run / "config.json").read_text())
+    assert record["config"]["seed"] == 0 and record["environment"]["torch"] and record["dataset"] == "digits"
+    events = runs.read_events(run / "events.jsonl")
+    assert events[-1]["type"] == "done" and all({"type", "step", "epoch", "stage", "time"} <= e.keys() for e in events)
+    assert all("loss" in e for e in events if e["type"] == "epoch")
+    result = json.loads((run / "result.json").read_text())
+    arch = architecture.load(run)
+    assert architecture.counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"]
+    a, b = (json.loads((run / k / "result.json").read_text())["params_nonzero"] for k in ("train", "random"))
+    assert b <= a and b > 0.95 * a
+    code, out, _ = call(["runs", run.parent, "--json"], capsys)
+    assert code == 0 and json.loads(out)["runs"][0]["run"] == str(run)
+    page = (run / "report.html").read_text("utf-8")
+    assert "digits" in page and "http://" not in page.replace("http://www.w3.org", "")
+
+
+def test_events_depend_on_the_clock_in_nothing_but_time(run, tmp_path):
+    runs.search(preset("smoke", **FAST), tmp_path / "again")
+    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(p / "events.jsonl")]
+    assert strip(run) == strip(tmp_path / "again")
+    same = json.loads((run / "architecture.json").read_text()), json.loads((tmp_path / "again/architecture.json").read_text())
+    for a in same:
+        a.pop("name")
+    assert same[0] == same[1]
+
+
+def test_an_interrupted_run_resumes_to_the_same_events(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0,))
+
+    def stop(event):
+        if event.type == "epoch" and event.epoch == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.search(preset("smoke", **FAST), tmp_path / "cut", listeners=(stop,))
+    runs.search(None, tmp_path / "cut", resume=True)
+    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(p / "events.jsonl")]
+    assert strip(run) == strip(tmp_path / "cut")
+
+
+def test_training_from_the_super_nets_weights(run):
+    cfg = preset("smoke", **FAST, **{"train.weights": "supernet"})
+    result = runs.train(cfg, architecture.load(run), run / "inherited", init_state=runs.supernet_weights(run, architecture.load(run)))
+    assert result["epochs"] == 2
+
+
+def test_a_damaged_checkpoint_is_passed_over(tmp_path):
+    kept = runs.Checkpoints(tmp_path)
+    for i in range(4):
+        kept.save({"i": i})
+    assert len(kept.files()) == 2 and kept.load()["i"] == 3
+    kept.files()[-1].write_bytes(b"garbage")
+    assert kept.load()["i"] == 2
+
+
+BAD = [
+    (["search", "--preset", "smok"], "preset"),
+    (["search", "--dataset", "no-such-data"], "no-such-data"),
+    (["search", "--method", "magic"], "magic"),
+    (["search", "--set", "chanels=4"], "chanels"),
+    (["search", "--set", "channels=5"], "even"),
+    (["search", "--set", "search.lr_weights=-1"], "lr_weights"),
+    (["search", "--set", "search.batch=0"], "batch"),
+    (["search", "--set", "target_m=1000"], "target_m"),
+    (["search", "--set", "target_m=nan"], "target_m"),
+    (["search", "--set", "search.warmup=many"], "warmup"),
+    (["search", "--set", "nonsense"], "KEY=VALUE"),
+    (["search", "--device", "cuda:99"], "cuda:99"),
+    (["search", "--device", "toaster"], "toaster"),
+    (["search", "--dataset", "cifar10", "--data-dir", "{tmp}/empty"], "cifar"),
+    (["search", "--dataset", "half", "--data-dir", "{tmp}"], "half"),
+    (["search", "--out", "{run}"], "exists"),
+    (["search", "--resume"], "--out"),
+    (["search", "--resume", "--out", "{tmp}/nowhere"], "run folder"),
+    (["search", "--bogus"], "bogus"),
+    (["train", "{tmp}/nowhere"], "nowhere"),
+    (["train", "{run}"], "exists"),
+    (["train", "{tmp}/empty"], "preset"),
+    (["arch", "show", "{tmp}/nowhere"], "nowhere"),
+    (["arch", "show", "{tmp}/text"], "text"),
+    (["arch", "import", "--genotype", "{tmp}/text", "--channels", "24", "--out", "{tmp}/never"], "genotype"),
+    (["arch", "import", "--genotype", "{tmp}/nowhere", "--channels", "24", "--out", "{tmp}/never"], "nowhere"),
+    (["count", "--channels", "0"], "channels"),
+    (["count", "--space", "mars"], "mars"),
+    (["runs", "{tmp}/nowhere"], "nowhere"),
+]
+
+
+@pytest.mark.parametrize("args, word", BAD, ids=lambda x: " ".join(x) if isinstance(x, list) else None)
+def test_bad_input(args, word, run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MGDARTS_ROOT", str(tmp_path))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "half/train/a").mkdir(parents=True)
+    (tmp_path / "text").write_text("hello")
+    if "cifar10" in args:  # what no network looks like
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: (_ for _ in ()).throw(RuntimeError("no network")), raising=False)
+    before = sorted(p for p in tmp_path.rglob("*") if "cifar" not in p.name)
+    args = [a.format(tmp=tmp_path, run=run) for a in args]
+    code, out, err = call(args, capsys)
+    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("mgdarts: ") and word in err, (code, out, err)
+    assert sorted(p for p in tmp_path.rglob("*") if "cifar" not in p.name) == before
+
+
+def test_a_non_finite_loss_ends_with_1_and_a_saved_state(tmp_path, capsys):
+    code, out, err = call(["search", "--preset", "smoke", *SETS, "--set", "lr_weights=10", "--set", "search.clip=1e30", "--set", "lr_arch=100", "--out", tmp_path / "run"], capsys)
+    lines = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
+    assert code == 1 and len(lines) == 1 and "finite" in lines[0]
+    assert runs.Checkpoints(tmp_path / "run/checkpoint").load()["version"] == 1
+
+
+def test_the_command_is_installed():
+    command = Path(sys.executable).with_name("mgdarts")
+    if not command.exists():
+        pytest.skip("the package is not installed beside this Python")
+    done = subprocess.run([command, "count", "--channels", "3"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+
+
+def test_data_for_another_architecture_is_refused(run):
+    cfg = preset("smoke", **FAST, size=16)
+    with pytest.raises(InputError, match="data.size=8"):
+        runs.train(cfg, architecture.load(run), run / "never")
+    assert not (run / "never").exists()
