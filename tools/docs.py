@@ -1,0 +1,66 @@
+"""Build the site from the notebooks: Markdown pages, then MkDocs. No Quarto, no network."""
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import plotly
+import plotly.io as pio
+import yaml
+
+
+def page(notebook: Path) -> str:
+    "A notebook as Markdown: prose, code, and those outputs it was saved with."
+    parts, charts = [], False
+    for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
+        source = "".join(cell["source"]).strip()
+        if cell["cell_type"] == "markdown":
+            parts.append(source)
+            continue
+        if source.startswith("#| hide") or not source:
+            continue
+        code = re.sub(r"^#\|.*\n?", "", source, flags=re.M).strip()
+        if code:
+            parts.append(f"```python\n{code}\n```")
+        for out in cell.get("outputs", []):
+            data = out.get("data", {})
+            if "application/vnd.plotly.v1+json" in data:
+                charts = True
+                figure = pio.from_json(json.dumps(data["application/vnd.plotly.v1+json"]), skip_invalid=True)
+                parts.append(f'<div class="chart">{figure.to_html(full_html=False, include_plotlyjs=False)}</div>')
+            elif "text" in out or "text/plain" in data:
+                text = out.get("text") or data["text/plain"]
+                parts.append("```text\n" + "".join(text).rstrip() + "\n```")
+    if charts:  # the library must be there before the first chart
+        parts.insert(1, '<script src="../assets/plotly.min.js"></script>')
+    return "\n\n".join(parts) + "\n"
+
+
+def build(root: Path):
+    "Write _docs/ from nbs/, with the executed quickstart where a recorded one is kept."
+    source, site = root / "_proc", root / "_docs"
+    shutil.rmtree(source, ignore_errors=True)
+    (source / "assets").mkdir(parents=True)
+    shutil.copy(Path(plotly.__file__).parent / "package_data/plotly.min.js", source / "assets")
+    nav = []
+    for notebook in sorted((root / "nbs").glob("*.ipynb"), key=lambda p: (p.stem != "index", p.stem != "quickstart", p.stem)):
+        executed = root / "figures" / notebook.name
+        text = page(executed if executed.exists() else notebook)
+        (source / f"{notebook.stem}.md").write_text(text, "utf-8")
+        nav.append({re.search(r"^# (.+)$", text, re.M).group(1): f"{notebook.stem}.md"})
+    config = {"site_name": "mgdarts", "docs_dir": str(source), "site_dir": str(site), "nav": nav,
+              "theme": {"name": "material", "font": False, "palette": [
+                  {"media": "(prefers-color-scheme: light)", "scheme": "default", "toggle": {"icon": "material/weather-night", "name": "dark"}},
+                  {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "toggle": {"icon": "material/weather-sunny", "name": "light"}}]},
+              "markdown_extensions": ["tables", "attr_list", {"pymdownx.arithmatex": {"generic": True}}, "pymdownx.highlight", "pymdownx.superfences"],
+              # equations are typeset where there is a network, and stay TeX where there is none
+              "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"]}
+    path = root / "_proc.yml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False), "utf-8")
+    try:
+        subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "-f", str(path)], check=True)
+    finally:
+        path.unlink()
+    print(site / "index.html")
