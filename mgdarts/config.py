@@ -228,7 +228,7 @@ def configure(cfg: Config, # starting point, not changed
         setattr(owner, f.name, _read(name, f, given))
     return validate(new)
 
-# %% ../nbs/00_config.ipynb #83ee2803
+# %% ../nbs/00_config.ipynb #52b59d2d
 PRESETS = {
     "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
               "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
@@ -238,7 +238,7 @@ PRESETS = {
             "train.epochs": 60, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
     "small": {"space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},
     "large": {"space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.0},
-    "imagenet": {"space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "search.target_m": 4.0,
+    "imagenet": {"space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 4.0,
                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
 }
