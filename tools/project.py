@@ -4,6 +4,7 @@ usage: python tools/project.py [readme] [environment] [docs]
   readme        README.md from the prose and code of nbs/index.ipynb
   environment   environment.yml from settings.ini
   docs          the site, in _docs/, from the notebooks
+  publish RUN   figures/NAME/: the figures of a run folder, with the record they come from
 """
 import json
 import shlex
@@ -42,7 +43,27 @@ def environment() -> str:
     return "\n".join(lines + [f'      - "{r}"' for r in pins] + ["      - -e ."]) + "\n"
 
 
+def publish(run: Path):
+    "Figures as PNG (where a Chromium is found), and everything that says where they come from."
+    from mgdarts import plots, runs
+    data, folder = runs.load_run(run), ROOT / "figures" / run.name
+    folder.mkdir(parents=True, exist_ok=True)
+    record = data["record"] | {"result": data["result"], "trainings": {k: t["result"] for k, t in data["trainings"].items()}}
+    runs.write_json(folder / "record.json", record)
+    (folder / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
+    curves = {{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()}
+    for name, figure in (("dynamics", plots.dynamics(data["events"])), ("size", plots.size_and_lambda(data["events"])), ("cells", plots.cells(data["arch"])),
+                         ("distribution", plots.distribution(data["arch"])), ("retraining", plots.retrain_curves(curves))):
+        figure.update_layout(paper_bgcolor="white")  # a picture has no page behind it
+        try:
+            figure.write_image(folder / f"{name}.png", width=1000, scale=1.5)
+        except RuntimeError as e:
+            print(f"{name}.png not written: {str(e).splitlines()[0]}")
+
+
 def main(targets):
+    if targets[0] == "publish":
+        return publish(Path(targets[1])) if len(targets) == 2 else sys.exit(__doc__)
     for target in targets:
         if target == "readme":
             (ROOT / "README.md").write_text(readme(), "utf-8")
