@@ -13,7 +13,7 @@ from .operations import Classifier, Stem, AuxHead, avg_pool, max_pool, to_phases
 from .size import CellIndex, Layout, NetCount, layout, count_cell
 
 # %% auto #0
-__all__ = ['add_at', 'LiveOp', 'remap', 'carry', 'carry_columns', 'Cell', 'SuperNet']
+__all__ = ['add_at', 'LiveOp', 'remap', 'carry', 'carry_columns', 'PlannedCell', 'StoredCell', 'Cell', 'SuperNet']
 
 # %% ../nbs/06_supernet.ipynb #92652cf3
 class _AddAt(torch.autograd.Function):
@@ -75,54 +75,9 @@ def carry_columns(value: Tensor, # [k, m, ...], a head: its second dimension run
     out[:, kept.to(value.device)] = value[:, at[kept].to(value.device)]
     return out
 
-# %% ../nbs/06_supernet.ipynb #1135ba35
-class Cell(nn.Module):
-    "One cell of the super-net, storing what its `Layout` lists. Maps are channels-last."
-    GATES = ("scale", "shift", "beta", "mean", "var") # vectors with one entry a live filter
-
-    def __init__(self, lay: Layout, # what to store
-                 generator: torch.Generator # for the initial weights
-                ):
-        super().__init__()
-        self.spec, self.index = lay.spec, CellIndex(lay.spec)
-        empty = lambda: torch.zeros(0)
-        for name in ("omega", "plain", "scale", "shift", "beta"): setattr(self, name, nn.Parameter(empty()))
-        for name in ("mean", "var"): self.register_buffer(name, empty())
-        self.register_buffer("omega_live", empty().bool())
-        self.layout = Layout(lay.spec, torch.zeros_like(lay.ops), torch.zeros_like(lay.alive), {k: torch.zeros(0, dtype=torch.long) for k in lay.spec.sizes})
-        self.relayout(lay, generator)
-
-    def _fresh(self, lay, group, generator):
-        "Kernels as convolutions start: uniform in +-1/sqrt(fan in)."
-        out = torch.empty(len(lay.slots[group]))
-        at = 0
-        for seg, shape in lay.kernels:
-            if seg.group != group: continue
-            n = torch.Size(shape).numel()
-            reset_uniform(out[at:at + n], shape[1] * shape[2] * shape[3], generator)
-            at += n
-        return out
-
-    @torch.no_grad()
-    def relayout(self, lay: Layout, generator: torch.Generator
-                )->list: # (old parameter, new parameter, positions, kept), for optimizers
-        "Store what `lay` lists: kept entries keep their values, new ones start fresh (weights random, beta 0, batch norm neutral, masks 1)."
-        moves, moved = {g: remap(self.layout.slots[g], lay.slots[g]) for g in lay.slots}, []
-        def renew(name, move, fresh): # a new object: graphs that still hold the old one stay valid
-            old = getattr(self, name)
-            setattr(self, name, nn.Parameter(carry(old.data, *move, fresh)))
-            moved.append((old, getattr(self, name), *move))
-        for name in ("omega", "plain"):
-            fresh = self._fresh(lay, name, generator) if not bool(moves[name][1].all()) else 0.
-            renew(name, moves[name], fresh)
-        self.omega_live = carry(self.omega_live, *moves["omega"], True)
-        for name, fresh in zip(self.GATES, (1., 0., 0., 0., 1.)):
-            if name in ("mean", "var"): setattr(self, name, carry(getattr(self, name), *moves["gates"], fresh))
-            else: renew(name, moves["gates"], fresh)
-        self.layout = lay
-        self._plan()
-        return moved
-
+# %% ../nbs/06_supernet.ipynb #7ceefa70
+class PlannedCell(nn.Module):
+    "What the forward pass of a cell needs to know of its `Layout`."
     def _plan(self):
         "What the forward pass needs to know of the layout; tensors follow the module's device."
         lay, spec, none = self.layout, self.spec, len(EDGES) * len(OPS)
@@ -173,6 +128,57 @@ class Cell(nn.Module):
             self.register_buffer(name, value.to(self.omega.device), persistent=False)
         self.has_skips = bool(skips.any())
 
+# %% ../nbs/06_supernet.ipynb #1753cfec
+class StoredCell(PlannedCell):
+    "The parameters of a cell: what its `Layout` lists, and nothing else."
+    GATES = ("scale", "shift", "beta", "mean", "var") # vectors with one entry a live filter
+
+    def __init__(self, lay: Layout, # what to store
+                 generator: torch.Generator # for the initial weights
+                ):
+        super().__init__()
+        self.spec, self.index = lay.spec, CellIndex(lay.spec)
+        empty = lambda: torch.zeros(0)
+        for name in ("omega", "plain", "scale", "shift", "beta"): setattr(self, name, nn.Parameter(empty()))
+        for name in ("mean", "var"): self.register_buffer(name, empty())
+        self.register_buffer("omega_live", empty().bool())
+        self.layout = Layout(lay.spec, torch.zeros_like(lay.ops), torch.zeros_like(lay.alive), {k: torch.zeros(0, dtype=torch.long) for k in lay.spec.sizes})
+        self.relayout(lay, generator)
+
+    def _fresh(self, lay, group, generator):
+        "Kernels as convolutions start: uniform in +-1/sqrt(fan in)."
+        out = torch.empty(len(lay.slots[group]))
+        at = 0
+        for seg, shape in lay.kernels:
+            if seg.group != group: continue
+            n = torch.Size(shape).numel()
+            reset_uniform(out[at:at + n], shape[1] * shape[2] * shape[3], generator)
+            at += n
+        return out
+
+    @torch.no_grad()
+    def relayout(self, lay: Layout, generator: torch.Generator
+                )->list: # (old parameter, new parameter, positions, kept), for optimizers
+        "Store what `lay` lists: kept entries keep their values, new ones start fresh (weights random, beta 0, batch norm neutral, masks 1)."
+        moves, moved = {g: remap(self.layout.slots[g], lay.slots[g]) for g in lay.slots}, []
+        def renew(name, move, fresh): # a new object: graphs that still hold the old one stay valid
+            old = getattr(self, name)
+            setattr(self, name, nn.Parameter(carry(old.data, *move, fresh)))
+            moved.append((old, getattr(self, name), *move))
+        for name in ("omega", "plain"):
+            fresh = self._fresh(lay, name, generator) if not bool(moves[name][1].all()) else 0.
+            renew(name, moves[name], fresh)
+        self.omega_live = carry(self.omega_live, *moves["omega"], True)
+        for name, fresh in zip(self.GATES, (1., 0., 0., 0., 1.)):
+            if name in ("mean", "var"): setattr(self, name, carry(getattr(self, name), *moves["gates"], fresh))
+            else: renew(name, moves["gates"], fresh)
+        self.layout = lay
+        self._plan()
+        return moved
+
+# %% ../nbs/06_supernet.ipynb #38207eaa
+class Cell(StoredCell):
+    "One cell of the super-net. Maps are channels-last."
     def gates(self, thresholds: Tensor|None, # [2 + 98 + 1] or None: everything on
              )->Tensor: # [filters] M_beta(sigma(beta))
         "Filter gates of the cell (Eq. 2)."
