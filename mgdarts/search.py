@@ -19,7 +19,7 @@ from .size import Layout, layout
 from .supernet import Cell, SuperNet
 
 # %% auto #0
-__all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'Search']
+__all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'StagedSearch', 'SavedSearch', 'Search']
 
 # %% ../nbs/10_search.ipynb #7ee0bf29
 def plan(spec: NetSpec, stages: int # 3, or 1: the whole net at once
@@ -53,10 +53,9 @@ def moving(optimisation: str, # joint, iterative-epoch, iterative-half-epoch
     second = epoch % 2 == 1 if optimisation == "iterative-epoch" else progress >= .5
     return ("thresholds", "fine") if second else ("weights", "strengths")
 
-# %% ../nbs/10_search.ipynb #22192dd7
-class Search:
-    "A multi-granularity search that can be stepped, saved and resumed."
-    UNTIL = ("step", "epoch", "commit", "stage", "end")
+# %% ../nbs/10_search.ipynb #0ad47be4
+class StagedSearch:
+    "Where a search stands, and what happens between its stages."
 
     def __init__(self, spec: NetSpec,
                  loaders: dict, # train: `len` and `batch(epoch, step)`; val: `eval()`
@@ -145,7 +144,45 @@ class Search:
         self.net.discretising = False
         self._open()
 
-    # steps
+# %% ../nbs/10_search.ipynb #d9c8cdce
+class SavedSearch(StagedSearch):
+    "A search's state, out and in."
+    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "emitted", "finished", "reached")
+
+    def state_dict(self)->dict:
+        "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."
+        net = self.net
+        tensors = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
+        cells = [{"ops": c.layout.ops.clone(), "alive": c.layout.alive.clone()} for c in net.cells]
+        optimizer = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer else None
+        return {"version": 1, "counters": {k: copy.copy(getattr(self, k)) for k in self.COUNTERS}, "net": tensors, "cells": cells, "discretising": net.discretising,
+                "optimizer": optimizer, "lambda": asdict(self.lam) if self.lam else None, "mom": self.mom.cpu().clone(), "sums": self.sums.cpu().clone(),
+                "config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.cfg).items()}, "spec": asdict(self.spec), "seed": self.seed}
+
+    def load_state_dict(self, state: dict):
+        "Go back to a saved state. `InputError` if it belongs to another search."
+        if not isinstance(state, dict) or state.get("version") != 1: raise InputError("this is not the state of a search, or one of another version")
+        mine = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.cfg).items()}
+        if (state["config"], state["spec"], state["seed"]) != (mine, asdict(self.spec), self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
+        for k, v in state["counters"].items(): setattr(self, k, copy.copy(v))
+        net = self.net = SuperNet(self.spec, self.net.aux_size, self.cfg.granularities, self.seed)
+        if self.stage >= 0:
+            for c, saved in enumerate(state["cells"]): net.cells.append(Cell(layout(self.spec.cell[c], saved["ops"], saved["alive"]), net._generator(2, c)))
+            net.open(*self.stages[self.stage][1:])
+        net.load_state_dict(state["net"])
+        net.discretising = state["discretising"]
+        net.to(self.device)
+        if state["optimizer"] is not None:
+            self.optimizer = make_optimizer(net, self.cfg)
+            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.lam = Lambda(**state["lambda"]) if state["lambda"] else None
+        self.mom, self.sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
+
+# %% ../nbs/10_search.ipynb #d1a7a6e1
+class Search(SavedSearch):
+    "A multi-granularity search that can be stepped, saved and resumed."
+    UNTIL = ("step", "epoch", "commit", "stage", "end")
+
     def step(self):
         "One optimisation step; after the last of an epoch, whatever is due: validation, a commit, the next phase or stage."
         if self.finished: return
@@ -246,35 +283,3 @@ class Search:
             self.step()
             if until == "step" or until in self._last: break
         return self.finished
-
-    # state
-    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "emitted", "finished", "reached")
-
-    def state_dict(self)->dict:
-        "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."
-        net = self.net
-        tensors = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
-        cells = [{"ops": c.layout.ops.clone(), "alive": c.layout.alive.clone()} for c in net.cells]
-        optimizer = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer else None
-        return {"version": 1, "counters": {k: copy.copy(getattr(self, k)) for k in self.COUNTERS}, "net": tensors, "cells": cells, "discretising": net.discretising,
-                "optimizer": optimizer, "lambda": asdict(self.lam) if self.lam else None, "mom": self.mom.cpu().clone(), "sums": self.sums.cpu().clone(),
-                "config": {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.cfg).items()}, "spec": asdict(self.spec), "seed": self.seed}
-
-    def load_state_dict(self, state: dict):
-        "Go back to a saved state. `InputError` if it belongs to another search."
-        if not isinstance(state, dict) or state.get("version") != 1: raise InputError("this is not the state of a search, or one of another version")
-        mine = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self.cfg).items()}
-        if (state["config"], state["spec"], state["seed"]) != (mine, asdict(self.spec), self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
-        for k, v in state["counters"].items(): setattr(self, k, copy.copy(v))
-        net = self.net = SuperNet(self.spec, self.net.aux_size, self.cfg.granularities, self.seed)
-        if self.stage >= 0:
-            for c, saved in enumerate(state["cells"]): net.cells.append(Cell(layout(self.spec.cell[c], saved["ops"], saved["alive"]), net._generator(2, c)))
-            net.open(*self.stages[self.stage][1:])
-        net.load_state_dict(state["net"])
-        net.discretising = state["discretising"]
-        net.to(self.device)
-        if state["optimizer"] is not None:
-            self.optimizer = make_optimizer(net, self.cfg)
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.lam = Lambda(**state["lambda"]) if state["lambda"] else None
-        self.mom, self.sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
