@@ -17,7 +17,7 @@ def page(notebook: Path) -> str:
     for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"]).strip()
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(source.replace("](../figures/", "](figures/"))
             continue
         if source.startswith("#| hide") or not source:
             continue
@@ -44,6 +44,10 @@ def build(root: Path):
     shutil.rmtree(source, ignore_errors=True)
     (source / "assets").mkdir(parents=True)
     shutil.copy(Path(plotly.__file__).parent / "package_data/plotly.min.js", source / "assets")
+    for picture in (root / "figures").rglob("*.png"):
+        target = source / picture.relative_to(root)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(picture, target)
     nav = []
     for notebook in sorted((root / "nbs").glob("*.ipynb"), key=lambda p: (p.stem != "index", p.stem != "quickstart", p.stem)):
         executed = root / "figures" / notebook.name

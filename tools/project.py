@@ -28,7 +28,7 @@ def readme() -> str:
         source = "".join(cell["source"]).strip()
         code = [line for line in source.split("\n") if not line.startswith("#|")]
         if cell["cell_type"] == "markdown":
-            parts.append(source)
+            parts.append(source.replace("](../", "]("))  # the notebook is one folder down
         elif not source.startswith("#| hide") and any(code):
             parts.append("```python\n" + "\n".join(code).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
