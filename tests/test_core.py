@@ -196,8 +196,8 @@ def test_a_commit_never_overshoots(seed, share):
 
 @pytest.mark.parametrize("seed", range(6))
 def test_compaction_is_exact_and_the_optimizer_goes_on(seed):
-    net = random_net(seed, size=8 + 2 * (seed % 2))
-    x, y = torch.randn(4, 3, net.spec.size, net.spec.size), torch.arange(4)
+    net = random_net(seed, size=8 + 2 * (seed % 2)).double()
+    x, y = torch.randn(4, 3, net.spec.size, net.spec.size, dtype=torch.double), torch.arange(4)
     opt = torch.optim.SGD(net.parameters(), 0.01, 0.9)
     for _ in range(2):
         opt.zero_grad()
@@ -208,7 +208,7 @@ def test_compaction_is_exact_and_the_optimizer_goes_on(seed):
         before = net(x)
         old = [(c.layout.slots, c.omega.clone(), opt.state[c.omega]["momentum_buffer"].clone(), c.beta.clone()) for c in net.cells]
         commit(net, 0, opt)
-        assert (net(x) - before).abs().max() <= 1e-5
+        assert (net(x) - before).abs().max() <= 1e-12 * before.abs().max()
     for (slots, omega, momentum, beta), cell in zip(old, net.cells):  # slot by slot, the slow way
         where = {s: i for i, s in enumerate(slots["omega"].tolist())}
         at = torch.tensor([where[s] for s in cell.layout.slots["omega"].tolist()])
