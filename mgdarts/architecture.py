@@ -259,7 +259,7 @@ def random_architecture(spec: NetSpec,
     if best is None: raise InputError(f"no random architecture of this space has {params_target} parameters or fewer: the smallest tried has {smallest}")
     return best
 
-# %% ../nbs/11_architecture.ipynb #a55d01b6
+# %% ../nbs/11_architecture.ipynb #65f58740
 class _Part(nn.Module):
     "Kernels by role, and batch norms."
     def __init__(self, kernels, widths, generator, stride=1):
@@ -280,7 +280,7 @@ class DilConv(_Part):
 
 class Reduce(_Part):
     "Factorised reduction, batch norm."
-    def forward(self, x): return self.norms[0](factorized_reduce(x, self.a, self.b))
+    def forward(self, x): return self.norms[0](factorized_reduce(even_odd(x), self.a, self.b))
 
 class Pointwise(_Part):
     "1x1 convolution, batch norm."

@@ -182,7 +182,7 @@ def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
         out.append(F.conv2d(u, p.point if place is None else p.point.new_zeros(width, *p.point.shape[1:]).index_copy(0, place, p.point)))
     return out
 
-# %% ../nbs/02_kernels.ipynb #142c6b93
+# %% ../nbs/02_kernels.ipynb #46da6a8f
 def _fold(values: list, index: Tensor, n: int)->Tensor: # [n]
     "Sums over the images that lie abreast."
     v = torch.cat(values)
@@ -270,7 +270,7 @@ def normalise(maps: list, # [N/B, B F_i, H, W] each
 
 def normalise_sum(maps: list, # [N/B, B F, H, W] each, to be normalised
                   passing: list, # more of the same shape, added as they are
-                  factors: Tensor, # [len(passing)]
+                  factors: Tensor|None, # [len(passing)]; None when there is none
                   scale: Tensor, shift: Tensor, running: tuple, index: Tensor, b: int, training: bool # as for `normalise`
                  )->tuple: # ([N/B, B F, H, W] sum of the normalised maps and of factor times passing map, means, variances)
     "The sum of many batch norms and other maps."
@@ -278,7 +278,7 @@ def normalise_sum(maps: list, # [N/B, B F, H, W] each, to be normalised
         ys, mean, var = _native(maps, scale, shift, running, training) if maps else ((), *running)
         total = None
         for y in ys: total = y if total is None else total + y
-        for x, f in zip(passing, factors): total = x * f.to(x.dtype) if total is None else torch.addcmul(total, x.to(total.dtype), f.to(total.dtype))
+        for x, f in zip(passing, () if factors is None else factors): total = x * f.to(x.dtype) if total is None else torch.addcmul(total, x.to(total.dtype), f.to(total.dtype))
         return total, mean, var
     return _Normalise.apply(scale, shift, factors, running, index, b, True, False, training, len(maps), *maps, *passing)
 

@@ -9,8 +9,8 @@ from torch import nn, Tensor
 from .kernels import every_second, from_phases, from_pixels, narrow, pixels, to_phases
 
 # %% auto #0
-__all__ = ['reset_uniform', 'init_conv', 'depthwise', 'dilated_depthwise', 'factorized_reduce', 'avg_pool', 'max_pool',
-           'ConvNorm', 'Classifier', 'Stem', 'AuxHead']
+__all__ = ['reset_uniform', 'init_conv', 'depthwise', 'dilated_depthwise', 'even_odd', 'factorized_reduce', 'avg_pool',
+           'max_pool', 'ConvNorm', 'Classifier', 'Stem', 'AuxHead']
 
 # %% ../nbs/02_operations.ipynb #8e1abf53
 def reset_uniform(w: Tensor, # changed in place
@@ -44,16 +44,36 @@ def dilated_depthwise(x: Tensor, # [N, C, H, W]
     if x.shape[2] % 2 or x.shape[3] % 2: return F.conv2d(x, weight, None, 1, weight.shape[-1] - 1, 2, len(weight))
     return from_phases(depthwise(to_phases(x), weight))
 
-# %% ../nbs/02_operations.ipynb #79008c04
-def factorized_reduce(x: Tensor, # [N, C, H, W]
+# %% ../nbs/02_operations.ipynb #a2b7da84
+class _EvenOdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        even, (h, w) = every_second(x), (n // 2 for n in x.shape[2:])
+        odd = torch.zeros_like(even)
+        odd[:, :, :h, :w] = x[:, :, 1::2, 1::2]
+        return even, odd
+    @staticmethod
+    def backward(ctx, even, odd):
+        x, = ctx.saved_tensors
+        g, (h, w) = torch.zeros_like(x, dtype=even.dtype, memory_format=torch.channels_last), (n // 2 for n in x.shape[2:])
+        g[:, :, ::2, ::2] = even
+        g[:, :, 1::2, 1::2] = odd[:, :, :h, :w]
+        return g
+
+def even_odd(x: Tensor # [N, C, H, W]
+          )->tuple: # two [N, C, ceil(H/2), ceil(W/2)]
+    "The pixels in even rows and columns, and those in odd ones."
+    return _EvenOdd.apply(x)
+
+def factorized_reduce(parts: tuple, # `even_odd` of a map [N, C, H, W]
                       wa: Tensor, # [A, C, 1, 1], reads even rows and columns
                       wb: Tensor, # [B, C, 1, 1], reads odd rows and columns
                       b: int = 1 # images abreast
                      )->Tensor: # [N, A + B, ceil(H/2), ceil(W/2)]
     "Two strided 1x1 convolutions, the second on the map shifted by a pixel, side by side."
-    odd = every_second(F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2)) if x.shape[2] % 2 or x.shape[3] % 2 else x, 1)
     # pruning may leave nothing of a half
-    return from_pixels(torch.cat([F.conv2d(pixels(m, b), w) for m, w in ((every_second(x), wa), (odd, wb)) if len(w)], 1), b)
+    return from_pixels(torch.cat([F.conv2d(pixels(m, b), w) for m, w in zip(parts, (wa, wb)) if len(w)], 1), b)
 
 # %% ../nbs/02_operations.ipynb #9472be64
 def avg_pool(x: Tensor, # [N, C, H, W]

@@ -1,0 +1,133 @@
+"The fast super-net against the plain one, and its kernels against plain PyTorch."
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
+
+from mgdarts.kernels import Pair, from_phases, images_abreast, narrow, normalise_sum, pairs, pixels, from_pixels, spread_index, widen
+from mgdarts.space import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec
+from mgdarts.supernet import SuperNet
+
+
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(memory_format=torch.channels_last)
+
+
+@given(n=st.integers(1, 200), channels=st.integers(1, 70))
+def test_images_abreast_divide_the_batch_and_fill_no_more_than_64_channels(n, channels):
+    b = images_abreast(n, channels)
+    assert n % b == 0 and (b == 1 or b * channels <= 64)
+
+
+@settings(max_examples=25, deadline=None)
+@given(b=st.sampled_from((1, 2, 4)), m=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 6), w=st.integers(1, 6))
+def test_views_of_wide_maps_keep_every_number(b, m, c, h, w):
+    x = draw(b * m, c, h, w)
+    wide = widen(x, b)
+    assert narrow(wide, b).equal(x)
+    assert from_pixels(pixels(wide, b), b).equal(wide) and pixels(wide, b).flatten().sort()[0].equal(x.flatten().sort()[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(b=st.sampled_from((1, 2, 4)), c=st.integers(1, 4), f=st.integers(1, 4), side=st.integers(1, 7), stride=st.sampled_from((1, 2)),
+       kinds=st.lists(st.tuples(st.sampled_from((3, 5)), st.booleans()), min_size=1, max_size=4), relu=st.booleans())
+def test_pairs_of_convolutions(b, c, f, side, stride, kinds, relu):
+    x = draw(4, c, side, side)
+    weights = [w for i, (k, _) in enumerate(kinds) for w in (draw(c, 1, k, k, seed=i), draw(f, c, 1, 1, seed=9 + i))]
+
+    def fast(x, *ws):
+        ys = pairs(widen(x, b), [Pair(d.repeat(b, 1, 1, 1), p, None, f, stride, dil) for d, p, (_, dil) in zip(ws[::2], ws[1::2], kinds)], b, relu)
+        return torch.cat([narrow(from_phases(y) if dil and stride == 1 and side % 2 == 0 else y, b) for y, (_, dil) in zip(ys, kinds)], 1)
+
+    def plain(x, *ws):
+        r = F.relu(x) if relu else x
+        return torch.cat([F.conv2d(F.conv2d(r, d, None, stride, (1 + dil) * (d.shape[-1] // 2), 1 + dil, c), p) for d, p, (_, dil) in zip(ws[::2], ws[1::2], kinds)], 1)
+
+    results = []
+    for fn in (fast, plain):
+        args = [a.clone(memory_format=torch.preserve_format).requires_grad_() for a in (x, *weights)]
+        y = fn(*args)
+        results.append([y.detach(), *torch.autograd.grad((y * draw(*y.shape, seed=7)).sum(), args)])
+    for p, q in zip(*results):
+        torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
+
+
+def test_a_sum_of_nothing_but_passing_maps():
+    x, f, none = draw(4, 3, 2, 2).requires_grad_(), torch.tensor([0.5], dtype=torch.double, requires_grad=True), torch.zeros(0, dtype=torch.double)
+    y, mean, var = normalise_sum([], [widen(x, 2)], f, none, none, (none, none), spread_index([], 2), 2, True)
+    y.sum().backward()
+    assert narrow(y, 2).equal(0.5 * x) and (x.grad == 0.5).all() and f.grad.item() == pytest.approx(x.sum().item()) and len(mean) == len(var) == 0
+
+
+def random_net(seed, size, dtype, cells=3, width=4):
+    g = torch.Generator().manual_seed(seed)
+    net = SuperNet(NetSpec(width, cells, size=size), seed=seed)
+    net.open(cells - 1, 2)
+    with torch.no_grad():
+        for name, p in net.named_parameters():
+            if name.startswith("t_"):
+                p.copy_(torch.rand(p.shape, generator=g) * (0.1 if "omega" in name else 0.7))
+            elif name == "alpha" or name.endswith(("beta", "scale", "shift")):
+                p.add_(torch.randn(p.shape, generator=g))
+        for c in net.cells:
+            c.omega_live &= torch.rand(c.omega_live.shape, generator=g) < 0.9
+    net.discretising = True
+    return net.to(dtype)
+
+
+def prune(net, seed, share):
+    g = torch.Generator().manual_seed(seed)
+    ops = torch.rand(len(net.cells), len(EDGES), len(OPS), generator=g) < share
+    for node in range(INPUTS, STATES):
+        ops[:, NODE_EDGES[node][0], int(torch.randint(len(OPS), (1,), generator=g))] = True
+    gates = [torch.rand(len(c.spec.gates), c.spec.width, generator=g) < 0.6 for c in net.cells]
+    for keep in gates:
+        keep[:, 0] = True
+    net.rebuild(ops, [keep.flatten() for keep in gates])
+
+
+def difference(net, x):
+    "Relative, largest over outputs, gradients of every parameter and running statistics."
+    seen = []
+    for impl in ("reference", "fused"):
+        twin = copy.deepcopy(net)
+        twin.impl = impl
+        y = twin(x)
+        (y**2).mean().backward()
+        seen.append([y.detach()] + [p.grad for p in twin.parameters() if p.grad is not None] + [v for c in twin.cells for v in (c.mean, c.var)])
+    assert len(seen[0]) == len(seen[1])
+    return max(float((a - b).norm() / a.norm().clamp(min=1e-8)) for a, b in zip(*seen) if len(a.flatten()))
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("dtype, tol", [(torch.double, 1e-9), (torch.float, 1e-4)])
+def test_fused_is_the_reference(seed, dtype, tol):
+    size = (16, 8, 10)[seed % 3]  # maps with odd sides too
+    net = random_net(seed, size, dtype)
+    x = torch.randn(8 if seed % 2 else 6, 3, size, size, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+    assert difference(net, x) <= tol  # normal cells, and reduction cells with both strides
+    prune(net, seed, 0.4)
+    assert difference(net, x) <= tol
+    assert difference(net.eval(), x) <= tol
+    prune(net.train(), seed + 1, 0.1)  # nodes of one operation; operations that come back
+    assert difference(net, x) <= tol
+
+
+@pytest.mark.parametrize("how", ["recompute", "native"])
+def test_other_ways_to_the_same_gradients(how, monkeypatch):
+    net = random_net(1, 8, torch.double)
+    prune(net, 1, 0.5)
+    x, seen = torch.randn(4, 3, 8, 8, dtype=torch.double), []
+    for other in (False, True):
+        twin = copy.deepcopy(net)
+        if other and how == "recompute":
+            twin.recompute = True
+        if other and how == "native":
+            monkeypatch.setattr("mgdarts.kernels.native", lambda x: True)
+            monkeypatch.setattr("mgdarts.supernet.native", lambda x: True)
+        twin(x).square().mean().backward()
+        seen.append([p.grad for p in twin.parameters() if p.grad is not None] + [c.var for c in twin.cells])
+    for a, b in zip(*seen):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
