@@ -182,7 +182,7 @@ def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
         out.append(F.conv2d(u, p.point if place is None else p.point.new_zeros(width, *p.point.shape[1:]).index_copy(0, place, p.point)))
     return out
 
-# %% ../nbs/02_kernels.ipynb #46da6a8f
+# %% ../nbs/02_kernels.ipynb #df8699a1
 def _fold(values: list, index: Tensor, n: int)->Tensor: # [n]
     "Sums over the images that lie abreast."
     v = torch.cat(values)
@@ -239,7 +239,7 @@ class _Normalise(torch.autograd.Function):
                 count = zs[0].shape[0] * b
                 k1 = (a * inv * d_scale).div_(-count)
                 k0 = (a * d_shift).div_(-count).addcmul_(k1, mean, value=-1)
-                results = [torch.addcmul(c0, z, c1).addcmul_(g, k) for g, z, k, c1, c0 in zip(spread, zs, A, k1[index].split(sizes), k0[index].split(sizes))]
+                results = [torch.addcmul(c0, z, c1, out=z).addcmul_(g, k) for g, z, k, c1, c0 in zip(spread, zs, A, k1[index].split(sizes), k0[index].split(sizes))] # nobody needs the maps any more: their memory is reused
             else: results = [g * k for g, k in zip(spread, A)]
         if passing:
             g = gs[0]

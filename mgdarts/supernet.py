@@ -17,7 +17,7 @@ from .cell import Cell, carry_columns, remap
 # %% auto #0
 __all__ = ['SuperNet']
 
-# %% ../nbs/06_supernet.ipynb #fb3ca7c6
+# %% ../nbs/06_supernet.ipynb #4bf84335
 class SuperNet(nn.Module):
     "The multi-granularity super-net of a `NetSpec`. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
@@ -27,7 +27,7 @@ class SuperNet(nn.Module):
                  granularities: tuple = GRANULARITIES, # what is discretised; the others stay as they are
                  seed: int = 0, # of all weights
                  impl: str = "fused", # how cells are computed: fused, or reference (operation by operation)
-                 recompute: bool = False # keep only the maps between cells for the backward pass, and compute the others again
+                 recompute: str = "none" # of which cells (none, earlier, all) only the inputs are kept for the backward pass, and the maps inside computed again; earlier: those of earlier stages
                 ):
         super().__init__()
         self.impl, self.recompute = impl, recompute
@@ -38,7 +38,7 @@ class SuperNet(nn.Module):
         self.register_buffer("op_live", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("node_n", torch.tensor([len(NODE_EDGES[n]) * len(OPS) for n in range(INPUTS, STATES)]), persistent=False)
         self.stem = Stem(spec, self._generator(1))
-        self.cells, self.head, self.discretising = nn.ModuleList(), None, False
+        self.cells, self.head, self.discretising, self.first = nn.ModuleList(), None, False, 0
 
     def _generator(self, *what)->torch.Generator:
         "A generator for one part of the net: parts do not depend on the order in which they are made."
@@ -51,6 +51,7 @@ class SuperNet(nn.Module):
             )->list: # parameters that are new
         "Add cells up to `end`, with everything live, and put the stage's head on top."
         device = self.alpha.device
+        if len(self.cells) <= end: self.first = len(self.cells) # cell of this stage
         for c in range(len(self.cells), end + 1):
             spec = self.spec.cell[c]
             ops = torch.ones(len(EDGES), len(OPS), dtype=torch.bool)
@@ -90,7 +91,8 @@ class SuperNet(nn.Module):
         for c, cell in enumerate(self.cells):
             t_gate, t_weight = self.thresholds(c)
             args = (cell.reference, x0, x1, alpha[c], t_gate, t_weight) if plain else (cell, x0, x1, alpha[c], cell.gates(t_gate), cell.weights(t_weight), b)
-            y, mean, var = checkpoint(*args, use_reentrant=False, preserve_rng_state=False) if self.recompute and torch.is_grad_enabled() else args[0](*args[1:])
+            again = self.recompute == "all" or self.recompute == "earlier" and c < self.first
+            y, mean, var = checkpoint(*args, use_reentrant=False, preserve_rng_state=False) if again and torch.is_grad_enabled() else args[0](*args[1:])
             if self.training: cell.track(mean, var, n)
             x0, x1 = x1, y
         return self.head(x1, b)
