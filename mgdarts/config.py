@@ -8,8 +8,8 @@ import dataclasses, difflib, json, math
 from dataclasses import dataclass, field, asdict
 
 # %% auto #0
-__all__ = ['PARTS', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Config', 'knobs', 'resolve',
-           'validate', 'to_dict', 'from_dict', 'configure', 'preset', 'settings_of']
+__all__ = ['PARTS', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Compute', 'Config', 'knobs',
+           'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'preset', 'settings_of']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -107,7 +107,17 @@ class Train:
     autoaugment: bool = knob(False, "AutoAugment (CIFAR-10 policy)")
     weights: str = knob("scratch", "start from fresh weights, or from the super-net's", choices=("scratch", "supernet"))
 
-# %% ../nbs/00_config.ipynb #89391a76
+# %% ../nbs/00_config.ipynb #6caf45c6
+@dataclass
+class Compute:
+    "How the super-net is computed."
+    impl: str = knob("fused", "the fast implementation, or the reference, operation by operation", choices=("fused", "reference"))
+    recompute: str = knob("none", "cells whose maps are computed again in the backward pass instead of kept: less memory, more time; earlier: those of earlier stages", choices=("none", "earlier", "all"))
+    amp: bool = knob(False, "maps in bfloat16 (autocast); masks, gates, thresholds and batch-norm statistics stay in float32")
+    tf32: bool = knob(False, "matrix products of float32 numbers in TF32, on GPUs that have it")
+    compile: bool = knob(False, "torch.compile for each cell, anew after each commit; for GPUs")
+
+# %% ../nbs/00_config.ipynb #84e8309a
 @dataclass
 class Config:
     "A whole run."
@@ -115,13 +125,14 @@ class Config:
     data: Data = field(default_factory=Data)
     search: Search = field(default_factory=Search)
     train: Train = field(default_factory=Train)
+    compute: Compute = field(default_factory=Compute)
     method: str = knob("mg-darts", "search method", choices=("mg-darts",))
     preset: str = knob("", "name of the preset the run started from")
     seed: int = knob(0, "seed of everything random", 0, 2**31 - 1)
     threads: int = knob(0, "CPU threads of the run; 0: as many as torch takes (small nets are fastest with one)", 0, 1024)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
 
-PARTS = ("space", "data", "search", "train")
+PARTS = ("space", "data", "search", "train", "compute")
 
 # %% ../nbs/00_config.ipynb #4aae9c55
 def knobs(cfg: Config)->dict: # full name -> (owner, dataclass field)
@@ -228,7 +239,7 @@ def configure(cfg: Config, # starting point, not changed
         setattr(owner, f.name, _read(name, f, given))
     return validate(new)
 
-# %% ../nbs/00_config.ipynb #52b59d2d
+# %% ../nbs/00_config.ipynb #1385b2e8
 PRESETS = {
     "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
               "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
@@ -236,9 +247,9 @@ PRESETS = {
     "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10-jpeg", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
             "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
             "train.epochs": 60, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "small": {"space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},
-    "large": {"space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.0},
-    "imagenet": {"space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 4.0,
+    "small": {"compute.recompute": "earlier", "space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},
+    "large": {"compute.recompute": "earlier", "space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.0},
+    "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 4.0,
                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
 }

@@ -29,7 +29,7 @@ def step(x: Tensor)->Tensor: # same shape, 0 or 1
     "S(x) of Eq. 1-3; its gradient is `surrogate`."
     return _Step.apply(x)
 
-# %% ../nbs/04_discretise.ipynb #154a804a
+# %% ../nbs/04_discretise.ipynb #2213d196
 class _Discretise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g, t, lengths, live, protected):
@@ -50,7 +50,7 @@ class _Discretise(torch.autograd.Function):
         if live: h *= live[0]
         gh = grad * h
         # d/dt = -g h, summed over the units of a threshold; d/dg = S + |g| h
-        grad_t = -torch.segment_reduce(gh * g, "sum", lengths=lengths, initial=0) if ctx.needs_input_grad[1] else None
+        grad_t = -torch.segment_reduce(gh * g, "sum", lengths=lengths, unsafe=True, initial=0) if ctx.needs_input_grad[1] else None
         return torch.addcmul(grad * on, gh, a), grad_t, None, None, None
 
 def discretise(g: Tensor, # [n] scaled granularity parameters: sigma(alpha), sigma(beta) or omega
@@ -62,7 +62,7 @@ def discretise(g: Tensor, # [n] scaled granularity parameters: sigma(alpha), sig
     "M_g of Eq. 1-3, with gradients to `g` and `t`."
     return _Discretise.apply(g, t, lengths, live, protected)
 
-# %% ../nbs/04_discretise.ipynb #e4eb8ec0
+# %% ../nbs/04_discretise.ipynb #20a008da
 @torch.no_grad()
 def strongest(g: Tensor, # [n]
               lengths: Tensor, # [m] int64, sizes of consecutive groups
@@ -71,14 +71,14 @@ def strongest(g: Tensor, # [n]
     "Marks the strongest live unit of each group, the first one among equals."
     a = g.detach().abs()
     if live is not None: a = a.masked_fill(~live, -1)
-    best = torch.segment_reduce(a, "max", lengths=lengths).repeat_interleave(lengths, output_size=g.numel())
+    best = torch.segment_reduce(a, "max", lengths=lengths, unsafe=True).repeat_interleave(lengths, output_size=g.numel())
     # float64 positions stay exact for any vector that fits in memory
     at = torch.arange(g.numel(), device=g.device, dtype=torch.float64)
-    first = torch.segment_reduce(at.masked_fill(a != best, float("inf")), "min", lengths=lengths)
+    first = torch.segment_reduce(at.masked_fill(a != best, float("inf")), "min", lengths=lengths, unsafe=True)
     out = at == first.repeat_interleave(lengths, output_size=g.numel())
     return out if live is None else out & live
 
-# %% ../nbs/04_discretise.ipynb #cda9b5b4
+# %% ../nbs/04_discretise.ipynb #d190f71b
 @torch.no_grad()
 def start_thresholds(g: Tensor, # [n]
                      lengths: Tensor, # [m]
@@ -88,7 +88,7 @@ def start_thresholds(g: Tensor, # [n]
     "Thresholds just under the smallest live unit of each group; 0 for a group without live units."
     a = g.detach().abs()
     if live is not None: a = a.masked_fill(~live, float("inf"))
-    low = torch.segment_reduce(a, "min", lengths=lengths)
+    low = torch.segment_reduce(a, "min", lengths=lengths, unsafe=True)
     return torch.where(torch.isfinite(low), low * (1 - margin), torch.zeros_like(low))
 
 # %% ../nbs/04_discretise.ipynb #9de9e87b

@@ -32,7 +32,7 @@ def size_loss(alpha: Tensor, # [cells, 14, 7]
         parts.append(torch.log1p(n * g[:, e] / z.clamp(min=1e-12)))
     return (torch.cat(parts, 1) * live * price).sum()
 
-# %% ../nbs/07_loss.ipynb #6926d479
+# %% ../nbs/07_loss.ipynb #c7787484
 def cost(cell: Cell,
          t_gate: Tensor|None, t_weight: Tensor|None, # from `SuperNet.thresholds`
          what: str = "params" # or "macs"
@@ -40,7 +40,7 @@ def cost(cell: Cell,
     "Differentiable, mask-aware size of each live operation of a cell."
     lay, n = cell.layout, len(EDGES) * len(OPS)
     g = torch.sigmoid(cell.beta)
-    total = torch.segment_reduce(g, "sum", lengths=cell.gate_n)
+    total = torch.segment_reduce(g, "sum", lengths=cell.gate_n, unsafe=True)
     spread = lambda v, l, like: v.repeat_interleave(l, output_size=len(like))
     share = torch.log1p(spread(cell.gate_n, cell.gate_n, g) * g / spread(total, cell.gate_n, g)) / math.log(2)
     if t_gate is not None: share = share * step(g - spread(t_gate[cell.gate_of], cell.gate_len, g)).masked_fill(cell.skips, 1)

@@ -24,11 +24,12 @@ __all__ = ['device_of', 'environment', 'write_json', 'read_json', 'new_folder', 
            'Checkpoints', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_config', 'search',
            'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
 
-# %% ../nbs/14_runs.ipynb #b68d1fec
+# %% ../nbs/14_runs.ipynb #b3f4c058
 def device_of(cfg: Config)->torch.device:
     "The device a configuration asks for, with its number of threads set. `InputError` when it is not there."
     name = cfg.device
     if cfg.threads: torch.set_num_threads(cfg.threads)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.compute.tf32
     if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try: device = torch.device(name)
     except RuntimeError: raise InputError(f"device {name!r} is not one: use auto, cpu, cuda or cuda:N") from None
@@ -143,7 +144,7 @@ class Progress:
                             description=f"{e.stage} · epoch {e.epoch} {d['phase']} loss {e.loss:.3f} val {d['val_acc']:.1f} % size {d['params'] / 1e6:.4f} of {d['target'] / 1e6:.4f} M")
         elif e.type in ("done", "result"): self.bar.update(self.task, completed=self.bar.tasks[0].total)
 
-# %% ../nbs/14_runs.ipynb #01d500f2
+# %% ../nbs/14_runs.ipynb #4bc614d5
 def net_spec(cfg: Config, splits: Splits)->NetSpec:
     "The super-net that fits the data."
     return NetSpec(cfg.space.channels, cfg.space.cells, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem)
@@ -155,7 +156,7 @@ def make_search(cfg: Config,
     device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
     train = Loader(splits, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data))
-    return Search(net_spec(cfg, splits), {"train": train, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device)
+    return Search(net_spec(cfg, splits), {"train": train, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, cfg.compute)
 
 def make_trainer(cfg: Config, arch: Architecture, splits: Splits, init_state: dict|None = None)->Trainer:
     "A retraining as a configuration describes it, not begun."

@@ -93,7 +93,7 @@ def difference(net, x):
     seen = []
     for impl in ("reference", "fused"):
         twin = copy.deepcopy(net)
-        twin.impl = impl
+        twin.compute.impl = impl
         y = twin(x)
         (y**2).mean().backward()
         seen.append([y.detach()] + [p.grad for p in twin.parameters() if p.grad is not None] + [v for c in twin.cells for v in (c.mean, c.var)])
@@ -123,7 +123,7 @@ def test_other_ways_to_the_same_gradients(how, monkeypatch):
     for other in (False, True):
         twin = copy.deepcopy(net)
         if other and how == "recompute":
-            twin.recompute = "all"
+            twin.compute.recompute = "all"
         if other and how == "native":
             monkeypatch.setattr("mgdarts.kernels.native", lambda x: True)
             monkeypatch.setattr("mgdarts.supernet.native", lambda x: True)
@@ -131,3 +131,41 @@ def test_other_ways_to_the_same_gradients(how, monkeypatch):
         seen.append([p.grad for p in twin.parameters() if p.grad is not None] + [c.var for c in twin.cells])
     for a, b in zip(*seen):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+def test_a_compiled_cell_computes_the_same_before_and_after_a_commit(monkeypatch):
+    # the compiler's own backend needs a C++ compiler; this one traces the graph and runs it
+    monkeypatch.setattr(SuperNet, "COMPILER", "aot_eager")
+    net = SuperNet(NetSpec(2, 3, size=8), seed=1)
+    net.open(0, 0)
+    net.discretising = True
+    twin = copy.deepcopy(net)
+    twin.compute.compile = True
+    twin._forget()
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for pruned in (False, True):
+        if pruned:
+            prune(net, 1, 0.2)
+            prune(twin, 1, 0.2)
+        for n in (net, twin):
+            n.zero_grad()
+            n(x).square().mean().backward()
+        assert len(twin._compiled) == 1
+        for p, q in zip(net.parameters(), twin.parameters()):
+            if p.grad is not None:
+                assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6
+
+
+def test_bfloat16_leaves_masks_gates_and_statistics_in_float32():
+    net = random_net(2, 8, torch.float)
+    x, seen = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []
+    for amp in (False, True):
+        twin = copy.deepcopy(net)
+        twin.compute.amp = amp
+        y = twin(x)
+        y.square().mean().backward()
+        assert y.dtype == torch.float and all(p.grad.dtype == torch.float for p in twin.parameters() if p.grad is not None)
+        seen.append((y.detach(), twin.strengths().detach(), twin.cells[0].gates(twin.thresholds(0)[0]).detach(), twin.cells[0].mean))
+    assert torch.equal(seen[0][1], seen[1][1]) and torch.equal(seen[0][2], seen[1][2])
+    assert seen[1][3].dtype == torch.float
+    assert 0 < (seen[0][0] - seen[1][0]).norm() < 0.1 * seen[0][0].norm()
