@@ -18,7 +18,7 @@ from .search import make_optimizer, plan
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['Accountant', 'StepMemory', 'step_memory', 'memory_plan']
+__all__ = ['Accountant', 'StepMemory', 'step_memory', 'prune_to', 'memory_plan']
 
 # %% ../nbs/11_memory.ipynb #8929ca52
 class Accountant(TorchDispatchMode):
@@ -87,31 +87,42 @@ def step_memory(net: SuperNet, cfg: Settings,
             peak, kept = run()
     return StepMemory(name, peak + 2 * fixed - _bytes(net.buffers()), fixed, _bytes(params), _bytes(params), kept, live)
 
-# %% ../nbs/11_memory.ipynb #38d91c03
-def _thin(net: SuperNet, keep: float, # share of the parameters
-          back: float, # share of the pruned operations that return
-          generator: torch.Generator):
-    "Prune random operations until `keep` of the parameters are left, then let some return."
+# %% ../nbs/11_memory.ipynb #236178fb
+def _order(net: SuperNet, generator: torch.Generator)->tuple: # (live operations [cells, 14, 7], [k, 3] those that may go, in random order)
+    "Every node keeps one operation, whatever goes."
     ops = net.op_live[:len(net.cells)].cpu().clone()
-    protected = torch.zeros_like(ops)
+    free = ops.clone()
     for c in range(len(ops)):
         for node in range(INPUTS, STATES):
             units = (ops[c, NODE_EDGES[node]].nonzero() + torch.tensor([NODE_EDGES[node][0], 0])).tolist()
             e, o = units[int(torch.randint(len(units), (1,), generator=generator))]
-            protected[c, e, o] = True
-    free = (ops & ~protected).nonzero()
-    free = free[torch.randperm(len(free), generator=generator)]
+            free[c, e, o] = False
+    free = free.nonzero()
+    return ops, free[torch.randperm(len(free), generator=generator)]
+
+def _without(ops, gone):
+    live = ops.clone()
+    live[gone.unbind(1)] = False
+    return live
+
+def prune_to(net: SuperNet, live: float, # share of the operations that stays
+             generator: torch.Generator):
+    "Prune random operations."
+    ops, free = _order(net, generator)
+    net.rebuild(_without(ops, free[:min(len(free), int(ops.sum()) - int(live * int(ops.sum())))]), [net.full_gates(c) for c in range(len(net.cells))])
+
+def _thin(net: SuperNet, keep: float, # share of the parameters
+          back: float, # share of the pruned operations that return
+          generator: torch.Generator):
+    "Prune random operations until `keep` of the parameters are left, then let some return."
+    ops, free = _order(net, generator)
     gates, start = [net.full_gates(c) for c in range(len(net.cells))], net.count().params
-    def left(k):
-        live = ops.clone()
-        live[free[:k].unbind(1)] = False
-        return live
     lo, hi = 0, len(free) # the fewest that reach the target
     while lo < hi:
         k = (lo + hi) // 2
-        if net.count(left(k), [g[c.layout.slots["gates"]] for g, c in zip(gates, net.cells)]).params <= keep * start: hi = k
+        if net.count(_without(ops, free[:k]), [g[c.layout.slots["gates"]] for g, c in zip(gates, net.cells)]).params <= keep * start: hi = k
         else: lo = k + 1
-    net.rebuild(left(lo - int(back * lo)), gates)
+    net.rebuild(_without(ops, free[:lo - int(back * lo)]), gates)
 
 def memory_plan(spec: NetSpec, cfg: Settings,
                 batch: int, # images a step

@@ -15,8 +15,9 @@ from .architecture import Architecture, count, counts
 
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS', 'RUN_SYMBOLS',
-           'OP_STYLES', 'STYLE', 'theme', 'empty', 'epochs_of', 'stage_spans', 'series', 'dynamics', 'size_and_lambda',
-           'learning', 'retrain_curves', 'cell_title', 'cell_graph', 'cells', 'distribution', 'report', 'write_report']
+           'OP_STYLES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'epochs_of', 'stage_spans', 'series', 'dynamics',
+           'size_and_lambda', 'learning', 'retrain_curves', 'cell_title', 'cell_graph', 'cells', 'distribution',
+           'memory_figure', 'scaling', 'report', 'write_report']
 
 # %% ../nbs/30_plots.ipynb #2ecef2b9
 GREY, GRID, BAND = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)"
@@ -248,6 +249,33 @@ def distribution(arch: Architecture)->go.Figure:
     theme(fig, 480, 44).update_layout(barmode="group", bargap=.3, bargroupgap=.08)
     fig.update_xaxes(showgrid=False, type="category").update_yaxes(title_text="retention ratio", range=[0, 1.05])
     return fig.update_xaxes(title_text="cell", row=1, col=1).update_xaxes(title_text="operation type", row=2, col=1)
+
+# %% ../nbs/30_plots.ipynb #b40c5752
+MEMORY_PARTS = {"params": ("parameters", "#0072B2"), "optimizer": ("momentum", "#E69F00"), "rest": ("maps, and gradients at the peak", "#56B4E9")}
+
+def memory_figure(plans: dict, # label -> stages, dictionaries of `StepMemory`
+                  paper: dict|None = None # label -> GB, drawn as lines
+                 )->go.Figure:
+    "Peak memory of each stage of some plans, side by side."
+    fig = go.Figure()
+    xs = [[label for label, p in plans.items() for _ in p], [m["name"] for p in plans.values() for m in p]]
+    stages = [{**m, "rest": m["peak_bytes"] - m["params"] - m["optimizer"]} for p in plans.values() for m in p]
+    for key, (name, colour) in MEMORY_PARTS.items():
+        fig.add_bar(x=xs, y=[m[key] / 1e9 for m in stages], name=name, marker_color=colour, hovertemplate="%{y:.2f} GB")
+    for label, value in (paper or {}).items(): fig.add_hline(y=value, line_dash="dot", line_color=GREY, annotation_text=html.escape(label), annotation_position="top left")
+    fig.update_layout(barmode="stack")
+    return theme(fig, 400).update_yaxes(title="peak memory (GB)")
+
+def scaling(panels: dict, # title -> (axis title, [(label, xs, ys)])
+            y: str # title of the y axes
+           )->go.Figure:
+    "A row of panels with lines: how something grows with something else."
+    fig = make_subplots(1, len(panels), subplot_titles=[html.escape(t) for t in panels], shared_yaxes=False, horizontal_spacing=.08)
+    for i, (axis, lines) in enumerate(panels.values(), 1):
+        for (label, xs, ys), colour, symbol in zip(lines, RUN_COLOURS, RUN_SYMBOLS):
+            fig.add_scatter(x=xs, y=ys, name=label, mode="lines+markers", line_color=colour, marker_symbol=symbol, legendgroup=label, showlegend=i == 1, row=1, col=i)
+        fig.update_xaxes(title=axis, rangemode="tozero", row=1, col=i).update_yaxes(rangemode="tozero", row=1, col=i)
+    return theme(fig, 380, 80, "closest").update_yaxes(title=y, col=1)
 
 # %% ../nbs/30_plots.ipynb #7a6fadb5
 STYLE = """:root{color-scheme:light dark;--fg:#1d2126;--bg:#fff;--dim:#666e78;--line:#dfe2e6}

@@ -174,13 +174,14 @@ def read_config(run: str|Path)->Config:
     "The configuration of a run folder."
     return from_dict(read_json(Path(run) / "config.json", "a run folder").get("config", {}))
 
-# %% ../nbs/14_runs.ipynb #054f1812
+# %% ../nbs/14_runs.ipynb #a85b6291
 def search(cfg: Config|None, # None: resume with the folder's own
            out: str|Path|None = None, # run folder; None: a new one under runs/
            resume: bool = False, # go on with `out`
            splits: Splits|None = None, # data, if it is loaded already
            quiet: bool = True, # no progress bar
-           listeners: tuple = () # more listeners, each called with every event but steps
+           listeners: tuple = (), # more listeners, each called with every event but steps
+           prepare=None # called with the search before it starts
           )->dict: # the run's result, JSON-ready
     "Search, derive, and write the run folder. `InputError` on bad input, `NonFiniteLoss` when the loss is lost."
     start, saved = time.time(), None
@@ -201,6 +202,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
     recorder = Recorder(out / "events.jsonl", loop.emitted)
     saver = Saver(loop, out / "checkpoint")
     heard = "stage", "epoch", "commit", "regrow", "done"
+    if prepare: prepare(loop)
     with Progress(len(loop.stages), quiet) as bar:
         if saved: bar.stage, bar.start = loop.stage, loop.start
         for listener in (recorder, bar, *listeners): loop.events.listen(listener, *heard)
