@@ -259,14 +259,14 @@ def random_architecture(spec: NetSpec,
     if best is None: raise InputError(f"no random architecture of this space has {params_target} parameters or fewer: the smallest tried has {smallest}")
     return best
 
-# %% ../nbs/11_architecture.ipynb #65f58740
+# %% ../nbs/11_architecture.ipynb #f011b602
 class _Part(nn.Module):
     "Kernels by role, and batch norms."
     def __init__(self, kernels, widths, generator, stride=1):
         super().__init__()
         self.stride = stride
         for role, shape in kernels: setattr(self, role, init_conv(shape, _numel(shape[1:]), generator))
-        self.norms = nn.ModuleList(nn.BatchNorm2d(w) for w in widths)
+        self.norms = nn.ModuleList(Norm(w) for w in widths)
 
 class SepConv(_Part):
     "Depthwise, pointwise, batch norm, and the same again."

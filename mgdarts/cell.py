@@ -268,7 +268,7 @@ class ReferenceCell(StoredCell):
             states.append(total)
         return torch.cat(states[INPUTS:], 1), *(torch.cat(s) for s in zip(*(stats[i] for i in range(len(stats)))))
 
-# %% ../nbs/06_cell.ipynb #f2ba893c
+# %% ../nbs/06_cell.ipynb #dbcf0a3b
 class Cell(ReferenceCell):
     "One cell of the super-net. Maps are channels-last, with some images abreast."
     def gates(self, thresholds: Tensor|None, # [2 + 98 + 1] or None: everything on
@@ -285,7 +285,7 @@ class Cell(ReferenceCell):
         if thresholds is None: return self.omega * self.omega_live
         return discretise(self.omega, thresholds[self.conv], self.conv_len, self.omega_live)
 
-    def forward(self, x0: Tensor, x1: Tensor, # [N/B, B live in0, H, W], [N/B, B live in1, H, W]
+    def forward(self, x0: Tensor, x1: Tensor, # [N/B, B live in0, H, W], [N/B, B live in1, H, W], both after a ReLU
                 alpha: Tensor, # [98] M_alpha of this cell's operations
                 gate: Tensor, # [filters] from `gates`
                 omega: Tensor, # from `weights`
@@ -303,10 +303,10 @@ class Cell(ReferenceCell):
         strength, places = gate.split(self.gate_sizes), self.places.split(self.place_sizes)
         factors, stats = alpha.index_select(0, self.through).split(self.through_sizes), []
         index = [None] * len(scale) if native(x0) else self.spread(b)
-        def norms(i): return scale[i], shift[i], (mean[i], var[i]), index[i], b, self.training
+        def norms(i): return dict(scale=scale[i], shift=shift[i], running=(mean[i], var[i]), index=index[i], b=b, training=self.training, reuse=True)
 
-        pre = [pointwise(F.relu(x), plain[k[0]], b) if len(k) == 1 else factorized_reduce(even_odd(F.relu(x)), plain[k[0]], plain[k[1]], b) for x, (k, _) in zip((x0, x1), self.pre)]
-        states, *s = normalise(pre, *norms(0)); stats.append(s)
+        pre = [pointwise(x, plain[k[0]], b) if len(k) == 1 else factorized_reduce(even_odd(x), plain[k[0]], plain[k[1]], b) for x, (k, _) in zip((x0, x1), self.pre)]
+        states, *s = normalise(pre, **norms(0)); stats.append(s)
         reached = {} # (node, edge, operation) -> the first half of a separable convolution, the whole of a dilated one
         pools, split = {}, {}
         def reach(s): # everything that reads state s
@@ -323,7 +323,7 @@ class Cell(ReferenceCell):
             def put(y, op): return y if op.place is None else among(y, places[op.place], self.channels[node], b)
             got = lambda op: reached.pop((op.edge, op.op))
             middle, s = [got(op) for op in plan.sep], (mean[3 * i + 1], var[3 * i + 1])
-            if middle: middle, *s = normalise(middle, *norms(3 * i + 1), relu=True)
+            if middle: middle, *s = normalise(middle, **norms(3 * i + 1), relu=True)
             stats.append(s)
             ends = [pairs(y, [Pair(K[op.kernels[2]], K[op.kernels[3]], None if op.place is None else places[op.place], self.channels[node])], b)[0] for y, op in zip(middle, plan.sep)]
             ends += [got(op) for op in plan.dil]
@@ -334,11 +334,11 @@ class Cell(ReferenceCell):
                 ends.append(put(factorized_reduce(split[src], a * m[:len(a)], c * m[len(a):], b), op))
             through = [put(states[EDGES[op.edge][0]] if op.op == SKIP else pool(op.op, EDGES[op.edge][0], self.spec.stride(op.edge)), op) for op in plan.through]
             total, s = None, (mean[3 * i + 2], var[3 * i + 2])
-            if ends or through: total, *s = normalise_sum(ends, through, factors[i], *norms(3 * i + 2))
+            if ends or through: total, *s = normalise_sum(ends, through, factors[i], **norms(3 * i + 2))
             stats.append(s)
             s = mean[3 * i + 3], var[3 * i + 3]
             if plan.phased:
-                y, *s = normalise_sum([got(op) for op in plan.phased], [], None, *norms(3 * i + 3))
+                y, *s = normalise_sum([got(op) for op in plan.phased], [], None, **norms(3 * i + 3))
                 total = from_phases(y) if total is None else total + from_phases(y)
             stats.append(s)
             states.append(total)

@@ -29,7 +29,7 @@ def step(x: Tensor)->Tensor: # same shape, 0 or 1
     "S(x) of Eq. 1-3; its gradient is `surrogate`."
     return _Step.apply(x)
 
-# %% ../nbs/04_discretise.ipynb #2213d196
+# %% ../nbs/04_discretise.ipynb #543d93b2
 class _Discretise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, g, t, lengths, live, protected):
@@ -45,13 +45,15 @@ class _Discretise(torch.autograd.Function):
         g, t, lengths, on, *live = ctx.saved_tensors
         a = g.abs()
         x = a - t.repeat_interleave(lengths, output_size=g.numel())
-        h = surrogate(x)
-        h.masked_fill_(on & (x <= 0), 0) # held up by protection: S is constant there
+        held = on & (x <= 0) # up by protection: S is constant there
+        # h is `surrogate(x)`, in place: these vectors are as long as all weights of a cell
+        x.abs_()
+        h = (2 - 4 * x).clamp_(min=.4).masked_fill_(held.logical_or_(x > 1), 0)
         if live: h *= live[0]
-        gh = grad * h
+        h *= grad
         # d/dt = -g h, summed over the units of a threshold; d/dg = S + |g| h
-        grad_t = -torch.segment_reduce(gh * g, "sum", lengths=lengths, unsafe=True, initial=0) if ctx.needs_input_grad[1] else None
-        return torch.addcmul(grad * on, gh, a), grad_t, None, None, None
+        grad_t = torch.segment_reduce(h * g, "sum", lengths=lengths, unsafe=True, initial=0).neg_() if ctx.needs_input_grad[1] else None
+        return torch.addcmul(grad * on, h, a), grad_t, None, None, None
 
 def discretise(g: Tensor, # [n] scaled granularity parameters: sigma(alpha), sigma(beta) or omega
                t: Tensor, # [m] thresholds

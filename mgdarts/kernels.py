@@ -94,7 +94,7 @@ def among(x: Tensor, # [N/B, B F, H, W]
     "A map's channels among others that are 0: as a 1x1 convolution, which is the fastest way to write channels by index."
     return pointwise(x, torch.eye(width, dtype=x.dtype, device=x.device)[:, place, None, None], b)
 
-# %% ../nbs/02_kernels.ipynb #1bae9a20
+# %% ../nbs/02_kernels.ipynb #343b92ba
 @dataclass
 class Pair:
     "A depthwise convolution, then a pointwise one."
@@ -125,6 +125,7 @@ def _full(point, place, width): return point if place is None else point.new_zer
 class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, b, relu, x, *weights):
+        ctx.set_materialize_grads(False)
         r = _dense(F.relu(x) if relu else x)
         seen, us, fulls, out, side = {}, [], [], [], x.shape[-1]
         for (place, width, what, dilation, stride), depth, point in zip(how, weights[::2], weights[1::2]):
@@ -182,7 +183,7 @@ def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
         out.append(F.conv2d(u, p.point if place is None else p.point.new_zeros(width, *p.point.shape[1:]).index_copy(0, place, p.point)))
     return out
 
-# %% ../nbs/02_kernels.ipynb #df8699a1
+# %% ../nbs/02_kernels.ipynb #586b7194
 def _fold(values: list, index: Tensor, n: int)->Tensor: # [n]
     "Sums over the images that lie abreast."
     v = torch.cat(values)
@@ -190,18 +191,19 @@ def _fold(values: list, index: Tensor, n: int)->Tensor: # [n]
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scale, shift, factors, running, index, b, add, relu, training, n, *maps):
+    def forward(ctx, scale, shift, factors, running, index, b, add, relu, training, reuse, n, *maps):
+        ctx.set_materialize_grads(False)
         zs, passing = [_rows(_dense(z), z.shape[1]) for z in maps[:n]], [_rows(_dense(x), x.shape[1]) for x in maps[n:]]
         sizes, (mean, var) = [z.shape[1] for z in zs], running
         if training and n:
             m, v = zip(*(torch.ops.aten.batch_norm_update_stats(z[..., None, None], None, None, 0.) for z in zs))
             mean = _fold(m, index, len(scale)) / b
             var = _fold(v, index, len(scale)) / b
-            if b > 1: var += _fold([(torch.cat(m) - mean[index]).square_()], index, len(scale)) / b
+            if b > 1: var += _fold([torch.cat(m).sub_(mean.index_select(0, index)).square_()], index, len(scale)) / b
         inv = (var + EPS).rsqrt_()
         a = scale * inv
         shift = torch.addcmul(shift, mean, a, value=-1)
-        A, S = a[index].split(sizes), shift[index].split(sizes)
+        A, S = a.index_select(0, index).split(sizes), shift.index_select(0, index).split(sizes)
         if add:
             total = torch.addcmul(sum(S), zs[0], A[0]) if n else passing[0] * factors[0]
             for z, s in zip(zs[1:], A[1:]): total.addcmul_(z, s)
@@ -214,17 +216,18 @@ class _Normalise(torch.autograd.Function):
         out = [_map(y, m.shape) for y, m in zip(ys, maps)]
         ctx.save_for_backward(a, inv, mean, factors, index, *zs, *passing, *(out if relu else []))
         ctx.shapes = [m.shape for m in maps]
-        ctx.how = b, add, relu, training, n
+        ctx.how = b, add, relu, training, reuse, n
         ctx.mark_non_differentiable(mean, var)
         return (*out, mean, var)
 
     @staticmethod
     def backward(ctx, *grads):
-        b, add, relu, training, n = ctx.how
+        b, add, relu, training, reuse, n = ctx.how
         a, inv, mean, factors, index, *maps = ctx.saved_tensors
         maps, out = (maps[:len(maps) // 2], maps[len(maps) // 2:]) if relu else (maps, None)
         zs, passing = maps[:n], maps[n:]
-        gs = [_rows(_dense(g), g.shape[1]) for g in grads[:1 if add else n]]
+        # a state that no operation reads any more has no gradient
+        gs = [torch.zeros_like(z) if g is None else _rows(_dense(g), g.shape[1]) for g, z in zip(grads[:1 if add else n], maps)]
         if relu: gs = [torch.ops.aten.threshold_backward(g, _rows(y, g.shape[1]), 0) for g, y in zip(gs, out)]
         spread = gs * n if add else gs
         d_scale = d_shift = d_factors = None
@@ -234,18 +237,18 @@ class _Normalise(torch.autograd.Function):
             d_shift = _fold(sums, index, len(a))
             d_scale = _fold([(g * z).sum(0) for g, z in zip(spread, zs)], index, len(a)).addcmul_(mean, d_shift, value=-1).mul_(inv)
             sizes = [z.shape[1] for z in zs]
-            A = a[index].split(sizes)
+            A = a.index_select(0, index).split(sizes)
             if training:
                 count = zs[0].shape[0] * b
                 k1 = (a * inv * d_scale).div_(-count)
                 k0 = (a * d_shift).div_(-count).addcmul_(k1, mean, value=-1)
-                results = [torch.addcmul(c0, z, c1, out=z).addcmul_(g, k) for g, z, k, c1, c0 in zip(spread, zs, A, k1[index].split(sizes), k0[index].split(sizes))] # nobody needs the maps any more: their memory is reused
+                results = [torch.addcmul(c0, z, c1, out=z if reuse else None).addcmul_(g, k) for g, z, k, c1, c0 in zip(spread, zs, A, k1.index_select(0, index).split(sizes), k0.index_select(0, index).split(sizes))]
             else: results = [g * k for g, k in zip(spread, A)]
         if passing:
             g = gs[0]
             d_factors = torch.stack([torch.dot(g.view(-1), x.view(-1)) for x in passing])
             results += [g * f for f in factors]
-        return d_scale, d_shift, d_factors, *(None,) * 7, *map(_map, results, ctx.shapes)
+        return d_scale, d_shift, d_factors, *(None,) * 8, *map(_map, results, ctx.shapes)
 
 def _native(maps, scale, shift, running, training)->tuple: # normalised maps, means, variances
     sizes = [z.shape[1] for z in maps]
@@ -259,19 +262,20 @@ def normalise(maps: list, # [N/B, B F_i, H, W] each
               running: tuple, # ([sum of F_i] means, [sum of F_i] variances), for evaluation
               index: Tensor, # [sum of B F_i] int64, from `spread_index`
               b: int, training: bool,
-              relu: bool = False # after each
+              relu: bool = False, # after each
+              reuse: bool = False # the maps are nobody else's, and their memory may be written in the backward pass (of which there can then be one only)
              )->tuple: # (maps, [sum of F_i] means, [sum of F_i] variances), of this batch when training
     "Batch norms of many maps of as many pixels."
     if native(maps[0]):
         ys, mean, var = _native(maps, scale, shift, running, training)
         return [F.relu(y) if relu else y for y in ys], mean, var
-    *ys, mean, var = _Normalise.apply(scale, shift, None, running, index, b, False, relu, training, len(maps), *maps)
+    *ys, mean, var = _Normalise.apply(scale, shift, None, running, index, b, False, relu, training, reuse, len(maps), *maps)
     return ys, mean, var
 
 def normalise_sum(maps: list, # [N/B, B F, H, W] each, to be normalised
                   passing: list, # more of the same shape, added as they are
                   factors: Tensor|None, # [len(passing)]; None when there is none
-                  scale: Tensor, shift: Tensor, running: tuple, index: Tensor, b: int, training: bool # as for `normalise`
+                  scale: Tensor, shift: Tensor, running: tuple, index: Tensor, b: int, training: bool, reuse: bool = False # as for `normalise`
                  )->tuple: # ([N/B, B F, H, W] sum of the normalised maps and of factor times passing map, means, variances)
     "The sum of many batch norms and other maps."
     if native((maps or passing)[0]):
@@ -280,7 +284,7 @@ def normalise_sum(maps: list, # [N/B, B F, H, W] each, to be normalised
         for y in ys: total = y if total is None else total + y
         for x, f in zip(passing, () if factors is None else factors): total = x * f.to(x.dtype) if total is None else torch.addcmul(total, x.to(total.dtype), f.to(total.dtype))
         return total, mean, var
-    return _Normalise.apply(scale, shift, factors, running, index, b, True, False, training, len(maps), *maps, *passing)
+    return _Normalise.apply(scale, shift, factors, running, index, b, True, False, training, reuse, len(maps), *maps, *passing)
 
 def spread_index(sizes: list, # F_i
                  b: int

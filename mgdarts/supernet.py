@@ -18,7 +18,7 @@ from .cell import Cell, carry_columns, remap
 # %% auto #0
 __all__ = ['SuperNet']
 
-# %% ../nbs/06_supernet.ipynb #fdd8948c
+# %% ../nbs/06_supernet.ipynb #cdcdb94f
 class SuperNet(nn.Module):
     "The multi-granularity super-net of a `NetSpec`. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
@@ -93,6 +93,7 @@ class SuperNet(nn.Module):
         x0, x1 = self.stem(x)
         if plain: x0, x1 = x0.contiguous(), x1.contiguous() # plain NCHW maps
         if b > 1: x0, x1 = (widen(x1, b),) * 2 if x0 is x1 else (widen(x0, b), widen(x1, b))
+        x0, x1 = (x0.relu(),) * 2 if x0 is x1 else (x0.relu(), x1.relu()) # two cells read each map, and both begin with a ReLU
         alpha = self.strengths()
         for c, cell in enumerate(self.cells):
             t_gate, t_weight = self.thresholds(c)
@@ -101,8 +102,8 @@ class SuperNet(nn.Module):
                 y, mean, var = checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
             else: y, mean, var = f(*args)
             if self.training: cell.track(mean, var, n)
-            x0, x1 = x1, y
-        return self.head(x1, b)
+            if c + 1 < len(self.cells): x0, x1 = x1, y.relu()
+        return self.head(y, b)
 
     # Between two commits shapes stay, and a compiled cell can be used again.
     COMPILER = "inductor"

@@ -128,7 +128,8 @@ def test_every_mask_pattern_of_a_node_and_of_a_convolution():
                     w_dw, w_pw = omega[:18].view_as(dw), omega[18:].view_as(pw)
                     conv = norm(F.conv2d(F.conv2d(F.relu(s[0]), w_dw, None, 1, 2, 2, 2), w_pw), 4) * gate[4:].view(1, -1, 1, 1)
                     want = (alpha[0] * s[0] + alpha[3] * conv + alpha[6] * F.max_pool2d(s[0], 3, 1, 1) + alpha[7 + 5] * F.avg_pool2d(s[1], 3, 1, 1, count_include_pad=False))
-                    got = cell(x.contiguous(memory_format=torch.channels_last), x, alpha, gate, omega)[0][:, :2]
+                    r = F.relu(x).contiguous(memory_format=torch.channels_last)
+                    got = cell(r, r, alpha, gate, omega)[0][:, :2]
                     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
 
 
