@@ -1,11 +1,11 @@
-"Every chapter runs from top to bottom. The quickstart runs through papermill, in test_quickstart."
+"Every chapter runs from top to bottom. Notebooks with parameters run through papermill, in tests of their own."
 import pytest
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb as run_nb
 
 CFG = get_config()
-NOTEBOOKS = [p for p in sorted(nbglob(CFG.nbs_path, as_path=True)) if p.stem != "quickstart"]
+NOTEBOOKS = [p for p in sorted(nbglob(CFG.nbs_path, as_path=True)) if p.stem not in ("quickstart", "benchmarks")]
 run_nb.__test__ = False
 
 
