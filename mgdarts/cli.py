@@ -251,19 +251,21 @@ def runs_command(folder: Annotated[Optional[Path], typer.Argument(help="Folder o
     columns = ["run", "method", "preset", "dataset", "seed", "status", "params", "ops", "test_acc", "random_acc"]
     _show({"runs": out}, as_json, _table("runs", columns, [[r[c] for c in columns] for r in out]))
 
-# %% ../nbs/15_cli.ipynb #ca03f23d
+# %% ../nbs/15_cli.ipynb #8ba8fa4c
 def main(args: list|None = None # None: the process's own
         )->int: # exit code
     "Entry point."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # idle threads sleep; read when torch is loaded
-    from mgdarts.events import NonFiniteLoss
+    from mgdarts.events import NonFiniteLoss, RunFailed, Stopped
     def say(message): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
     try:
         code = typer.main.get_command(app).main(args, prog_name="mgdarts", standalone_mode=False)
         code = code if isinstance(code, int) else 0
     except InputError as e: say(e); code = 2
     except NonFiniteLoss as e: say(f"{e}; the state before it is saved: lower the learning rate and start a new run, or --resume to look at it"); code = 1
-    except KeyboardInterrupt: say("interrupted; the last state is saved: go on with --resume"); code = 130
+    except Stopped as e: say(e); code = e.code
+    except KeyboardInterrupt: say("interrupted; what was saved last is there: go on with --resume"); code = 130
+    except RunFailed as e: say(e); code = 1
     except OSError as e: say(e); code = 1
     except Exception as e:
         # argument errors of Typer and Click carry their own message and exit code

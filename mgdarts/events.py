@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass, field
 
 # %% auto #0
-__all__ = ['Event', 'plain', 'Emitter', 'NonFiniteLoss']
+__all__ = ['Event', 'plain', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'Stopped']
 
 # %% ../nbs/05_events.ipynb #b5b67fee
 @dataclass
@@ -56,10 +56,21 @@ class Emitter:
         for fn, types in list(self._listeners): # a copy: a listener may leave while it is called
             if not types or event.type in types: fn(event)
 
-# %% ../nbs/05_events.ipynb #89ca08f5
+# %% ../nbs/05_events.ipynb #bad48449
 class NonFiniteLoss(RuntimeError):
-    "The loss became NaN or infinite at or shortly before this step of this epoch."
-    def __init__(self, epoch: int, step: int # 0-based epoch, and step within it
+    "Something became NaN or infinite in this step of this epoch, or, where it is not said what, at or shortly before it."
+    def __init__(self, epoch: int, step: int, # 0-based epoch, and step within it
+                 what: str = "" # the first tensor that went bad
                 ):
-        super().__init__(f"the loss is not finite in epoch {epoch}, step {step}: lower the learning rate, or start again from the last checkpoint")
-        self.epoch, self.step = epoch, step
+        super().__init__(f"{what or 'the loss'} is not finite in epoch {epoch}, {'' if what else 'at or before '}step {step}: lower the learning rate, or start again from the last checkpoint")
+        self.epoch, self.step, self.what = epoch, step, what
+
+class RunFailed(RuntimeError):
+    "A run ended early; the message says why and what to do, in one line."
+
+class Stopped(KeyboardInterrupt):
+    "A signal ended the run after its state had been saved."
+    def __init__(self, number: int, name: str # of the signal
+                ):
+        super().__init__(f"stopped by {name}; the state is saved: go on with --resume")
+        self.code = 128 + number # exit code

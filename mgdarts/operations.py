@@ -131,7 +131,7 @@ class Classifier(nn.Module):
         "Put another parameter in its place, for other channels."
         self.weight = w
 
-# %% ../nbs/02_operations.ipynb #889ff192
+# %% ../nbs/02_operations.ipynb #93cd1da0
 class Stem(nn.Module):
     "From images [N, in_channels, size, size] to the two maps that the first cell reads, `spec.stem_out` channels each."
     def __init__(self, spec, # NetSpec
@@ -147,6 +147,19 @@ class Stem(nn.Module):
         x = self.convs[1](F.relu(x))
         return x, self.convs[2](F.relu(x))
 
+class _ReluPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, pool, stride):
+        r = F.relu(x)
+        ctx.save_for_backward(r > 0) # a quarter of the memory of the map
+        ctx.how = [pool] * 2, [stride] * 2, [0, 0], False, True, None
+        return F.avg_pool2d(r, pool, stride)
+    @staticmethod
+    def backward(ctx, grad):
+        on, = ctx.saved_tensors
+        like = grad.new_empty(on.shape).contiguous(memory_format=torch.channels_last) # only its shape is read
+        return torch.ops.aten.avg_pool2d_backward(grad, like, *ctx.how).mul_(on), None, None
+
 class AuxHead(nn.Module):
     "An auxiliary head, a `HeadSpec` made of tensors: [N, width, side, side] to logits [N, classes]."
     def __init__(self, spec, # HeadSpec
@@ -159,7 +172,7 @@ class AuxHead(nn.Module):
         self.whole = ConvNorm(spec.mid, spec.out, spec.pooled, generator) # its kernel covers what is left of the map
         self.classifier = Classifier(spec.out, spec.classes, generator)
     def forward(self, x, b=1): # b: images abreast
-        x = narrow(F.avg_pool2d(F.relu(x), self.pool, 3), b)
+        x = narrow(_ReluPool.apply(x, self.pool, 3), b)
         return self.classifier(F.relu(self.whole(F.relu(self.narrow(x)))))
     @property
     def reads(self)->nn.Parameter:

@@ -146,7 +146,7 @@ class StagedSearch:
         self.net.discretising = False
         self._open()
 
-# %% ../nbs/10_search.ipynb #327df4eb
+# %% ../nbs/10_search.ipynb #a250d7d9
 class SavedSearch(StagedSearch):
     "A search's state, out and in."
     COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "emitted", "finished", "reached")
@@ -179,8 +179,9 @@ class SavedSearch(StagedSearch):
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
         self.lam = Lambda(**state["lambda"]) if state["lambda"] else None
         self.mom, self.sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
+        self.safe_state = state
 
-# %% ../nbs/10_search.ipynb #a3c49af5
+# %% ../nbs/10_search.ipynb #62278a17
 class Search(SavedSearch):
     "A multi-granularity search that can be stepped, saved and resumed."
     UNTIL = ("step", "epoch", "commit", "stage", "end")
@@ -192,9 +193,8 @@ class Search(SavedSearch):
         if self.stage < 0: self._open()
         steps = len(self.loaders["train"])
         if self.epoch_step < steps: self._optimise(steps)
-        if self.epoch_step == steps:
-            self._end_epoch()
-            if self.events.wants("rest"): self._emit("rest")
+        if self.epoch_step == steps: self._end_epoch()
+        if self.events.wants("rest"): self._emit("rest")
 
     # the parts of a step are methods of their own, so that they can be timed
     def _batch(self): return tuple(t.to(self.device, non_blocking=True) for t in self.loaders["train"].batch(self.epoch, self.epoch_step))

@@ -52,7 +52,7 @@ def evaluate(nets: list, # networks in evaluation mode afterwards
             sums[i] += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
     return [(100 * hits / n, loss / n) for hits, loss in sums.tolist()] if n else [(math.nan, math.nan)] * len(nets)
 
-# %% ../nbs/12_train.ipynb #5c0ceb17
+# %% ../nbs/12_train.ipynb #4fbff06b
 def _to_cpu(tree):
     "A copy of nested dictionaries and lists, tensors on the CPU."
     if isinstance(tree, Tensor): return tree.detach().to("cpu", copy=True)
@@ -105,6 +105,7 @@ class Trainer:
         if self.epoch < self.cfg.epochs and self.epoch_step < steps: self._optimise(steps)
         if self.epoch < self.cfg.epochs and self.epoch_step == steps: self._end_epoch()
         if self.epoch == self.cfg.epochs and not self.finished: self._finish()
+        if self.events.wants("rest"): self._emit("rest", self.epoch)
 
     def _optimise(self, steps):
         cfg, net, epoch = self.cfg, self.net, self.epoch

@@ -103,7 +103,7 @@ def test_best_epoch_is_the_one_that_is_tested():
 
 def test_events(whole):
     t, heard = Trainer(arch(), loaders(), CFG, seed=4), []
-    t.events.listen(heard.append)
+    t.events.listen(heard.append, "step", "epoch", "result")
     t.run()
     assert [e.type for e in heard] == (["step"] * 3 + ["epoch"]) * 3 + ["result"] and t.result == whole.result
     assert [e.step for e in heard if e.type == "step"] == list(range(1, 10)) and {e.stage for e in heard} == {"train"}
