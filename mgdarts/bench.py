@@ -15,10 +15,10 @@ from .search import make_optimizer
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['PARTS_OF_A_SEARCH', 'matmul_gflops', 'rss_mb', 'peak_rss_mb', 'Stopwatch', 'bench_step', 'bench_data', 'bench_search',
-           'measured']
+__all__ = ['PARTS_OF_A_SEARCH', 'matmul_gflops', 'rss_mb', 'peak_rss_mb', 'allocated', 'Stopwatch', 'bench_step', 'bench_data',
+           'bench_search', 'measured']
 
-# %% ../nbs/15_bench.ipynb #0ac8c287
+# %% ../nbs/15_bench.ipynb #70e9c4a5
 def matmul_gflops(n: int = 1024, # side of the matrices
                   repeats: int = 15)->float: # 10^9 operations a CPU second and thread
     "What this machine's cores do in a matrix product."
@@ -35,6 +35,16 @@ def rss_mb()->float:
 def peak_rss_mb()->float:
     "The most memory this process has held, in MiB."
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+def allocated(step # a function
+             )->int: # bytes
+    "The most memory PyTorch's CPU allocator handed out during a call, above what it had handed out before."
+    from torch.profiler import profile, ProfilerActivity
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p: step()
+    now = peak = 0
+    for e in p.profiler.kineto_results.events():
+        if e.name() == "[memory]": now += e.nbytes(); peak = max(peak, now)
+    return peak
 
 class Stopwatch:
     "CPU and clock seconds in named parts; a part inside another one is not counted twice."
@@ -54,7 +64,7 @@ class Stopwatch:
                 if self._inside: self._inside[-1][0] += spent[0]; self._inside[-1][1] += spent[1]
         setattr(owner, method, timed)
 
-# %% ../nbs/15_bench.ipynb #cf5cfab8
+# %% ../nbs/15_bench.ipynb #32d7ea22
 def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
                stage: int = 3, # whose sub-net, everything in it live
                threads: int = 1, size: int = 32, classes: int = 10,
@@ -92,10 +102,10 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     cpu, wall = (statistics.median(sum(s[i:i + 3]) for s in seen) for i in (0, 3))
     peak, flop, rate = peak_rss_mb(), 6 * count.macs_dense * batch, matmul_gflops()
     floor = flop / rate / 1e9
-    out = {"cpu_s": cpu, "wall_s": wall, "split_cpu_s": dict(zip(("forward", "backward", "optimizer"), parts)), "peak_rss_mb": peak, "rss_before_mb": before, "flop": flop,
+    held = sum(t.numel() * t.element_size() for t in [*net.parameters(), *net.buffers(), *(p.grad for p in net.parameters() if p.grad is not None), *(v["momentum_buffer"] for v in opt.state.values())])
+    out = {"cpu_s": cpu, "wall_s": wall, "split_cpu_s": dict(zip(("forward", "backward", "optimizer"), parts)), "peak_rss_mb": peak, "rss_before_mb": before, "peak_allocated_mb": (held + allocated(step)) / 2**20 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20, "flop": flop,
            "matmul_gflops": rate, "floor_s": floor, "times_floor": cpu / floor, "percent_of_floor_rate": 100 * floor / cpu, "params": count.params, "macs": count.macs_dense, "live_ops": count.ops,
            "channels": channels, "cells": cells, "batch": batch, "stage": stage, "size": size, "threads": torch.get_num_threads(), "live": live, "device": device, **vars(compute)}
-    if x.is_cuda: out["peak_cuda_mb"] = torch.cuda.max_memory_allocated() / 2**20
     return out
 
 # %% ../nbs/15_bench.ipynb #f91894a8

@@ -12,8 +12,8 @@ EPS = 1e-5 # of every batch norm
 
 # %% auto #0
 __all__ = ['EPS', 'SEEN', 'images_abreast', 'widen', 'narrow', 'pixels', 'from_pixels', 'to_phases', 'from_phases',
-           'every_second', 'native', 'pointwise', 'among', 'Pair', 'pairs', 'normalise', 'normalise_sum',
-           'spread_index']
+           'every_second', 'native', 'pointwise', 'among', 'Pair', 'pairs', 'normalise', 'weighted_sum',
+           'normalise_sum', 'spread_index']
 
 # %% ../nbs/02_kernels.ipynb #66443aaf
 def images_abreast(n: int, # images in a batch
@@ -183,7 +183,7 @@ def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
         out.append(F.conv2d(u, p.point if place is None else p.point.new_zeros(width, *p.point.shape[1:]).index_copy(0, place, p.point)))
     return out
 
-# %% ../nbs/02_kernels.ipynb #586b7194
+# %% ../nbs/02_kernels.ipynb #bbb43422
 def _fold(values: list, index: Tensor, n: int)->Tensor: # [n]
     "Sums over the images that lie abreast."
     v = torch.cat(values)
@@ -191,11 +191,11 @@ def _fold(values: list, index: Tensor, n: int)->Tensor: # [n]
 
 class _Normalise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, scale, shift, factors, running, index, b, add, relu, training, reuse, n, *maps):
+    def forward(ctx, scale, shift, base, running, index, b, add, relu, training, reuse, *maps):
         ctx.set_materialize_grads(False)
-        zs, passing = [_rows(_dense(z), z.shape[1]) for z in maps[:n]], [_rows(_dense(x), x.shape[1]) for x in maps[n:]]
+        zs = [_rows(_dense(z), z.shape[1]) for z in maps]
         sizes, (mean, var) = [z.shape[1] for z in zs], running
-        if training and n:
+        if training:
             m, v = zip(*(torch.ops.aten.batch_norm_update_stats(z[..., None, None], None, None, 0.) for z in zs))
             mean = _fold(m, index, len(scale)) / b
             var = _fold(v, index, len(scale)) / b
@@ -205,50 +205,53 @@ class _Normalise(torch.autograd.Function):
         shift = torch.addcmul(shift, mean, a, value=-1)
         A, S = a.index_select(0, index).split(sizes), shift.index_select(0, index).split(sizes)
         if add:
-            total = torch.addcmul(sum(S), zs[0], A[0]) if n else passing[0] * factors[0]
+            total = torch.addcmul(sum(S), zs[0], A[0])
             for z, s in zip(zs[1:], A[1:]): total.addcmul_(z, s)
-            for i, x in enumerate(passing):
-                if n or i: total.addcmul_(x, factors[i])
+            if base is not None: total += _rows(_dense(base), base.shape[1])
             ys = [total]
         else:
             ys = [torch.addcmul(s, z, k) for z, k, s in zip(zs, A, S)]
             if relu: ys = [y.relu_() for y in ys]
         out = [_map(y, m.shape) for y, m in zip(ys, maps)]
-        ctx.save_for_backward(a, inv, mean, factors, index, *zs, *passing, *(out if relu else []))
+        ctx.save_for_backward(a, inv, mean, index, *zs, *(out if relu else []))
         ctx.shapes = [m.shape for m in maps]
-        ctx.how = b, add, relu, training, reuse, n
+        ctx.how = b, add, relu, training, reuse, base is not None
         ctx.mark_non_differentiable(mean, var)
         return (*out, mean, var)
 
     @staticmethod
     def backward(ctx, *grads):
-        b, add, relu, training, reuse, n = ctx.how
-        a, inv, mean, factors, index, *maps = ctx.saved_tensors
-        maps, out = (maps[:len(maps) // 2], maps[len(maps) // 2:]) if relu else (maps, None)
-        zs, passing = maps[:n], maps[n:]
+        b, add, relu, training, reuse, based = ctx.how
+        a, inv, mean, index, *zs = ctx.saved_tensors
+        zs, out = (zs[:len(zs) // 2], zs[len(zs) // 2:]) if relu else (zs, None)
         # a state that no operation reads any more has no gradient
-        gs = [torch.zeros_like(z) if g is None else _rows(_dense(g), g.shape[1]) for g, z in zip(grads[:1 if add else n], maps)]
+        gs = [torch.zeros_like(z) if g is None else _rows(_dense(g), g.shape[1]) for g, z in zip(grads[:1 if add else len(zs)], zs)]
         if relu: gs = [torch.ops.aten.threshold_backward(g, _rows(y, g.shape[1]), 0) for g, y in zip(gs, out)]
-        spread = gs * n if add else gs
-        d_scale = d_shift = d_factors = None
-        results = []
-        if n:
-            sums = [g.sum(0) for g in gs] * (n if add else 1)
-            d_shift = _fold(sums, index, len(a))
-            d_scale = _fold([(g * z).sum(0) for g, z in zip(spread, zs)], index, len(a)).addcmul_(mean, d_shift, value=-1).mul_(inv)
-            sizes = [z.shape[1] for z in zs]
-            A = a.index_select(0, index).split(sizes)
-            if training:
-                count = zs[0].shape[0] * b
-                k1 = (a * inv * d_scale).div_(-count)
-                k0 = (a * d_shift).div_(-count).addcmul_(k1, mean, value=-1)
-                results = [torch.addcmul(c0, z, c1, out=z if reuse else None).addcmul_(g, k) for g, z, k, c1, c0 in zip(spread, zs, A, k1.index_select(0, index).split(sizes), k0.index_select(0, index).split(sizes))]
-            else: results = [g * k for g, k in zip(spread, A)]
-        if passing:
-            g = gs[0]
-            d_factors = torch.stack([torch.dot(g.view(-1), x.view(-1)) for x in passing])
-            results += [g * f for f in factors]
-        return d_scale, d_shift, d_factors, *(None,) * 8, *map(_map, results, ctx.shapes)
+        spread, sizes = gs * len(zs) if add else gs, [z.shape[1] for z in zs]
+        d_shift = _fold([g.sum(0) for g in gs] * (len(zs) if add else 1), index, len(a))
+        d_scale = _fold([(g * z).sum(0) for g, z in zip(spread, zs)], index, len(a)).addcmul_(mean, d_shift, value=-1).mul_(inv)
+        A = a.index_select(0, index).split(sizes)
+        if training:
+            count = zs[0].shape[0] * b
+            k1 = (a * inv * d_scale).div_(-count)
+            k0 = (a * d_shift).div_(-count).addcmul_(k1, mean, value=-1)
+            results = [torch.addcmul(c0, z, c1, out=z if reuse else None).addcmul_(g, k) for g, z, k, c1, c0 in zip(spread, zs, A, k1.index_select(0, index).split(sizes), k0.index_select(0, index).split(sizes))]
+        else: results = [g * k for g, k in zip(spread, A)]
+        return d_scale, d_shift, grads[0] if based else None, *(None,) * 7, *map(_map, results, ctx.shapes)
+
+class _Weighted(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, factors, *maps):
+        maps = [_dense(m) for m in maps]
+        ctx.save_for_backward(factors, *maps)
+        total = maps[0] * factors[0]
+        for m, f in zip(maps[1:], factors[1:]): total.addcmul_(m, f)
+        return total
+    @staticmethod
+    def backward(ctx, grad):
+        factors, *maps = ctx.saved_tensors
+        g = _rows(_dense(grad), 1).view(-1)
+        return torch.stack([torch.dot(g, _rows(m, 1).view(-1)) for m in maps]), *(grad * f for f in factors)
 
 def _native(maps, scale, shift, running, training)->tuple: # normalised maps, means, variances
     sizes = [z.shape[1] for z in maps]
@@ -269,22 +272,28 @@ def normalise(maps: list, # [N/B, B F_i, H, W] each
     if native(maps[0]):
         ys, mean, var = _native(maps, scale, shift, running, training)
         return [F.relu(y) if relu else y for y in ys], mean, var
-    *ys, mean, var = _Normalise.apply(scale, shift, None, running, index, b, False, relu, training, reuse, len(maps), *maps)
+    *ys, mean, var = _Normalise.apply(scale, shift, None, running, index, b, False, relu, training, reuse, *maps)
     return ys, mean, var
 
-def normalise_sum(maps: list, # [N/B, B F, H, W] each, to be normalised
-                  passing: list, # more of the same shape, added as they are
-                  factors: Tensor|None, # [len(passing)]; None when there is none
+def weighted_sum(maps: list, # [N/B, B F, H, W] each
+                 factors: Tensor # [len(maps)]
+                )->Tensor: # [N/B, B F, H, W]
+    "The sum of factor times map."
+    if not native(maps[0]): return _Weighted.apply(factors, *maps)
+    total = maps[0] * factors[0].to(maps[0].dtype)
+    for m, f in zip(maps[1:], factors[1:]): total = torch.addcmul(total, m.to(total.dtype), f.to(total.dtype))
+    return total
+
+def normalise_sum(maps: list, # [N/B, B F, H, W] each, at least one
+                  base: Tensor|None, # another such map, to be added as it is
                   scale: Tensor, shift: Tensor, running: tuple, index: Tensor, b: int, training: bool, reuse: bool = False # as for `normalise`
-                 )->tuple: # ([N/B, B F, H, W] sum of the normalised maps and of factor times passing map, means, variances)
-    "The sum of many batch norms and other maps."
-    if native((maps or passing)[0]):
-        ys, mean, var = _native(maps, scale, shift, running, training) if maps else ((), *running)
-        total = None
-        for y in ys: total = y if total is None else total + y
-        for x, f in zip(passing, () if factors is None else factors): total = x * f.to(x.dtype) if total is None else torch.addcmul(total, x.to(total.dtype), f.to(total.dtype))
-        return total, mean, var
-    return _Normalise.apply(scale, shift, factors, running, index, b, True, False, training, reuse, len(maps), *maps, *passing)
+                 )->tuple: # ([N/B, B F, H, W] sum of the normalised maps and `base`, means, variances)
+    "The sum of many batch norms."
+    if not native(maps[0]): return _Normalise.apply(scale, shift, base, running, index, b, True, False, training, reuse, *maps)
+    ys, mean, var = _native(maps, scale, shift, running, training)
+    total = base
+    for y in ys: total = y if total is None else total + y
+    return total, mean, var
 
 def spread_index(sizes: list, # F_i
                  b: int

@@ -131,7 +131,7 @@ class Classifier(nn.Module):
         "Put another parameter in its place, for other channels."
         self.weight = w
 
-# %% ../nbs/02_operations.ipynb #93cd1da0
+# %% ../nbs/02_operations.ipynb #1f9cf0f6
 class Stem(nn.Module):
     "From images [N, in_channels, size, size] to the two maps that the first cell reads, `spec.stem_out` channels each."
     def __init__(self, spec, # NetSpec
@@ -157,7 +157,7 @@ class _ReluPool(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         on, = ctx.saved_tensors
-        like = grad.new_empty(on.shape).contiguous(memory_format=torch.channels_last) # only its shape is read
+        like = torch.empty_like(on, dtype=grad.dtype) # only its shape is read
         return torch.ops.aten.avg_pool2d_backward(grad, like, *ctx.how).mul_(on), None, None
 
 class AuxHead(nn.Module):

@@ -54,6 +54,8 @@ def test_bench_step_in_a_process_of_its_own():
     tiny = ("step", "--channels", 4, "--cells", 3, "--size", 16, "--batch", 8, "--steps", 1)
     full, few = measured(*tiny), measured(*tiny, "--live", 0.3)
     assert full["peak_rss_mb"] > full["rss_before_mb"] > 0 and full["cpu_s"] > 0 and full["times_floor"] > 1
+    planned = memory_plan(NetSpec(4, 3, size=16), Settings(stages=1, stage_keep=(0.3,)), 8, 1)[0].peak_bytes / 2**20
+    assert full["peak_allocated_mb"] == pytest.approx(planned, rel=0.1)  # what the allocator handed out in a real step
     assert few["live_ops"] < full["live_ops"] and few["flop"] < full["flop"] and full["flop"] == 6 * 8 * full["macs"]
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from mgdarts.kernels import Pair, from_phases, images_abreast, narrow, normalise_sum, pairs, pixels, from_pixels, spread_index, widen
+from mgdarts.kernels import Pair, from_phases, images_abreast, narrow, pairs, pixels, from_pixels, weighted_sum, widen
 from mgdarts.space import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec
 from mgdarts.supernet import SuperNet
 
@@ -54,11 +54,15 @@ def test_pairs_of_convolutions(b, c, f, side, stride, kinds, relu):
         torch.testing.assert_close(p, q, rtol=1e-10, atol=1e-10)
 
 
-def test_a_sum_of_nothing_but_passing_maps():
-    x, f, none = draw(4, 3, 2, 2).requires_grad_(), torch.tensor([0.5], dtype=torch.double, requires_grad=True), torch.zeros(0, dtype=torch.double)
-    y, mean, var = normalise_sum([], [widen(x, 2)], f, none, none, (none, none), spread_index([], 2), 2, True)
-    y.sum().backward()
-    assert narrow(y, 2).equal(0.5 * x) and (x.grad == 0.5).all() and f.grad.item() == pytest.approx(x.sum().item()) and len(mean) == len(var) == 0
+@pytest.mark.parametrize("n", [1, 3])
+def test_weighted_sums(n):
+    maps, f = [draw(4, 3, 2, 2, seed=i).requires_grad_() for i in range(n)], draw(n, 1, 1, 1, seed=9).flatten().requires_grad_()
+    y, weight = weighted_sum([widen(x, 2) for x in maps], f), draw(4, 3, 2, 2, seed=7)
+    (narrow(y, 2) * weight).sum().backward()
+    torch.testing.assert_close(narrow(y, 2), sum(k * x for k, x in zip(f, maps)))
+    for k, x, g in zip(f, maps, f.grad):
+        torch.testing.assert_close(x.grad, k.detach() * weight)
+        assert g.item() == pytest.approx((x * weight).sum().item())
 
 
 def random_net(seed, size, dtype, cells=3, width=4):
