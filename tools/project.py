@@ -4,7 +4,7 @@ usage: python tools/project.py [readme] [environment] [docs]
   readme        README.md from the prose and code of nbs/index.ipynb
   environment   environment.yml from settings.ini
   docs          the site, in _docs/, from the notebooks
-  publish RUN   figures/NAME/: the figures of a run folder, with the record they come from
+  publish RUN   figures/NAME/: the figures of a run folder, or of the benchmark notebook's folder, with the record they come from
 """
 import json
 import shlex
@@ -46,14 +46,24 @@ def environment() -> str:
 def publish(run: Path):
     "Figures as PNG (where a Chromium is found), and everything that says where they come from."
     from mgdarts import plots, runs
-    data, folder = runs.load_run(run), ROOT / "figures" / run.name
+    folder = ROOT / "figures" / run.name
+    if (run / "record.json").exists():  # of the benchmark notebook
+        import plotly.io
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "record.json").write_bytes((run / "record.json").read_bytes())
+        return draw(folder, {p.stem: plotly.io.read_json(p) for p in sorted(run.glob("*.json")) if p.stem != "record"})
+    data = runs.load_run(run)
     folder.mkdir(parents=True, exist_ok=True)
     record = data["record"] | {"result": data["result"], "trainings": {k: t["result"] for k, t in data["trainings"].items()}}
     runs.write_json(folder / "record.json", record)
     (folder / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
     curves = {{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()}
-    for name, figure in (("dynamics", plots.dynamics(data["events"])), ("size", plots.size_and_lambda(data["events"])), ("cells", plots.cells(data["arch"])),
-                         ("distribution", plots.distribution(data["arch"])), ("retraining", plots.retrain_curves(curves))):
+    draw(folder, {"dynamics": plots.dynamics(data["events"]), "size": plots.size_and_lambda(data["events"]), "cells": plots.cells(data["arch"]),
+                  "distribution": plots.distribution(data["arch"]), "retraining": plots.retrain_curves(curves)})
+
+
+def draw(folder: Path, figures: dict):
+    for name, figure in figures.items():
         figure.update_layout(paper_bgcolor="white")  # a picture has no page behind it
         try:
             figure.write_image(folder / f"{name}.png", width=1000, scale=1.5)
