@@ -251,27 +251,27 @@ def runs_command(folder: Annotated[Optional[Path], typer.Argument(help="Folder o
     columns = ["run", "method", "preset", "dataset", "seed", "status", "params", "ops", "test_acc", "random_acc"]
     _show({"runs": out}, as_json, _table("runs", columns, [[r[c] for c in columns] for r in out]))
 
-# %% ../nbs/15_cli.ipynb #8ba8fa4c
+# %% ../nbs/15_cli.ipynb #ab22dbbd
 def main(args: list|None = None # None: the process's own
         )->int: # exit code
     "Entry point."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # idle threads sleep; read when torch is loaded
     from mgdarts.events import NonFiniteLoss, RunFailed, Stopped
+    stopped = None
     def say(message): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
     try:
         code = typer.main.get_command(app).main(args, prog_name="mgdarts", standalone_mode=False)
         code = code if isinstance(code, int) else 0
     except InputError as e: say(e); code = 2
     except NonFiniteLoss as e: say(f"{e}; the state before it is saved: lower the learning rate and start a new run, or --resume to look at it"); code = 1
-    except Stopped as e: say(e); code = e.code
-    except KeyboardInterrupt: say("interrupted; what was saved last is there: go on with --resume"); code = 130
-    except RunFailed as e: say(e); code = 1
+    except RunFailed as e: say(e); stopped, code = e, e.code
     except OSError as e: say(e); code = 1
     except Exception as e:
         # argument errors of Typer and Click carry their own message and exit code
         if not hasattr(e, "format_message"):
-            if type(e).__name__ == "Abort": return 130
-            raise
-        say(e.format_message()); code = 2
+            if type(e).__name__ != "Abort": raise
+            code = 130
+        else: say(e.format_message()); code = 2
+    if code == 130 and not isinstance(stopped, Stopped): say("interrupted; what was saved last is there: go on with --resume")
     if args is None: sys.exit(code)
     return code

@@ -56,7 +56,7 @@ class Emitter:
         for fn, types in list(self._listeners): # a copy: a listener may leave while it is called
             if not types or event.type in types: fn(event)
 
-# %% ../nbs/05_events.ipynb #bad48449
+# %% ../nbs/05_events.ipynb #8620a8f3
 class NonFiniteLoss(RuntimeError):
     "Something became NaN or infinite in this step of this epoch, or, where it is not said what, at or shortly before it."
     def __init__(self, epoch: int, step: int, # 0-based epoch, and step within it
@@ -67,10 +67,11 @@ class NonFiniteLoss(RuntimeError):
 
 class RunFailed(RuntimeError):
     "A run ended early; the message says why and what to do, in one line."
+    code = 1 # exit code of the command line
 
-class Stopped(KeyboardInterrupt):
+class Stopped(RunFailed):
     "A signal ended the run after its state had been saved."
     def __init__(self, number: int, name: str # of the signal
                 ):
         super().__init__(f"stopped by {name}; the state is saved: go on with --resume")
-        self.code = 128 + number # exit code
+        self.code = 128 + number

@@ -170,7 +170,7 @@ def read_config(run: str|Path)->Config:
     "The configuration of a run folder."
     return from_dict(read_json(Path(run) / "config.json", "a run folder").get("config", {}))
 
-# %% ../nbs/14_runs.ipynb #4f6d2fa9
+# %% ../nbs/14_runs.ipynb #fb09917c
 def first_bad(loop, # a Search or Trainer that raised
               error: NonFiniteLoss
              )->tuple: # (the state before the step that went bad, an error that names it)
@@ -183,7 +183,7 @@ def first_bad(loop, # a Search or Trainer that raised
         except NonFiniteLoss: pass
         if not bool(loop.sums.isfinite().all()): return before, NonFiniteLoss(*at, "the loss")
         for what, of in (("the gradient of ", lambda p: p.grad), ("", lambda p: p)):
-            for name, p in loop.net.named_parameters():
+            for name, p in [*loop.net.named_parameters(), *loop.net.named_buffers()]:
                 if of(p) is not None and not bool(of(p).isfinite().all()): return before, NonFiniteLoss(*at, what + name)
     return loop.state_dict(), error
 

@@ -181,7 +181,7 @@ class SavedSearch(StagedSearch):
         self.mom, self.sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
         self.safe_state = state
 
-# %% ../nbs/10_search.ipynb #62278a17
+# %% ../nbs/10_search.ipynb #4572857c
 class Search(SavedSearch):
     "A multi-granularity search that can be stepped, saved and resumed."
     UNTIL = ("step", "epoch", "commit", "stage", "end")
@@ -237,7 +237,8 @@ class Search(SavedSearch):
         if self.events.wants("step"): self._emit("step", float(loss.detach()))
 
     def _check(self):
-        if not bool(self.sums[:3].isfinite().all()): raise NonFiniteLoss(self.epoch, self.epoch_step - 1)
+        seen = [self.sums[:3], *(v for c in self.net.cells for v in (c.mean, c.var))] # running statistics may overflow before the loss does
+        if not bool(torch.stack([v.isfinite().all() for v in seen]).all()): raise NonFiniteLoss(self.epoch, self.epoch_step - 1)
 
     @torch.no_grad()
     def validate(self)->tuple: # accuracy in percent, mean cross-entropy

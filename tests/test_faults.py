@@ -1,0 +1,174 @@
+"Runs are killed, stopped, starved and fed damaged files; each goes on to the same bits, or says why not in one line."
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import warnings
+
+import pytest
+import torch
+
+from mgdarts import runs
+from mgdarts.cli import main
+from mgdarts.config import InputError, preset
+from mgdarts.store import Checkpoints, lock, pack_state, unpack_state
+
+FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 4, "train.epochs": 4, "search.batch": 32}
+SETS = [x for k, v in FAST.items() for x in ("--set", f"{k}={v}")]
+
+
+def start(*args):
+    code = "import sys; from mgdarts.cli import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def bits(run):
+    "Everything a run leaves behind that must not depend on interruptions."
+    out = {}
+    for part in (run, run / "train"):
+        if not (part / "events.jsonl").exists():
+            continue
+        events = runs.read_events(part / "events.jsonl")
+        out[part.name, "events"] = [{k: v for k, v in e.items() if k != "time"} for e in events]
+        state = Checkpoints(part / "checkpoint").load()
+        for name in ("net",):
+            out[part.name, name] = {k: v.numpy().tobytes() for k, v in state[name].items()}
+        for file in ("architecture.json", "masks.safetensors"):
+            out[part.name, file] = (part / file).read_bytes()
+    out["run"] = out.pop((run.name, "events")), {k: v for k, v in out.items() if k[0] == run.name}
+    return out["run"][0], {k[1:]: v for k, v in out.items() if isinstance(k, tuple)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    out = tmp_path_factory.mktemp("faults") / "whole"
+    begun = time.time()
+    done = start("search", "--preset", "smoke", *SETS, "--out", out)
+    done.communicate()
+    assert done.returncode == 0
+    took = time.time() - begun
+    runs.retrain(out)
+    return out, took
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_instant_a_run_ends_with_the_same_bits(whole, tmp_path, seed):
+    reference, took = whole
+    run, r, first = tmp_path / "run", random.Random(seed), True
+    for _ in range(3):
+        p = start("search", *(["--preset", "smoke", *SETS] if first else ["--resume"]), "--out", run)
+        time.sleep(r.uniform(0.3, 1.0) * took)
+        p.kill()
+        p.communicate()
+        first = first and not (run / "config.json").exists()
+    p = start("search", *(["--preset", "smoke", *SETS] if first else ["--resume"]), "--out", run)
+    _, err = p.communicate()
+    assert p.returncode == 0, err
+    p = start("train", run)
+    time.sleep(r.uniform(0.5, 1.0) * took)
+    p.kill()
+    p.communicate()
+    p = start("train", run, *(["--resume"] if (run / "train/config.json").exists() else []))
+    _, err = p.communicate()
+    assert p.returncode == 0, err
+    assert bits(run) == bits(reference)
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_ends_the_run(whole, tmp_path, number, code):
+    reference, _ = whole
+    p = start("search", "--preset", "smoke", *SETS, "--out", tmp_path / "run")
+    for _ in range(600):
+        if (tmp_path / "run/checkpoint").exists():
+            break
+        time.sleep(0.05)
+    p.send_signal(number)
+    _, err = p.communicate()
+    said = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
+    assert p.returncode == code and len(said) == 1 and "--resume" in said[0], (p.returncode, err)
+    runs.search(None, tmp_path / "run", resume=True)
+    assert bits(tmp_path / "run")[0] == bits(reference)[0]
+
+
+def test_a_folder_belongs_to_one_process(whole, tmp_path, capsys):
+    with lock(tmp_path):
+        (tmp_path / "config.json").write_bytes((whole[0] / "config.json").read_bytes())
+        assert main(["search", "--resume", "--out", str(tmp_path)]) == 2
+    assert "another process" in capsys.readouterr().err
+
+
+def test_the_first_tensor_that_goes_bad_is_named(tmp_path, capsys):
+    code = main(["search", "--preset", "smoke", *SETS, "--set", "lr_weights=10", "--set", "search.clip=1e30", "--set", "lr_arch=100", "--out", str(tmp_path / "run")])
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
+    assert code == 1 and len(said) == 1 and "epoch" in said[0] and "step" in said[0] and ("gradient" in said[0] or "loss" in said[0] or "cells." in said[0])
+    state = Checkpoints(tmp_path / "run/checkpoint").load()
+    assert all(v.isfinite().all() for v in state["net"].values() if v.is_floating_point())  # the state before it
+
+
+def test_out_of_memory_says_what_is_needed(tmp_path, capsys, monkeypatch):
+    def full(self, loss):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+
+    monkeypatch.setattr("mgdarts.search.Search._backward", full)
+    assert main(["search", "--preset", "smoke", *SETS, "--out", str(tmp_path / "run")]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
+    assert len(said) == 1 and "GB" in said[0] and "search.batch" in said[0]
+
+
+def test_a_full_disk_leaves_the_state_before(whole, tmp_path, capsys, monkeypatch):
+    kept = Checkpoints(tmp_path)
+    kept.save({"i": 1})
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        kept.save({"i": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["state-00000000.pt"] and kept.load() == {"i": 1}
+
+
+def test_no_damage_to_a_state_goes_unnoticed():
+    state = {"net": {"w": torch.arange(50.0)}, "n": 3}
+    content, r = pack_state(state), random.Random(0)
+    for _ in range(200):
+        at = r.randrange(len(content))
+        for bad in (content[:at], content[:at] + bytes([content[at] ^ (1 << r.randrange(8))]) + content[at + 1:]):
+            try:
+                found = unpack_state(bad)
+            except (ValueError, InputError):
+                continue
+            assert found["n"] == 3 and torch.equal(found["net"]["w"], state["net"]["w"])  # nothing but the version's number is not summed
+
+
+def test_a_state_from_the_future_and_one_that_would_run_code_are_refused(tmp_path):
+    later = pack_state({"a": 1}).replace(b"mgdarts-state 1 ", b"mgdarts-state 2 ", 1)
+    with pytest.raises(InputError, match="version 2"):
+        unpack_state(later)
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "hacked"),)
+
+    with pytest.raises(Exception):
+        unpack_state(pack_state({"a": Evil()}))
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_when_no_state_is_whole_the_run_is_not_started_anew(tmp_path):
+    (tmp_path / "state-00000000.pt").write_bytes(b"garbage")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match="new run"):
+            Checkpoints(tmp_path).load()
+
+
+def test_the_same_configuration_gives_the_same_architecture_file(whole, tmp_path):
+    runs.search(preset("smoke", **FAST), tmp_path / "elsewhere")
+    for name in ("architecture.json", "masks.safetensors"):
+        assert (tmp_path / "elsewhere" / name).read_bytes() == (whole[0] / name).read_bytes()
+    env = json.loads((whole[0] / "config.json").read_text())["environment"]
+    assert {"torch", "device", "threads", "cpu_capability", "commit"} <= set(env)
