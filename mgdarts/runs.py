@@ -21,11 +21,11 @@ from .store import Checkpoints, lock, read_json, write_json
 from .train import Trainer
 
 # %% auto #0
-__all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'free_name', 'Recorder', 'read_events', 'Signals', 'Saver',
-           'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_config', 'first_bad', 'search', 'train',
-           'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
+__all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'Recorder', 'read_events', 'Signals',
+           'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_config', 'first_bad', 'search',
+           'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
 
-# %% ../nbs/14_runs.ipynb #bc6cb2b3
+# %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
     "The device a configuration asks for, with its number of threads set. `InputError` when it is not there."
     name = cfg.device
@@ -58,6 +58,14 @@ def new_folder(out: str|Path)->Path:
 def run_name(cfg: Config)->str:
     "What a run of this configuration is called."
     return "-".join(s for s in (cfg.preset or "run", Path(cfg.data.name).name, f"s{cfg.seed}") if s)
+
+def begun(out: str|Path, cfg: Config)->bool:
+    "Whether a folder holds a run of this very configuration, to go on with; False if a new one can be made. `InputError` if it holds anything else."
+    if (Path(out) / "config.json").exists():
+        if to_dict(read_config(out)) == to_dict(cfg): return True
+        raise InputError(f"{out} holds a run with another configuration: choose another folder")
+    new_folder(out)
+    return False
 
 def free_name(cfg: Config)->Path:
     "A new folder under runs/, named after the run."

@@ -19,9 +19,15 @@ def test_quickstart(tmp_path):
     assert sum("application/vnd.plotly.v1+json" in o.get("data", {}) for o in shown) == 5
     text = "".join(o.get("text", "") for o in shown)
     assert "searched" in text and "random" in text and "standard error" in text
+    # after a failure, here in the retraining, the same notebook goes on
+    (tmp_path / "run/train/result.json").unlink()
+    papermill.execute_notebook(NOTEBOOK, out, {"out": str(tmp_path / "run"), "settings": FAST}, kernel_name="python3", progress_bar=False, cwd=NOTEBOOK.parent)
+    again = "".join(o.get("text", "") for c in nbformat.read(out, 4).cells for o in c.get("outputs", []))
+    last = lambda t: [line for line in t.splitlines() if "standard error" in line]
+    assert last(again) == last(text) and (tmp_path / "run/train/result.json").exists()
 
 
-@pytest.mark.parametrize("bad", [{"preset": "smok"}, {"seed": "1"}, {"settings": "nothing"}])
+@pytest.mark.parametrize("bad", [{"preset": "smok"}, {"seed": "1"}, {"settings": "nothing"}, {"sede": 1}])
 def test_bad_parameters(tmp_path, bad):
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="InputError"):
         papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"out": str(tmp_path / "run"), **bad}, kernel_name="python3", progress_bar=False, cwd=NOTEBOOK.parent)
