@@ -250,7 +250,7 @@ def distribution(arch: Architecture)->go.Figure:
     fig.update_xaxes(showgrid=False, type="category").update_yaxes(title_text="retention ratio", range=[0, 1.05])
     return fig.update_xaxes(title_text="cell", row=1, col=1).update_xaxes(title_text="operation type", row=2, col=1)
 
-# %% ../nbs/30_plots.ipynb #b40c5752
+# %% ../nbs/30_plots.ipynb #1848ca70
 MEMORY_PARTS = {"params": ("parameters", "#0072B2"), "optimizer": ("momentum", "#E69F00"), "rest": ("maps, and gradients at the peak", "#56B4E9")}
 
 def memory_figure(plans: dict, # label -> stages, dictionaries of `StepMemory`
@@ -258,13 +258,13 @@ def memory_figure(plans: dict, # label -> stages, dictionaries of `StepMemory`
                  )->go.Figure:
     "Peak memory of each stage of some plans, side by side."
     fig = go.Figure()
-    xs = [[label for label, p in plans.items() for _ in p], [m["name"] for p in plans.values() for m in p]]
+    bars = [[label for label, p in plans.items() for _ in p], [m["name"] for p in plans.values() for m in p]]
     stages = [{**m, "rest": m["peak_bytes"] - m["params"] - m["optimizer"]} for p in plans.values() for m in p]
     for key, (name, colour) in MEMORY_PARTS.items():
-        fig.add_bar(x=xs, y=[m[key] / 1e9 for m in stages], name=name, marker_color=colour, hovertemplate="%{y:.2f} GB")
-    for label, value in (paper or {}).items(): fig.add_hline(y=value, line_dash="dot", line_color=GREY, annotation_text=html.escape(label), annotation_position="top left")
+        fig.add_bar(y=bars, x=[m[key] / 1e9 for m in stages], orientation="h", name=name, marker_color=colour, hovertemplate="%{x:.2f} GB")
+    for label, value in (paper or {}).items(): fig.add_vline(x=value, line_dash="dot", line_color=GREY, annotation_text=html.escape(label), annotation_position="bottom left")
     fig.update_layout(barmode="stack")
-    return theme(fig, 400).update_yaxes(title="peak memory (GB)")
+    return theme(fig, 130 + 26 * len(stages), hover="closest").update_yaxes(autorange="reversed", dividercolor=GRID).update_xaxes(title="peak memory (GB)", rangemode="tozero")
 
 def scaling(panels: dict, # title -> (axis title, [(label, xs, ys)])
             y: str # title of the y axes
