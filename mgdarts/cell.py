@@ -66,7 +66,7 @@ def carry_columns(value: Tensor, # [k, m, ...], a head: its second dimension run
     out[:, kept.to(value.device)] = value[:, at[kept].to(value.device)]
     return out
 
-# %% ../nbs/06_cell.ipynb #7380f76d
+# %% ../nbs/06_cell.ipynb #a79c3cd7
 class PlannedCell(nn.Module):
     "What the forward passes of a cell need to know of its `Layout`."
     def _plan(self):
@@ -120,6 +120,9 @@ class PlannedCell(nn.Module):
                     op = LiveOp(e, o, tuple(kernels.get((e, o), ())), tuple(gates.get((e, o), ())), None if full else len(places) - 1)
                     kind = "sep" if is_sep(o) else "reduce" if spec.reduces(e, o) else "through" if not is_dil(o) else "phased" if spec.stride(e) == 1 and spec.side % 2 == 0 else "dil"
                     getattr(plan, kind).append(op)
+        # what reads each state, apart from strided skips and pools: (operation, node it goes to)
+        self.readers = [[(op, node) for node, plan in self.nodes.items() for op in plan.sep + plan.dil + plan.phased if EDGES[op.edge][0] == s] for s in range(STATES)]
+        self.deep = [i for i, s in enumerate(self.shapes["omega"]) if s[2] > 1] # depthwise kernels
         self.place_sizes = [len(p) for p in places]
         self._hold(places=torch.cat(places) if places else [])
 
@@ -268,7 +271,7 @@ class ReferenceCell(StoredCell):
             states.append(total)
         return torch.cat(states[INPUTS:], 1), *(torch.cat(s) for s in zip(*(stats[i] for i in range(len(stats)))))
 
-# %% ../nbs/06_cell.ipynb #3975fd4a
+# %% ../nbs/06_cell.ipynb #04ac79bb
 class Cell(ReferenceCell):
     "One cell of the super-net. Maps are channels-last, with some images abreast."
     def gates(self, thresholds: Tensor|None, # [2 + 98 + 1] or None: everything on
@@ -294,8 +297,7 @@ class Cell(ReferenceCell):
         views = lambda v, g: [w.view(s) for w, s in zip(v.split(self.sizes[g]), self.shapes[g])]
         K, plain = views(omega, "omega"), views(self.plain, "plain")
         if b > 1: # one gathering for all depthwise kernels
-            deep = [i for i, s in enumerate(self.shapes["omega"]) if s[2] > 1]
-            for i, w in zip(deep, omega.index_select(0, self.repeated(b)).split([b * self.sizes["omega"][i] for i in deep])): K[i] = w.view(-1, *self.shapes["omega"][i][1:])
+            for i, w in zip(self.deep, omega.index_select(0, self.repeated(b)).split([b * self.sizes["omega"][i] for i in self.deep])): K[i] = w.view(-1, *self.shapes["omega"][i][1:])
         factor = torch.cat([alpha, alpha.new_ones(1)])[self.coef].repeat_interleave(self.gate_n, output_size=len(gate))
         factor = factor * (gate.masked_fill(self.skips, 1) if self.has_skips else gate)
         grouped = lambda v: torch.cat([v, v.new_zeros(1)]).index_select(0, self.order).split(self.group_sizes)
@@ -307,13 +309,12 @@ class Cell(ReferenceCell):
 
         pre = [pointwise(x, plain[k[0]], b) if len(k) == 1 else factorized_reduce(even_odd(x), plain[k[0]], plain[k[1]], b) for x, (k, _) in zip((x0, x1), self.pre)]
         states, *s = normalise(pre, **norms(0)); stats.append(s)
-        reached = {} # (node, edge, operation) -> the first half of a separable convolution, the whole of a dilated one
+        reached = {} # (edge, operation) -> the first half of a separable convolution, the whole of a dilated one
         pools, split = {}, {}
         def reach(s): # everything that reads state s
-            jobs = [(op, node, is_sep(op.op)) for node, plan in self.nodes.items() for op in plan.sep + plan.dil + plan.phased if EDGES[op.edge][0] == s]
-            where = lambda op, node: (None, None) if op.place is None else (places[op.place], self.channels[node])
-            made = pairs(states[s], [Pair(K[op.kernels[0]], K[op.kernels[1]], *((None, None) if sep else where(op, node)), self.spec.stride(op.edge), not sep) for op, node, sep in jobs], b, relu=True)
-            reached.update({(op.edge, op.op): y for (op, _, _), y in zip(jobs, made)})
+            where = lambda op, node: (None, None) if op.place is None or is_sep(op.op) else (places[op.place], self.channels[node])
+            made = pairs(states[s], [Pair(K[op.kernels[0]], K[op.kernels[1]], *where(op, node), self.spec.stride(op.edge), is_dil(op.op)) for op, node in self.readers[s]], b, relu=True)
+            reached.update({(op.edge, op.op): y for (op, _), y in zip(self.readers[s], made)})
         def pool(o, s, stride):
             if (o, s) not in pools: pools[o, s] = (avg_pool if o == AVG else max_pool)(states[s], stride)
             return pools[o, s]

@@ -15,7 +15,7 @@ from .space import NetSpec, count_supernet
 __all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Sets', 'count', 'search', 'train', 'plan', 'bench_step_command',
            'bench_data_command', 'bench_search_command', 'arch_show', 'arch_import', 'runs_command', 'main']
 
-# %% ../nbs/15_cli.ipynb #d0ac18e3
+# %% ../nbs/15_cli.ipynb #8861b1be
 app = typer.Typer(help="Multi-granularity differentiable architecture search.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 arch_app = typer.Typer(help="Discovered architectures: show, import.", no_args_is_help=True)
 app.add_typer(arch_app, name="arch")
@@ -34,6 +34,13 @@ def _settings(pairs: list|None)->dict:
         out[key.strip()] = value.strip()
     return out
 
+def _net_size(channels, cells, size, classes, **more)->Config:
+    "Checked sizes of a net, for commands that take them as options."
+    cfg = configure(Config(), channels=channels, cells=cells, **more)
+    if classes < 1: raise InputError(f"--classes {classes} is out of range: at least 1")
+    if not 8 <= size <= 1024: raise InputError(f"--size {size} is out of range: from 8 to 1024")
+    return cfg
+
 def _show(value: dict, as_json: bool, table=None):
     "One JSON object, or a table for people."
     if as_json: print(json.dumps(value, allow_nan=False))
@@ -49,7 +56,7 @@ def _table(title: str, columns: list, rows: list):
     for row in rows: t.add_row(*("" if v is None else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else f"{v:.4g}" if isinstance(v, float) else str(v) for v in row))
     return t
 
-# %% ../nbs/15_cli.ipynb #6a475c15
+# %% ../nbs/15_cli.ipynb #85e20f4a
 @app.command()
 def count(channels: Annotated[int, typer.Option(help="Filters C of the first stage.")] = 16,
           cells: Annotated[int, typer.Option(help="Number of cells L.")] = 8,
@@ -59,9 +66,7 @@ def count(channels: Annotated[int, typer.Option(help="Filters C of the first sta
           as_json: Json = False):
     "Parameters of a super-net: main part, stages, auxiliary heads."
     if space != "darts": raise InputError(f"unknown space {space!r}: choose darts")
-    cfg = configure(Config(), channels=channels, cells=cells)
-    if classes < 1: raise InputError(f"--classes {classes} is out of range: at least 1")
-    if not 8 <= size <= 1024: raise InputError(f"--size {size} is out of range: from 8 to 1024")
+    cfg = _net_size(channels, cells, size, classes)
     out = count_supernet(NetSpec(cfg.space.channels, cfg.space.cells, classes, size))
     rows = [("main part", out["main"]), ("stem", out["stem"]), *((f"stage {i + 1}", n) for i, n in enumerate(out["stages"])), ("classifier", out["classifier"]),
             *((f"aux heads, {k}", sum(v)) for k, v in out["aux"].items()), ("operations", out["ops"])]
@@ -124,14 +129,7 @@ def train(what: Annotated[Path, typer.Argument(metavar="RUN-or-ARCH", help="Run 
             ("non-zero parameters", result["params_nonzero"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("folder", result["run"])]
     _show(result, as_json, _table("train", ["", ""], rows))
 
-# %% ../nbs/15_cli.ipynb #06086e14
-def _net_size(channels, cells, size, classes, batch, stages=(1, 3), **more):
-    "Checked sizes of a net, for commands that take them as options."
-    cfg = configure(Config(), channels=channels, cells=cells, **{"search.batch": batch}, **more)
-    if classes < 1: raise InputError(f"--classes {classes} is out of range: at least 1")
-    if not 8 <= size <= 1024: raise InputError(f"--size {size} is out of range: from 8 to 1024")
-    return cfg
-
+# %% ../nbs/15_cli.ipynb #3c05f8f0
 @app.command()
 def plan(channels: Annotated[int, typer.Option(help="Filters C of the first stage.")] = 24,
          cells: Annotated[int, typer.Option(help="Number of cells L.")] = 8,
@@ -144,7 +142,7 @@ def plan(channels: Annotated[int, typer.Option(help="Filters C of the first stag
          figure: Annotated[Optional[Path], typer.Option(help="Draw the plan into this HTML page.")] = None,
          as_json: Json = False):
     "Peak training memory of every stage, predicted without allocating it."
-    cfg = _net_size(channels, cells, size, classes, batch, **{"compute.recompute": recompute, "compute.amp": amp})
+    cfg = _net_size(channels, cells, size, classes, **{"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp})
     if stages not in (None, 1, 3): raise InputError(f"--stages {stages}: choose 1 or 3")
     if figure is not None and (figure.suffix != ".html" or not figure.absolute().parent.is_dir()): raise InputError(f"--figure {figure}: give an .html file in a folder that is there")
     from dataclasses import asdict
@@ -180,7 +178,7 @@ def bench_step_command(channels: Annotated[int, typer.Option(help="Filters C of 
                        compiled: Annotated[bool, typer.Option("--compile", help="torch.compile for each cell.")] = False,
                        device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu", as_json: Json = False):
     "Time and memory of a training step, against the floor of this machine."
-    cfg = _net_size(channels, cells, size, classes, batch, threads=threads, device=device, **{"compute.impl": impl, "compute.recompute": recompute, "compute.amp": amp, "compute.compile": compiled})
+    cfg = _net_size(channels, cells, size, classes, threads=threads, device=device, **{"search.batch": batch, "compute.impl": impl, "compute.recompute": recompute, "compute.amp": amp, "compute.compile": compiled})
     if stage not in (1, 2, 3): raise InputError(f"--stage {stage}: choose 1, 2 or 3")
     if not 0 < live <= 1: raise InputError(f"--live {live} is out of range: above 0, at most 1")
     if steps < 1: raise InputError(f"--steps {steps} is out of range: at least 1")

@@ -54,7 +54,7 @@ def from_pixels(x: Tensor, # [N, C, H, W] from `pixels`, or with other channels
     n, c, h, w = x.shape
     return x.permute(0, 2, 3, 1).reshape(n // b, h, w, b * c).permute(0, 3, 1, 2)
 
-# %% ../nbs/02_kernels.ipynb #7229335c
+# %% ../nbs/02_kernels.ipynb #94623081
 def to_phases(x: Tensor # [N, C, H, W], even sides
              )->Tensor: # [4N, C, H/2, W/2] channels-last; phase-major: all even-even maps come first
     "Space to batch: the pixels of even and odd rows and columns as separate maps."
@@ -69,11 +69,10 @@ def from_phases(x: Tensor # [4N, C, H/2, W/2]
     x = x.permute(0, 2, 3, 1).reshape(2, 2, n // 4, h, w, c)
     return x.permute(2, 3, 0, 4, 1, 5).reshape(n // 4, 2 * h, 2 * w, c).permute(0, 3, 1, 2)
 
-def every_second(x: Tensor, # [N, C, H, W]
-                 start: int = 0 # 0: even rows and columns, 1: odd ones
-                )->Tensor: # channels-last
-    "Pixels of every second row and column."
-    return x[:, :, start::2, start::2].contiguous(memory_format=torch.channels_last)
+def every_second(x: Tensor # [N, C, H, W]
+                )->Tensor: # [N, C, ceil(H/2), ceil(W/2)] channels-last
+    "Pixels of even rows and columns."
+    return x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/02_kernels.ipynb #572af17a
 def native(x: Tensor)->bool:
@@ -94,7 +93,7 @@ def among(x: Tensor, # [N/B, B F, H, W]
     "A map's channels among others that are 0: as a 1x1 convolution, which is the fastest way to write channels by index."
     return pointwise(x, torch.eye(width, dtype=x.dtype, device=x.device)[:, place, None, None], b)
 
-# %% ../nbs/02_kernels.ipynb #343b92ba
+# %% ../nbs/02_kernels.ipynb #e1b85fb9
 @dataclass
 class Pair:
     "A depthwise convolution, then a pointwise one."
@@ -180,7 +179,7 @@ def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
     for p, (place, width, what, dilation, stride) in zip(jobs, how):
         if what not in seen: seen[what] = SEEN[what](seen["map"])
         u = F.conv2d(seen[what], p.depth, None, stride, dilation * (p.depth.shape[-1] // 2), dilation, x.shape[1])
-        out.append(F.conv2d(u, p.point if place is None else p.point.new_zeros(width, *p.point.shape[1:]).index_copy(0, place, p.point)))
+        out.append(F.conv2d(u, _full(p.point, place, width)))
     return out
 
 # %% ../nbs/02_kernels.ipynb #bbb43422

@@ -18,7 +18,7 @@ from .search import make_optimizer, plan
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['Accountant', 'StepMemory', 'step_memory', 'prune_to', 'memory_plan']
+__all__ = ['Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to', 'memory_plan']
 
 # %% ../nbs/11_memory.ipynb #8929ca52
 class Accountant(TorchDispatchMode):
@@ -39,7 +39,7 @@ class Accountant(TorchDispatchMode):
             self.peak = max(self.peak, self.now)
         return out
 
-# %% ../nbs/11_memory.ipynb #d2075d76
+# %% ../nbs/11_memory.ipynb #c014ba4c
 @dataclass
 class StepMemory:
     "Bytes of a training step."
@@ -51,7 +51,9 @@ class StepMemory:
     activations: int # kept by the forward pass for the backward pass, and the batch itself
     live_ops: int # operations of the sub-net
 
-_bytes = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+def tensor_bytes(tensors)->int:
+    "What some tensors hold."
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 def step_memory(net: SuperNet, cfg: Settings,
                 batch: int, # images
@@ -63,7 +65,7 @@ def step_memory(net: SuperNet, cfg: Settings,
     if not real: net = copy.deepcopy(net)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     size, params = (batch, net.spec.in_channels, net.spec.size, net.spec.size), list(net.parameters())
-    fixed = _bytes(params) + _bytes(net.buffers())
+    fixed = tensor_bytes(params) + tensor_bytes(net.buffers())
     def run():
         seen = Accountant()
         opt = make_optimizer(net, cfg)
@@ -85,7 +87,7 @@ def step_memory(net: SuperNet, cfg: Settings,
                 for k, p in list(module._buffers.items()):
                     if p is not None: module._buffers[k] = mode.from_tensor(p)
             peak, kept = run()
-    return StepMemory(name, peak + 2 * fixed - _bytes(net.buffers()), fixed, _bytes(params), _bytes(params), kept, live)
+    return StepMemory(name, peak + 2 * fixed - tensor_bytes(net.buffers()), fixed, tensor_bytes(params), tensor_bytes(params), kept, live)
 
 # %% ../nbs/11_memory.ipynb #236178fb
 def _order(net: SuperNet, generator: torch.Generator)->tuple: # (live operations [cells, 14, 7], [k, 3] those that may go, in random order)

@@ -26,20 +26,14 @@ def start(*args):
 
 
 def bits(run):
-    "Everything a run leaves behind that must not depend on interruptions."
+    "Everything a run and its retraining leave behind that must not depend on interruptions."
     out = {}
-    for part in (run, run / "train"):
-        if not (part / "events.jsonl").exists():
-            continue
-        events = runs.read_events(part / "events.jsonl")
-        out[part.name, "events"] = [{k: v for k, v in e.items() if k != "time"} for e in events]
-        state = Checkpoints(part / "checkpoint").load()
-        for name in ("net",):
-            out[part.name, name] = {k: v.numpy().tobytes() for k, v in state[name].items()}
-        for file in ("architecture.json", "masks.safetensors"):
-            out[part.name, file] = (part / file).read_bytes()
-    out["run"] = out.pop((run.name, "events")), {k: v for k, v in out.items() if k[0] == run.name}
-    return out["run"][0], {k[1:]: v for k, v in out.items() if isinstance(k, tuple)}
+    for name, part in (("search", run), ("train", run / "train")):
+        if (part / "events.jsonl").exists():
+            events = [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(part / "events.jsonl")]
+            net = {k: v.numpy().tobytes() for k, v in Checkpoints(part / "checkpoint").load()["net"].items()}
+            out[name] = events, net, (part / "architecture.json").read_bytes(), (part / "masks.safetensors").read_bytes()
+    return out
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +84,7 @@ def test_a_signal_saves_and_ends_the_run(whole, tmp_path, number, code):
     said = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
     assert p.returncode == code and len(said) == 1 and "--resume" in said[0], (p.returncode, err)
     runs.search(None, tmp_path / "run", resume=True)
-    assert bits(tmp_path / "run")[0] == bits(reference)[0]
+    assert bits(tmp_path / "run")["search"] == bits(reference)["search"]
 
 
 def test_a_folder_belongs_to_one_process(whole, tmp_path, capsys):
