@@ -13,7 +13,7 @@ from .config import InputError, closest
 from .space import *
 from .operations import *
 from .size import CellCount, NetCount
-from .store import write_whole
+from .store import digest, parse_json, read_bytes, unpickle, write_whole
 
 # %% auto #0
 __all__ = ['MAX_WIDTH', 'MAX_WEIGHTS', 'CONVS', 'SCHEMA', 'JSON_FILE', 'MASK_FILE', 'KEYS', 'Op', 'halves', 'parts', 'norms',
@@ -392,7 +392,8 @@ class DerivedNet(nn.Module):
         return self.classifier(x1), aux
 
 # %% ../nbs/11_architecture.ipynb #9e11b241
-SCHEMA, JSON_FILE, MASK_FILE = 1, "architecture.json", "masks.safetensors"
+SCHEMA, JSON_FILE, MASK_FILE = 2, "architecture.json", "masks.safetensors"
+# schema 1 had no sha256
 KEYS = ("schema", "name", "channels", "classes", "size", "in_channels", "stem", "cells", "masks_sha256", "provenance")
 
 def to_json(arch: Architecture, masks_sha256: str # checksum of the masks file
@@ -401,8 +402,9 @@ def to_json(arch: Architecture, masks_sha256: str # checksum of the masks file
     line = lambda v: json.dumps(v, ensure_ascii=False, allow_nan=False)
     cell = lambda c: f'  {{"widths": {line(c.widths)}, "ops": [\n' + ",\n".join(f"    {line([op.op, op.src, op.dst, op.widths])}" for op in c.ops) + "\n  ]}"
     head = {"schema": SCHEMA, **{k: getattr(arch, k) for k in KEYS[1:7]}}
-    return ("{\n" + "".join(f' {line(k)}: {line(v)},\n' for k, v in head.items()) + ' "cells": [\n' + ",\n".join(map(cell, arch.cells))
-            + f'\n ],\n "masks_sha256": {line(masks_sha256)},\n "provenance": {json.dumps(arch.provenance, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)}\n}}\n')
+    text = ("{\n" + "".join(f' {line(k)}: {line(v)},\n' for k, v in head.items()) + ' "cells": [\n' + ",\n".join(map(cell, arch.cells))
+            + f'\n ],\n "masks_sha256": {line(masks_sha256)},\n "provenance": {json.dumps(arch.provenance, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)}')
+    return f'{text},\n "sha256": "{digest(json.loads(text + "}"))}"\n}}\n'
 
 def save(arch: Architecture,
          folder, # made if need be
@@ -425,16 +427,6 @@ def fingerprint(arch: Architecture)->str:
     return hashlib.sha256(to_json(arch, hashlib.sha256(pack({k: m.contiguous() for k, m in arch.masks.items()})).hexdigest()).encode()).hexdigest()
 
 # %% ../nbs/11_architecture.ipynb #41ae44ef
-def _read_bytes(path, limit):
-    "Content of a regular file of at most `limit` bytes."
-    try:
-        if not path.is_file(): raise InputError(f"there is no file {path}")
-        if path.stat().st_size > limit: raise InputError(f"{path} is larger than {limit >> 20} MiB, too large for what it should be")
-        return path.read_bytes()
-    except OSError as e: raise InputError(f"cannot read {path}: {e.strerror}") from None
-    except InputError: raise # itself a ValueError
-    except ValueError: raise InputError(f"not the name of a file: {str(path)[:60]!r}") from None
-
 def _cell(c, d):
     "An ArchCell from its JSON."
     try:
@@ -449,18 +441,17 @@ def load(path # the folder, or the JSON file in it
     from safetensors.torch import load as unpack
     path = Path(path)
     if path.is_dir(): path = path / JSON_FILE
-    def refuse(constant): raise InputError(f"{path} contains {constant}, which is not a number")
-    try: d = json.loads(_read_bytes(path, 1 << 26), parse_constant=refuse)
-    except InputError: raise
-    except (ValueError, RecursionError): raise InputError(f"{path} is not a JSON file") from None
-    if not isinstance(d, dict) or "schema" not in d: raise InputError(f"{path} is not an architecture: it has no schema")
+    d = parse_json(read_bytes(path), path)
+    if "schema" not in d: raise InputError(f"{path} is not an architecture: it has no schema")
     if _whole("the schema", d["schema"], 1, 10 ** 6) > SCHEMA: raise InputError(f"{path} has schema {d['schema']} and this version reads up to {SCHEMA}: update mgdarts")
+    if "sha256" in d and d["sha256"] != digest(d): raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit; if you changed it, remove its sha256")
+    d.pop("sha256", None)
     for k in KEYS:
         if k not in d: raise InputError(f"{path} lacks the key {k!r}")
     for k in d:
         if k not in KEYS: raise InputError(f"{path} has the unknown key {k[:40]!r}: {closest(k[:40], KEYS)}")
     if not isinstance(d["cells"], list): raise InputError(f"{path}: cells must be a list")
-    raw = _read_bytes(path.with_name(MASK_FILE), 1 << 30)
+    raw = read_bytes(path.with_name(MASK_FILE), 1 << 30)
     if hashlib.sha256(raw).hexdigest() != d["masks_sha256"]: raise InputError(f"{path.with_name(MASK_FILE)} is not the file that {path.name} was saved with")
     try: masks = unpack(raw)
     except (SafetensorError, KeyError, ValueError): raise InputError(f"{path.with_name(MASK_FILE)} is not a safetensors file") from None
@@ -520,10 +511,9 @@ def _pair(c, i, op, masks):
 
 def _read_masks(path, gene):
     "The authors' nested list of masks, of the lengths of the genotype."
-    import pickle
-    _read_bytes(path, 1 << 28)
-    try: masks = torch.load(path, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, KeyError, IndexError, AttributeError, TypeError, OSError):
+    content = read_bytes(path, 1 << 28)
+    try: masks = unpickle(content)
+    except Exception: # PyTorch and pickle raise whatever they run into
         raise InputError(f"{path} is not a file of masks saved by PyTorch") from None
     shape = [len(c) for c in masks] if isinstance(masks, (list, tuple)) and all(isinstance(c, (list, tuple)) for c in masks) else None
     if shape != [len(c) for c in gene]: raise InputError(f"{path} holds no masks for this genotype: it needs a list for each of its {len(gene)} cells, with an entry for each operation")
@@ -538,7 +528,7 @@ def import_genotype(genotype_path, # text file in the authors' format
                    )->Architecture:
     "Read a published architecture. `InputError` on anything that is not one."
     path = Path(genotype_path)
-    raw = _read_bytes(path, 1 << 20)
+    raw = read_bytes(path, 1 << 20)
     try: found = read_genotypes(raw.decode())
     except UnicodeDecodeError: raise InputError(f"{path} is not a text file") from None
     if name is None and len(found) > 1: raise InputError(f"{path} has several genotypes, give the name of one: {', '.join(found)}")

@@ -263,7 +263,7 @@ def main(args: list|None = None # None: the process's own
     except InputError as e: say(e); code = 2
     except NonFiniteLoss as e: say(f"{e}; the state before it is saved: lower the learning rate and start a new run, or --resume to look at it"); code = 1
     except RunFailed as e: say(e); stopped, code = e, e.code
-    except OSError as e: say(e); code = 1
+    except OSError as e: say(f"{e.filename or 'a file'}: {e.strerror or e}; what was saved before is whole: mend this and go on with --resume"); code = 1
     except Exception as e:
         # argument errors of Typer and Click carry their own message and exit code
         if not hasattr(e, "format_message"):

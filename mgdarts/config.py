@@ -56,6 +56,7 @@ class Data:
     flip: bool = knob(True, "random horizontal flips")
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
     cutout: int = knob(-1, "side of the Cutout square in pixels; -1: half of the image side, 0: none", -1, 512)
+    skip_damaged: bool = knob(False, "leave out image files that cannot be decoded, and say which, instead of stopping")
 
 # %% ../nbs/00_config.ipynb #1a7ae0fe
 @dataclass
@@ -203,6 +204,7 @@ def validate(cfg: Config)->Config: # the same object
     if s.target_m <= 0: raise InputError("search.target_m must be above 0: give the size of the searched net in millions of parameters")
     if s.prune_low > s.prune_high: raise InputError("search.prune_low must not be above search.prune_high")
     if cfg.space.channels % 2: raise InputError(f"space.channels={cfg.space.channels} must be even: a strided skip connection halves it")
+    if cfg.preset and not cfg.preset.replace("-", "").replace("_", "").isalnum(): raise InputError("preset must be a plain word: runs are named after it")
     if cfg.data.subset == 0 or cfg.data.test_subset == 0: raise InputError("data.subset and data.test_subset must be above 0")
     return cfg
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, gzip, hashlib, math, os, zlib
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from .config import Data, InputError, closest
 
 # %% auto #0
 __all__ = ['DEBIAN_FASHION', 'SUFFIXES', 'IN_MEMORY', 'SOURCES', 'FOLDERS', 'root', 'data_dir', 'stream', 'resize', 'fit',
-           'Source', 'read_idx', 'opened', 'decode', 'parallel', 'crop_box', 'Files', 'signature', 'cached',
+           'Source', 'read_idx', 'opened', 'decode', 'parallel', 'crop_box', 'Files', 'signature', 'checksum', 'cached',
            'open_source', 'apportion', 'subset', 'hold_out', 'channel_stats', 'Split', 'Splits', 'fingerprint',
            'load_data', 'Augment', 'crop_flip', 'autoaugment', 'normalise', 'cutout', 'epoch_order', 'train_batch',
            'eval_batches', 'Loader']
@@ -71,6 +71,7 @@ class Source:
     test_labels: Tensor
     classes: list # names, by label
     size: int # side of an image, pixels
+    skipped: list = field(default_factory=list) # damaged files that were left out
 
 def _by_class(labels, # int64 [N]
               quota, # images wanted of each class
@@ -163,8 +164,10 @@ def opened(path: str):
     from PIL import Image
     try:
         with Image.open(path, formats=("JPEG", "PNG")) as image: yield image
+    except InputError: raise # itself a ValueError
+    except FileNotFoundError: raise InputError(f"{path} is missing: put it back, or unpack the dataset again") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise InputError(f"{path} is not a readable image: unpack the dataset again, or remove the file") from None
+        raise InputError(f"{path} is not a readable image: unpack the dataset again, remove the file, or set data.skip_damaged=true") from None
 
 def decode(path: str,
            rgb: bool = True # three channels, else one
@@ -227,6 +230,15 @@ def signature(paths: list, *more)->str:
         h.update(f"{'/'.join(Path(p).parts[-3:])} {size}\n".encode())
     return h.hexdigest()
 
+def checksum(tensors: dict # of contiguous tensors on the CPU
+            )->str:
+    "sha256 over names, shapes and contents."
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        h.update(tensors[name].numpy().reshape(-1).view(np.uint8))
+    return h.hexdigest()
+
 def cached(file: Path, # the safetensors file
            key: str, # what it must have been made from
            make # () -> dict of tensors
@@ -235,16 +247,19 @@ def cached(file: Path, # the safetensors file
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
     with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as f:
-        if (f.metadata() or {}).get("key") == key: return {k: f.get_tensor(k) for k in f.keys()}
+        meta = f.metadata() or {}
+        if meta.get("key") == key:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
+            if meta.get("sha256") == checksum(tensors): return tensors
     tensors, part = make(), file.with_name(f"{file.name}.{os.getpid()}")
     try:
-        save_file(tensors, part, metadata={"key": key})
+        save_file(tensors, part, metadata={"key": key, "sha256": checksum(tensors)})
         os.replace(part, file)
     except (OSError, SafetensorError):
         with contextlib.suppress(OSError): part.unlink()
     return tensors
 
-# %% ../nbs/01_data.ipynb #8cf9de59
+# %% ../nbs/01_data.ipynb #c9ddf0b3
 IN_MEMORY = 2 << 30 # bytes; a larger set stays on disk
 
 def _folder(folder, cfg):
@@ -254,17 +269,30 @@ def _folder(folder, cfg):
     for name in sorted(set(train) ^ set(test)):
         raise InputError(f"{folder / names[name in train] / name} is missing: unpack the dataset again, every class needs {names[0]} and {names[1]} images")
     if len(train) < 2: raise InputError(f"{folder / 'train'} needs at least two folders of images, one a class: it has {len(train)}")
-    side, rgb = (224, True) if imagenet else _probe([files[0] for files in train.values()])
+    side, rgb = (224, True) if imagenet else _probe([next((f for f in files if not cfg.skip_damaged or bool(_good([f]))), files[0]) for files in train.values()])
     if not (size := cfg.size or side): raise InputError(f"the images in {folder} are not squares of one size: give data.size")
-    images, labels = {}, {}
+    images, labels, skipped = {}, {}, []
     for n, classes in zip(names, (train, test)):
         images[n] = Files([p for files in classes.values() for p in files], size, rgb)
         labels[n] = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(files) for files in classes.values()]))
+        if cfg.skip_damaged:
+            good = cached(folder / f".mgdarts-good-{n}.safetensors", signature(images[n].paths), lambda: {"good": _good(images[n].paths)})["good"]
+            skipped += [images[n].paths[i] for i in (~good).nonzero()[:, 0].tolist()]
+            images[n], labels[n] = images[n].pick(good.nonzero()[:, 0]), labels[n][good]
+            if len(labels[n].unique()) < len(classes): raise InputError(f"{folder / n} has a class without any readable image: unpack the dataset again")
     if not imagenet and sum(math.prod(f.shape) for f in images.values()) <= IN_MEMORY:
         file = folder / f".mgdarts-cache-{cfg.size or 'own'}.safetensors"
         key = signature(images["train"].paths + images["test"].paths, size, rgb)
         images = cached(file, key, lambda: {n: _decode_all(f, exact=not cfg.size) for n, f in images.items()})
-    return Source(images[names[0]], labels[names[0]], images[names[1]], labels[names[1]], list(train), size)
+    return Source(images[names[0]], labels[names[0]], images[names[1]], labels[names[1]], list(train), size, skipped)
+
+def _good(paths):
+    "Which files can be decoded: [len(paths)] bool."
+    out = torch.zeros(len(paths), dtype=torch.bool)
+    def work(i):
+        with contextlib.suppress(InputError): decode(paths[i]); out[i] = True
+    parallel(work, paths)
+    return out
 
 def _probe(paths):
     "From one image a class: the side of all (0: they differ, or are no squares), and whether any has colours."
@@ -386,7 +414,8 @@ class Splits:
     classes: list # names, by label
     size: int # side of an image, pixels
     label: str # what records call the dataset
-    fingerprint: str # sha256 over the labels and a sample of the images of all splits
+    fingerprint: str # see there
+    skipped: list = field(default_factory=list) # damaged files that were left out
 
     @property
     def num_classes(self)->int: return len(self.classes)
@@ -400,11 +429,13 @@ class Splits:
 # %% ../nbs/01_data.ipynb #f9d94bcf
 def fingerprint(splits: list # of (images, labels)
                )->str:
-    "sha256 over all labels and 16 evenly spaced images of each split."
+    "sha256 over all labels and images; of images on disk, over the names and sizes of the files and 16 of the images."
     h = hashlib.sha256()
     for images, labels in splits:
-        h.update(repr(tuple(images.shape)).encode() + labels.numpy().tobytes())
-        h.update(images[torch.linspace(0, len(labels) - 1, min(len(labels), 16)).long()].numpy().tobytes())
+        if isinstance(images, Files):
+            h.update(signature(images.paths, images.size, images.rgb).encode())
+            images = images[torch.linspace(0, len(labels) - 1, min(len(labels), 16)).long()]
+        h.update(checksum({"images": images.contiguous(), "labels": labels}).encode())
     return h.hexdigest()
 
 def load_data(cfg: Data,
@@ -423,7 +454,7 @@ def load_data(cfg: Data,
     mean, std = (t.to(device) for t in channel_stats(parts[0][0]))
     to = lambda x: x.to(device) if isinstance(x, Tensor) else x
     train, val, test = (Split(to(images), labels.to(device), mean, std) for images, labels in parts)
-    return Splits(train, val, test, source.classes, size, cfg.name, fingerprint(parts))
+    return Splits(train, val, test, source.classes, size, cfg.name, fingerprint(parts), source.skipped)
 
 # %% ../nbs/01_data.ipynb #fd5e2abd
 @dataclass(frozen=True)

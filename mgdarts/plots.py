@@ -4,7 +4,7 @@
 
 # %% ../nbs/30_plots.ipynb #e0fa4a06
 from __future__ import annotations
-import html, math, os
+import html, math
 from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from .config import InputError
 from .space import *
 from .architecture import Architecture, count, counts
+from .store import write_whole
 
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS', 'RUN_SYMBOLS',
@@ -334,11 +335,8 @@ def write_report(path: str|Path, page: str # from `report`
     files = [(path, page)]
     beside = path.parent / "plotly.min.js"
     if '<script src="plotly.min.js">' in page:
-        code = get_plotlyjs()
-        if not beside.exists() or beside.stat().st_size != len(code.encode()): files.insert(0, (beside, code))
+        code = get_plotlyjs() # whatever else lies there under this name would run in the reader's browser
+        if beside.is_symlink() or not beside.is_file() or beside.read_bytes() != code.encode(): files.insert(0, (beside, code))
     path.parent.mkdir(parents=True, exist_ok=True)
-    for file, text in files:
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        part.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(part, file)
+    for file, text in files: write_whole(file, text.encode())
     return path

@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_runs.ipynb #d59cd725
 from __future__ import annotations
-import json, os, platform, signal, subprocess, threading, time
+import hashlib, json, os, platform, signal, subprocess, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
@@ -17,13 +17,13 @@ from .derive import derive, inherited
 from .events import Emitter, Event, NonFiniteLoss, RunFailed, Stopped
 from .search import Search
 from .space import NetSpec
-from .store import Checkpoints, lock, read_json, write_json
+from .store import Checkpoints, lock, read_bytes, read_json, refuse_links, write_json
 from .train import Trainer
 
 # %% auto #0
-__all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'Recorder', 'read_events', 'Signals',
-           'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_config', 'first_bad', 'search',
-           'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
+__all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder', 'read_events',
+           'Signals', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_record', 'read_config',
+           'first_bad', 'search', 'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -74,27 +74,46 @@ def free_name(cfg: Config)->Path:
     return next(p for p in names if not p.exists())
 
 # %% ../nbs/14_runs.ipynb #53428e4e
+def mark(content: bytes)->dict:
+    "What a record is known again by."
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
 class Recorder:
-    "A listener that appends events to a file."
-    def __init__(self, path: Path, keep: int = 0 # events of an interrupted run to keep
+    "A listener that appends events to a file. `InputError` when the file is not what the run goes on from."
+    def __init__(self, path: Path, kept: dict|None = None # mark of the events to keep; None: begin anew
                 ):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        lines = Path(path).read_bytes().splitlines(keepends=True) if keep and Path(path).exists() else []
-        self.file = open(path, "ab")
-        self.file.truncate(sum(map(len, lines[:keep])))
+        self.path, content = Path(path), b""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if kept is not None:
+            content = read_bytes(self.path, 1 << 32)[:kept["bytes"]]
+            if mark(content) != kept: raise InputError(f"{path} is damaged: it does not begin with the events that the state was saved with; start a new run")
+        self.hash, self.bytes = hashlib.sha256(content), len(content)
+        self.file = open(path, "ab", buffering=0)
+        self.file.truncate(self.bytes)
     def __call__(self, event: Event):
-        self.file.write((json.dumps(event.to_dict() | {"time": round(time.time(), 3)}, allow_nan=False) + "\n").encode())
-        self.file.flush()
+        line = (json.dumps(event.to_dict() | {"time": round(time.time(), 3)}, allow_nan=False) + "\n").encode()
+        try:
+            n = 0
+            while n < len(line): n += self.file.write(line[n:])
+        except OSError as e: raise OSError(e.errno, e.strerror, str(self.path)) from None
+        self.hash.update(line); self.bytes += n
+    def mark(self)->dict:
+        "The mark of all events so far, which are on the disk then."
+        os.fsync(self.file.fileno())
+        return {"bytes": self.bytes, "sha256": self.hash.hexdigest()}
     def close(self): self.file.close()
 
-def read_events(path: Path)->list:
-    "The events of a run; a last line that was cut off is left out."
+def read_events(path: Path, whole: dict|None = None # mark of the complete record, once there is one
+               )->list:
+    "The events of a run; a last line that was cut off is left out. `InputError` when the record is damaged."
+    path = Path(path)
+    content = read_bytes(path, 1 << 32) if path.exists() else b""
+    if whole is not None and mark(content) != whole: raise InputError(f"{path} is damaged, or was changed: it is not what the run recorded")
     out = []
-    try: lines = Path(path).read_bytes().split(b"\n")
-    except OSError: return out
-    for line in lines[:-1]:
+    for n, line in enumerate(content.split(b"\n")[:-1]):
         try: out.append(json.loads(line))
-        except ValueError: break
+        except (ValueError, RecursionError): out.append(None)
+        if not (isinstance(out[-1], dict) and {"type", "step", "epoch", "stage"} <= out[-1].keys()): raise InputError(f"{path} is damaged in line {n + 1}: it is not an event")
     return out
 
 # %% ../nbs/14_runs.ipynb #9e640f51
@@ -113,8 +132,8 @@ class Signals:
 
 class Saver:
     "A listener to `rest` that saves a loop's state: after `every` seconds, after an event of the types in `after`, and when a signal has come, which then ends the run."
-    def __init__(self, loop, folder: Path, every: float = 60., after: tuple = (), signals: Signals|None = None):
-        self.loop, self.checkpoints, self.every, self.last, self.due, self.signals = loop, Checkpoints(folder), every, time.monotonic(), False, signals
+    def __init__(self, loop, recorder: Recorder, folder: Path, every: float = 60., after: tuple = (), signals: Signals|None = None):
+        self.loop, self.recorder, self.checkpoints, self.every, self.last, self.due, self.signals = loop, recorder, Checkpoints(folder), every, time.monotonic(), False, signals
         loop.events.listen(self._event, *after, "rest")
     def _event(self, event: Event):
         if event.type != "rest": self.due = True
@@ -123,7 +142,7 @@ class Saver:
             raise Stopped(self.signals.number, signal.Signals(self.signals.number).name)
         elif self.due or time.monotonic() - self.last >= self.every: self.save()
     def save(self, state=None):
-        self.checkpoints.save(state or self.loop.state_dict())
+        self.checkpoints.save((state or self.loop.state_dict()) | {"record": self.recorder.mark()})
         self.last, self.due = time.monotonic(), False
 
 # %% ../nbs/14_runs.ipynb #fa8d1cab
@@ -172,11 +191,32 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits, init_state: di
 
 def _record(cfg, device, splits)->dict:
     return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_fingerprint": splits.fingerprint,
-            "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "scale": "paper" if cfg.preset in ("small", "large", "imagenet") else "scaled down"}
+            "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "skipped": splits.skipped,
+            "scale": "paper" if cfg.preset in ("small", "large", "imagenet") else "scaled down"}
+
+def read_record(run: str|Path)->dict:
+    "`config.json` of a run folder, checked."
+    path = Path(run) / "config.json"
+    record = read_json(path, "a run folder")
+    if missing := [k for k in ("config", "environment", "dataset", "data_fingerprint", "scale") if k not in record]: raise InputError(f"{path} lacks {missing[0]!r}: it is not of a run")
+    record["config"] = to_dict(from_dict(record["config"]))
+    return record
 
 def read_config(run: str|Path)->Config:
     "The configuration of a run folder."
-    return from_dict(read_json(Path(run) / "config.json", "a run folder").get("config", {}))
+    return from_dict(read_record(run)["config"])
+
+def _restore(loop, run: Path, splits: Splits)->dict|None: # mark of the events so far; None: there is no state yet
+    "Bring a loop to its last state. `InputError` when the state or the data are not this run's."
+    if read_record(run)["data_fingerprint"] != splits.fingerprint: raise InputError(f"the images of {splits.label} are not those that {run} began with: put them back, or start a new run")
+    saved = Checkpoints(run / "checkpoint").load()
+    if saved is None: return None
+    try:
+        loop.load_state_dict(saved)
+        return {"bytes": int(saved["record"]["bytes"]), "sha256": str(saved["record"]["sha256"])}
+    except InputError: raise
+    except Exception as e: # a state that somebody else made can be wrong in any way
+        raise InputError(f"the state in {run / 'checkpoint'} does not fit this run ({type(e).__name__}): start a new run") from None
 
 # %% ../nbs/14_runs.ipynb #fb09917c
 def first_bad(loop, # a Search or Trainer that raised
@@ -206,13 +246,13 @@ def _memory_advice(loop)->str:
     return "out of memory in retraining: start again with a smaller train.batch"
 
 # %% ../nbs/14_runs.ipynb #7804a8ba
-def _run(loop, out: Path, emitted: int, heard: tuple, listeners: tuple, after: tuple):
+def _run(loop, out: Path, kept: dict|None, heard: tuple, listeners: tuple, after: tuple):
     "Run a loop to its end with a recorder and a saver, and end well whatever happens."
-    recorder = Recorder(out / "events.jsonl", emitted)
+    recorder = Recorder(out / "events.jsonl", kept)
     try:
         for listener in (recorder, *listeners): loop.events.listen(listener, *heard)
         with Signals() as signals:
-            saver = Saver(loop, out / "checkpoint", after=after, signals=signals)
+            saver = Saver(loop, recorder, out / "checkpoint", after=after, signals=signals)
             try: loop.run()
             except NonFiniteLoss as e:
                 state, where = first_bad(loop, e)
@@ -225,12 +265,13 @@ def _run(loop, out: Path, emitted: int, heard: tuple, listeners: tuple, after: t
     finally: recorder.close()
 
 def _finish(cfg, out, loop, splits, start)->dict:
-    done = read_events(out / "events.jsonl")[-1]
+    content = read_bytes(out / "events.jsonl", 1 << 32)
+    done = json.loads(content.splitlines()[-1])
     arch = derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
     arch_files.save(arch, out, overwrite=True)
     size = counts(arch)
     result = {"run": str(out), "reached": done["reached"], "target": int(done["target"]), "params": done["params"], "macs": done["macs"], "ops": done["ops"], "retention": done["retention"],
-              "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps, "wall_s": round(time.time() - start, 1),
+              "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps, "wall_s": round(time.time() - start, 1), "events": mark(content),
               "derived": {k: size[k] for k in ("params_total", "params_deployable", "params_nonzero", "macs", "ops", "retention")}}
     write_json(out / "result.json", result)
     write_report(out)
@@ -252,19 +293,20 @@ def search(cfg: Config|None, # None: resume with the folder's own
         found, out = read_config(out), Path(out)
         if cfg is not None and to_dict(cfg) != to_dict(found): raise InputError(f"{out} was started with another configuration: resume it without changing any")
         cfg = found
-        if (out / "result.json").exists(): return read_json(out / "result.json", "a result")
+        if (out / "result.json").exists():
+            if not (out / "report.html").exists(): write_report(out) # the run was killed just before
+            return read_json(out / "result.json", "a result")
     else: out = new_folder(out) if out else free_name(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device_of(cfg))
     loop = make_search(cfg, splits)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        saved = Checkpoints(out / "checkpoint").load() if resume else None
-        if saved: loop.load_state_dict(saved)
+        kept = _restore(loop, out, splits) if resume else None
         if not resume: write_json(out / "config.json", _record(cfg, loop.device, splits))
         if prepare: prepare(loop)
         with Progress(len(loop.stages), quiet) as bar:
-            if saved: bar.stage, bar.start = loop.stage, loop.start
-            _run(loop, out, loop.emitted, ("stage", "epoch", "commit", "regrow", "done"), (bar, *listeners), ("commit", "stage"))
+            if kept: bar.stage, bar.start = loop.stage, loop.start
+            _run(loop, out, kept, ("stage", "epoch", "commit", "regrow", "done"), (bar, *listeners), ("commit", "stage"))
         return _finish(cfg, out, loop, splits, start)
 
 # %% ../nbs/14_runs.ipynb #81dea95f
@@ -281,12 +323,11 @@ def train(cfg: Config, arch: Architecture,
     loop = make_trainer(cfg, arch, splits, init_state)
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
-        saved = Checkpoints(out / "checkpoint").load() if resume else None
-        if saved: loop.load_state_dict(saved)
-        else: write_json(out / "config.json", _record(cfg, loop.device, splits))
+        kept = _restore(loop, out, splits) if resume and (out / "config.json").exists() else None
+        if kept is None: write_json(out / "config.json", _record(cfg, loop.device, splits))
         arch_files.save(arch, out, overwrite=True)
-        with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, len(loop.history) + loop.finished, ("epoch", "result"), (bar, *listeners), ())
-        result = loop.result | {"run": str(out), "name": arch.name, "wall_s": round(time.time() - start, 1)}
+        with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, kept, ("epoch", "result"), (bar, *listeners), ())
+        result = loop.result | {"run": str(out), "name": arch.name, "wall_s": round(time.time() - start, 1), "events": mark(read_bytes(out / "events.jsonl", 1 << 32))}
         write_json(out / "result.json", result)
     return result
 
@@ -307,6 +348,8 @@ def retrain(run: str|Path, # a finished run folder
            )->dict:
     "Retrain what a run found (into its `train` folder), or a random architecture of the same size (into `random`), and renew its report."
     run = Path(run)
+    refuse_links(run)
+    load_run(run) # what is damaged is better known before
     cfg = cfg or read_config(run)
     arch, state = arch_files.load(run), None
     if baseline: arch = random_architecture(arch.spec, counts(arch)["params_nonzero"], cfg.seed, name="random")
@@ -316,22 +359,26 @@ def retrain(run: str|Path, # a finished run folder
     return result
 
 # %% ../nbs/14_runs.ipynb #aa6ceed7
+def _part(folder: Path)->dict: # events and result; None: not finished
+    result = read_json(folder / "result.json", "a result") if (folder / "result.json").exists() else None
+    return {"events": read_events(folder / "events.jsonl", result and result.get("events", {})), "result": result}
+
 def load_run(run: str|Path)->dict:
-    "All records of a run folder: config, events, result, architecture, trainings (None or empty where there is none yet)."
+    "All records of a run folder: config, events, result, architecture, trainings (None or empty where there is none yet). `InputError` when any of them is damaged."
     run = Path(run)
-    out = {"folder": run, "record": read_json(run / "config.json", "a run folder"), "events": read_events(run / "events.jsonl"), "trainings": {}}
-    out["result"] = read_json(run / "result.json", "a result") if (run / "result.json").exists() else None
-    out["arch"] = arch_files.load(run) if (run / arch_files.JSON_FILE).exists() else None
-    for name in ("train", "random"):
-        if (run / name / "config.json").exists():
-            done = run / name / "result.json"
-            out["trainings"][name] = {"events": read_events(run / name / "events.jsonl"), "result": read_json(done, "a result") if done.exists() else None}
-    return out
+    trainings = {k: _part(run / k) for k in ("train", "random") if (run / k / "config.json").exists()}
+    return {"folder": run, "record": read_record(run), **_part(run), "arch": arch_files.load(run) if (run / arch_files.JSON_FILE).exists() else None, "trainings": trainings}
 
 def write_report(run: str|Path)->Path:
-    "report.html: what was searched, what was found, how well it does. Readable without a kernel."
+    "report.html: what was searched, what was found, how well it does. Readable without a kernel. `InputError` when the records are not a run's."
     from mgdarts import plots # plotly is slow to import
     data = load_run(run)
+    try: page = _page(Path(run).name, data)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e: raise InputError(f"{run} holds records that no run writes ({type(e).__name__}: {e}): there is no report of them") from e
+    return plots.write_report(Path(run) / "report.html", page)
+
+def _page(name, data)->str:
+    from mgdarts import plots
     cfg, env = data["record"]["config"], data["record"]["environment"]
     facts = {"dataset": data["record"]["dataset"], "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}",
              "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)", "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
@@ -347,7 +394,7 @@ def write_report(run: str|Path)->Path:
             {"architecture": {"train": "searched", "random": "random, same size"}[k], "final epoch": f"{t['test_acc_final']:.2f}", "best validation epoch": f"{t['test_acc_best_val']:.2f}",
              "non-zero parameters": t["params_nonzero"], "epochs": t["epochs"]} for k, t in done.items()]
         figures["Retraining"] = plots.retrain_curves({{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()})
-    return plots.write_report(Path(run) / "report.html", plots.report(f"mgdarts run {Path(run).name}", facts, figures, tables))
+    return plots.report(f"mgdarts run {name}", facts, figures, tables)
 
 def list_runs(folder: str|Path|None = None # None: the project's runs/
              )->list: # one dictionary a run, newest first
@@ -355,11 +402,13 @@ def list_runs(folder: str|Path|None = None # None: the project's runs/
     out = []
     folder = Path(folder) if folder else root() / "runs"
     for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        try: data = load_run(path.parent)
-        except InputError: continue
-        if "config" not in data["record"]: continue
-        cfg, r, t = data["record"]["config"], data["result"], data["trainings"]
-        acc = lambda k: (t.get(k, {}).get("result") or {}).get("test_acc_final")
-        out.append({"run": str(path.parent), "method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
-                    "status": "unfinished" if r is None else "reached" if r["reached"] else "target not reached", "params": r and r["params"], "ops": r and r["ops"], "test_acc": acc("train"), "random_acc": acc("random")})
+        try: row = _row(load_run(path.parent))
+        except (InputError, KeyError, AttributeError): row = dict.fromkeys(("method", "preset", "dataset", "seed", "params", "ops", "test_acc", "random_acc")) | {"status": "damaged"}
+        out.append({"run": str(path.parent), **row})
     return out
+
+def _row(data)->dict:
+    cfg, r, t = data["record"]["config"], data["result"], data["trainings"]
+    acc = lambda k: (t.get(k, {}).get("result") or {}).get("test_acc_final")
+    return {"method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
+            "status": "unfinished" if r is None else "reached" if r["reached"] else "target not reached", "params": r and r["params"], "ops": r and r["ops"], "test_acc": acc("train"), "random_acc": acc("random")}

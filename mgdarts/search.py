@@ -77,7 +77,7 @@ class StagedSearch:
         self.optimizer = None
         # where it stands: stage, phase (warm-up or joint), epochs of the phase, steps of the epoch; -1: not begun
         self.stage, self.warmup, self.phase_epoch, self.epoch, self.epoch_step, self.steps = -1, True, 0, 0, 0, 0
-        self.lam, self.target, self.start, self.pruned, self.rebuilds, self.emitted, self.finished, self.reached = None, 0., 0, 0, 0, 0, False, []
+        self.lam, self.target, self.start, self.pruned, self.rebuilds, self.finished, self.reached = None, 0., 0, 0, 0, False, []
         self.mom = torch.zeros_like(self.net.alpha)
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device) # CE, R_size, R_thr, hits, images of this epoch
         self.safe_state, self._last = None, set()
@@ -89,7 +89,6 @@ class StagedSearch:
 
     def _emit(self, type, loss=None, epoch=None, **data):
         self._last.add(type)
-        self.emitted += type not in ("step", "rest") # a record can be cut back to where a state was taken
         self.events.emit(Event(type, self.steps, self.epoch if epoch is None else epoch, self.stage_name, loss, data))
 
     # stages
@@ -149,7 +148,7 @@ class StagedSearch:
 # %% ../nbs/10_search.ipynb #a361e455
 class SavedSearch(StagedSearch):
     "A search's state, out and in."
-    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "emitted", "finished", "reached")
+    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "finished", "reached")
 
     def state_dict(self)->dict:
         "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."

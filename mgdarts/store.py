@@ -4,15 +4,15 @@
 
 # %% ../nbs/05_store.ipynb #5ed1fa2d
 from __future__ import annotations
-import hashlib, io, json, os, warnings
+import hashlib, io, json, math, os, stat, warnings, zipfile
 from contextlib import contextmanager
 from pathlib import Path
 import torch
 from .config import InputError
 
 # %% auto #0
-__all__ = ['STATE', 'STATE_VERSION', 'write_whole', 'write_json', 'read_json', 'pack_state', 'unpack_state', 'Checkpoints',
-           'lock']
+__all__ = ['SCHEMA', 'STATE', 'STATE_VERSION', 'write_whole', 'read_bytes', 'parse_json', 'digest', 'write_json', 'read_json',
+           'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'refuse_links', 'lock']
 
 # %% ../nbs/05_store.ipynb #05fee06c
 def write_whole(path: Path, content: bytes):
@@ -20,27 +20,86 @@ def write_whole(path: Path, content: bytes):
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(tmp, "wb") as f:
-            f.write(content); f.flush(); os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    if os.name == "posix": # elsewhere folders cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try: os.fsync(folder)
-        finally: os.close(folder)
+        try:
+            with open(tmp, "wb") as f:
+                f.write(content); f.flush(); os.fsync(f.fileno())
+            os.replace(tmp, path)
+        finally: tmp.unlink(missing_ok=True)
+        if os.name == "posix": # elsewhere folders cannot be opened
+            folder = os.open(path.parent, os.O_RDONLY)
+            try: os.fsync(folder)
+            finally: os.close(folder)
+    except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None # the system does not say which file
 
-def write_json(path: Path, value):
-    "A JSON file, whole or not at all. `ValueError` on numbers that are not finite."
-    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-def read_json(path: Path, what: str # for the message
-             ):
-    "A JSON file. `InputError` when it cannot be read."
-    try: return json.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError: raise InputError(f"{path} is missing: this is not {what}") from None
-    except (OSError, ValueError, RecursionError): raise InputError(f"{path} is not readable JSON: this is not {what}, or it is damaged") from None
+def read_bytes(path: Path, limit: int = 1 << 26 # bytes
+              )->bytes:
+    "Content of a regular file that is not too large for what it should be. `InputError` when there is none."
+    path = Path(path)
+    try:
+        if not path.is_file(): raise InputError(f"there is no file {path}")
+        if path.stat().st_size > limit: raise InputError(f"{path} is larger than {limit >> 20} MiB, too large for what it should be")
+        return path.read_bytes()
+    except OSError as e: raise InputError(f"cannot read {path}: {e.strerror}") from None
+    except InputError: raise # itself a ValueError
+    except ValueError: raise InputError(f"not the name of a file: {str(path)[:60]!r}") from None
 
 # %% ../nbs/05_store.ipynb #ce96d932
+SCHEMA = 1 # of all files of a run folder but `architecture.json`, which has its own
+
+def parse_json(content: bytes, path: Path # for messages
+              )->dict:
+    "A JSON object. `InputError` when it is none, or has numbers that are not finite."
+    def refuse(constant): raise InputError(f"{path} contains {constant[:20]}, which is not a finite number")
+    def number(text): return value if math.isfinite(value := float(text)) else refuse(text)
+    try: value = json.loads(content, parse_constant=refuse, parse_float=number)
+    except InputError: raise
+    except (ValueError, RecursionError): value = None
+    if not isinstance(value, dict): raise InputError(f"{path} is not a JSON object, or it is damaged")
+    return value
+
+def digest(value: dict # plain JSON
+          )->str:
+    "A checksum over everything in a JSON object but its own checksum, however it is written down."
+    return hashlib.sha256(json.dumps({k: v for k, v in value.items() if k != "sha256"}, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+def write_json(path: Path, value: dict):
+    "A JSON file with schema and checksum, whole or not at all. `ValueError` on numbers that are not finite."
+    value = {"schema": SCHEMA, **value}
+    write_whole(path, (json.dumps(value | {"sha256": digest(json.loads(json.dumps(value)))}, indent=1, allow_nan=False) + "\n").encode())
+
+def read_json(path: Path, what: str # for messages: "a result"
+             )->dict: # without schema and checksum
+    "The inverse. `InputError` when it is missing, damaged, changed, or of another schema."
+    path = Path(path)
+    if not path.exists(): raise InputError(f"{path} is missing: {path.parent} is not {what}")
+    value = parse_json(read_bytes(path), path)
+    schema, sum = value.pop("schema", None), value.pop("sha256", None)
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1: raise InputError(f"{path} has no schema: it is not {what}, or of a version before the first")
+    if schema > SCHEMA: raise InputError(f"{path} has schema {schema}, and this program knows {SCHEMA}: use a later mgdarts")
+    if sum != digest({"schema": schema, **value}): raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit")
+    return value
+
+# %% ../nbs/05_store.ipynb #5dd387e2
+def _tensors(value):
+    "All tensors in nested lists and dictionaries, shared parts once."
+    todo, seen = [value], set()
+    while todo:
+        v = todo.pop()
+        if isinstance(v, torch.Tensor): yield v
+        elif isinstance(v, (dict, list, tuple)) and id(v) not in seen:
+            seen.add(id(v))
+            todo += v.values() if isinstance(v, dict) else v
+
+def unpickle(content: bytes # PyTorch's zip format
+            ):
+    "Tensors and plain data, nothing else, and no larger than they are in the file. `ValueError` if it holds more."
+    with zipfile.ZipFile(io.BytesIO(content)) as z: inside = z.infolist()
+    if any(i.compress_type != zipfile.ZIP_STORED for i in inside) or sum(i.file_size for i in inside) > len(content): raise ValueError("packed")
+    value = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+    if sum(t.numel() * t.element_size() for t in _tensors(value)) > len(content): raise ValueError("larger than its file")
+    return value
+
+# %% ../nbs/05_store.ipynb #d4c224af
 STATE = b"mgdarts-state"
 STATE_VERSION = 1
 
@@ -59,7 +118,7 @@ def unpack_state(content: bytes)->dict:
     if int(fields[1]) > STATE_VERSION: raise InputError(f"this state is of version {int(fields[1])}, and this program knows version {STATE_VERSION}: use a later mgdarts")
     body = content[len(head) + 1:]
     if hashlib.sha256(body).hexdigest().encode() != fields[2]: raise ValueError("checksum")
-    state = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+    state = unpickle(body)
     if not isinstance(state, dict): raise ValueError("no state")
     return state
 
@@ -83,9 +142,17 @@ class Checkpoints:
         return None
 
 # %% ../nbs/05_store.ipynb #ecc9500f
+def refuse_links(folder: Path):
+    "`InputError` if anything in a folder is neither a file nor a folder of its own."
+    for path, names, files in os.walk(folder):
+        for name in names + files:
+            mode = os.lstat(os.path.join(path, name)).st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)): raise InputError(f"{os.path.join(path, name)} is a link or a device: a run's files must be its own, put the file itself there")
+
 @contextmanager
 def lock(folder: Path):
-    "Work in a folder that no other process works in meanwhile. `InputError` if one does."
+    "Work in a folder that no other process works in meanwhile. `InputError` if one does, or if the folder has links in it."
+    refuse_links(folder)
     try: import fcntl
     except ImportError: yield; return # not on this system
     with open(Path(folder) / ".lock", "a") as f:

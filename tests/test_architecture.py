@@ -169,7 +169,17 @@ def test_equality_sees_every_part():
     assert replace(arch, masks={**arch.masks, key: torch.ones_like(other)}) == replace(arch, masks={k: m for k, m in arch.masks.items() if k != key})
 
 def damage(path, change):
-    d = json.loads(path.read_text()); change(d); path.write_text(json.dumps(d))
+    "Change an architecture by hand, which takes its checksum away."
+    d = json.loads(path.read_text()); d.pop("sha256", None); change(d); path.write_text(json.dumps(d))
+
+def test_a_changed_file_is_noticed_and_one_without_a_checksum_is_read(tmp_path):
+    path = save(small(), tmp_path); whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"name": "another"}))
+    with pytest.raises(InputError, match="remove its sha256"): load(path)
+    damage(path, lambda d: None)
+    assert load(path).name == "another"
+    damage(path, lambda d: d.update(schema=1)) # as the first version wrote it
+    assert load(path).name == "another"
 
 @pytest.mark.parametrize("change", (
     lambda d: d.update(schema=99), lambda d: d.update(schema="1"), lambda d: d.update(schema=True), lambda d: d.pop("cells"), lambda d: d.pop("schema"), lambda d: d.update(extra=1),

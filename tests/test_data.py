@@ -223,7 +223,7 @@ def test_half_unpacked_folders(tmp_path):
     def one_class(f):
         for split in ("train", "test"): shutil.rmtree(f / split / "dog")
     def dangling(f): (f / "test" / "cat" / "link.png").symlink_to(f / "nowhere.png")
-    broken("link.png is not a readable image", dangling)
+    broken("link.png is missing: put it back", dangling)
     broken("toy/train needs at least two folders", one_class)
     broken("003.png is 9x5, others are 12x12", lambda f: write(picture("odd", h=5, w=9), f / "train" / "cat" / "003.png"))
 
