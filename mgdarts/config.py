@@ -261,6 +261,7 @@ def preset(name: str, # one of `PRESETS`
           )->Config:
     "The configuration of a preset. `InputError` on an unknown name."
     if name not in PRESETS: raise InputError(f"unknown preset {name!r}: {closest(name, PRESETS)}")
+    if "preset" in settings: raise InputError("preset cannot be set on top of a preset: choose it by its name")
     return configure(Config(), preset=name, **{**PRESETS[name], **settings})
 
 # %% ../nbs/00_config.ipynb #1b53d11b

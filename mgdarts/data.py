@@ -269,7 +269,9 @@ def _folder(folder, cfg):
     for name in sorted(set(train) ^ set(test)):
         raise InputError(f"{folder / names[name in train] / name} is missing: unpack the dataset again, every class needs {names[0]} and {names[1]} images")
     if len(train) < 2: raise InputError(f"{folder / 'train'} needs at least two folders of images, one a class: it has {len(train)}")
-    side, rgb = (224, True) if imagenet else _probe([next((f for f in files if not cfg.skip_damaged or bool(_good([f]))), files[0]) for files in train.values()])
+    firsts = {c: next((f for f in files if not cfg.skip_damaged or bool(_good([f]))), None) for c, files in train.items()}
+    for c in (c for c, f in firsts.items() if f is None): raise InputError(f"{folder / names[0] / c} has no readable image: unpack the dataset again")
+    side, rgb = (224, True) if imagenet else _probe(list(firsts.values()))
     if not (size := cfg.size or side): raise InputError(f"the images in {folder} are not squares of one size: give data.size")
     images, labels, skipped = {}, {}, []
     for n, classes in zip(names, (train, test)):
@@ -279,7 +281,7 @@ def _folder(folder, cfg):
             good = cached(folder / f".mgdarts-good-{n}.safetensors", signature(images[n].paths), lambda: {"good": _good(images[n].paths)})["good"]
             skipped += [images[n].paths[i] for i in (~good).nonzero()[:, 0].tolist()]
             images[n], labels[n] = images[n].pick(good.nonzero()[:, 0]), labels[n][good]
-            if len(labels[n].unique()) < len(classes): raise InputError(f"{folder / n} has a class without any readable image: unpack the dataset again")
+            if len(labels[n].unique()) < len(classes): raise InputError(f"{folder / n} has a class without a readable image: unpack the dataset again")
     if not imagenet and sum(math.prod(f.shape) for f in images.values()) <= IN_MEMORY:
         file = folder / f".mgdarts-cache-{cfg.size or 'own'}.safetensors"
         key = signature(images["train"].paths + images["test"].paths, size, rgb)
@@ -561,6 +563,7 @@ class Loader:
                  drop_last: bool = True): # leave out an incomplete last batch
         self.splits, self.split_name, self.batch_size, self.seed, self.augment, self.drop_last = splits, split_name, batch, seed, augment, drop_last
         self._order = (None, None) # the epoch last asked for, and its batches
+        if augment: augment.at(splits.size) # known to be possible before the first batch
     @property
     def split(self)->Split: return getattr(self.splits, self.split_name)
     def order(self, epoch: int)->list:

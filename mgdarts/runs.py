@@ -52,6 +52,7 @@ def new_folder(out: str|Path)->Path:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(not p.name.startswith(".") for p in out.iterdir())): raise InputError(f"{out} exists: choose another --out, or --resume to go on with it")
     above = next(p for p in [out, *out.absolute().parents] if p.exists())
+    if not above.is_dir(): raise InputError(f"{out} cannot be made: {above} is not a folder")
     if not os.access(above, os.W_OK): raise InputError(f"{out} cannot be made: {above} is not writable")
     return out
 
@@ -317,8 +318,9 @@ def train(cfg: Config, arch: Architecture,
          )->dict: # the result, JSON-ready
     "Retrain an architecture and write its folder."
     start, out = time.time(), Path(out)
-    if (out / "result.json").exists() and resume: return read_json(out / "result.json", "a result")
     if not resume: out = new_folder(out)
+    elif (out / "config.json").exists() and to_dict(read_config(out)) != to_dict(cfg): raise InputError(f"{out} was started with another configuration: resume it without changing any")
+    elif (out / "result.json").exists(): return read_json(out / "result.json", "a result")
     splits = splits or load_data(cfg.data, cfg.seed, device_of(cfg))
     loop = make_trainer(cfg, arch, splits, init_state)
     out.mkdir(parents=True, exist_ok=True)
