@@ -23,7 +23,8 @@ from .train import Trainer
 # %% auto #0
 __all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder', 'read_events',
            'Signals', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_record', 'read_config',
-           'first_bad', 'search', 'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
+           'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain', 'load_run', 'write_report',
+           'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -333,15 +334,20 @@ def train(cfg: Config, arch: Architecture,
         write_json(out / "result.json", result)
     return result
 
+def bare_search(run: str|Path,
+                state: dict|None = None # of its search; None: the newest checkpoint
+               )->Search:
+    "A run's search in some state, without data: to look at, not to go on with."
+    cfg, saved = read_config(run), state or Checkpoints(Path(run) / "checkpoint").load()
+    if saved is None: raise InputError(f"{run} has no checkpoint: there is nothing to look at yet")
+    one = type("NoData", (), {"__len__": lambda self: 1})()
+    loop = Search(NetSpec(**saved["spec"]), {"train": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, compute=cfg.compute)
+    loop.load_state_dict(saved)
+    return loop
+
 def supernet_weights(run: str|Path, arch: Architecture)->dict:
     "The searched super-net's weights for its derived network, from the run's checkpoint."
-    cfg, saved = read_config(run), Checkpoints(Path(run) / "checkpoint").load()
-    if saved is None: raise InputError(f"{run} has no checkpoint to take weights from: use train.weights=scratch")
-    spec = NetSpec(**saved["spec"])
-    one = type("NoData", (), {"__len__": lambda self: 1})()
-    loop = Search(spec, {"train": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed)
-    loop.load_state_dict(saved)
-    return inherited(loop.net, arch)
+    return inherited(bare_search(run).net, arch)
 
 def retrain(run: str|Path, # a finished run folder
             cfg: Config|None = None, # None: the run's own
