@@ -46,6 +46,8 @@ class View:
         n = len(self.net.cells)
         cpu = lambda t: t.detach().to("cpu", copy=True)
         self.mom = cpu(search.mom[:n])
+        grad = search.net.alpha.grad
+        self.grad = torch.zeros_like(self.mom) if grad is None else cpu(grad[:n])
         self.live = self.net.op_live[:n]
         self.strength = torch.sigmoid(self.net.alpha[:n].detach())
         self.regrown = {u for u in regrown if bool(self.live[u])}
@@ -64,6 +66,15 @@ class View:
     def after(self)->NetCount:
         "Sizes after such a commit."
         return self.net.count(**self.due.masks(self.due.off))
+    @cached_property
+    def now(self)->Outcome:
+        "The masks that are committed, as an outcome."
+        n = self.net
+        return outcome(self, {"ops": self.live, "gates": [torch.ones_like(c.beta, dtype=torch.bool) for c in n.cells], "weights": [c.omega_live for c in n.cells]})
+    @cached_property
+    def next(self)->Outcome:
+        "The next commit, as an outcome."
+        return outcome(self, self.due.masks(self.due.off))
     @cached_property
     def off(self)->Tensor: # [cells, 14, 7] bool
         "Operations that are off at this moment, and not pruned yet."

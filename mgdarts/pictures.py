@@ -105,7 +105,7 @@ def overview_svg(view: View, off=None)->str: # SVG
         x0, y0 = 2 + wide * (c % per_row), 2 + (high + 4) * (c // per_row)
         kind = " ↓2" if view.net.spec.cell[c].reduction else ""
         if c >= len(view.live):
-            parts.append(f'<g opacity=".6"><rect x="{x0}" y="{y0}" width="{wide - 6}" height="{high}" rx="4" fill="none" stroke="{GREY}" stroke-dasharray="3 3" opacity=".6"/><text x="{x0 + 6}" y="{y0 + 13}">{c}{kind} not open yet</text></g>')
+            parts.append(f'<g opacity=".6"><rect x="{x0}" y="{y0}" width="{wide - 6}" height="{high}" rx="4" fill="none" stroke="{GREY}" stroke-dasharray="3 3" opacity=".6"/><text x="{x0 + 6}" y="{y0 + 13}">{c}{kind} later</text></g>')
             continue
         dots = []
         for e in range(len(EDGES)):

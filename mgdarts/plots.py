@@ -17,8 +17,8 @@ from .store import write_whole
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS', 'RUN_SYMBOLS',
            'OP_STYLES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'epochs_of', 'stage_spans', 'series', 'dynamics',
-           'size_and_lambda', 'learning', 'retrain_curves', 'cell_title', 'cell_graph', 'cells', 'distribution',
-           'memory_figure', 'scaling', 'report', 'write_report']
+           'size_and_lambda', 'learning', 'progress', 'retrain_curves', 'cell_title', 'cell_graph', 'cells',
+           'distribution', 'memory_figure', 'scaling', 'report', 'write_report']
 
 # %% ../nbs/30_plots.ipynb #2ecef2b9
 GREY, GRID, BAND = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)"
@@ -74,9 +74,9 @@ def series(epochs: list, value # function of an epoch event; it may give None
     return x, y
 
 # %% ../nbs/30_plots.ipynb #c9ecc21b
-def _panels(rows, secondary=False):
-    "Panels over one epoch axis; `secondary`: the upper one has an axis on the right."
-    return make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=.07, specs=[[{"secondary_y": secondary and r == 0}] for r in range(rows)])
+def _panels(rows, secondary=None):
+    "Panels over one epoch axis; `secondary`: the number of one that has an axis on the right too."
+    return make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=.14 / rows, specs=[[{"secondary_y": r + 1 == secondary}] for r in range(rows)])
 
 def _frame(fig, events, epochs, rows):
     "Stages, warm-up and commits, for a figure of `_panels`; then the theme."
@@ -104,48 +104,77 @@ def _line(fig, x, y, name, colour, symbol, row=1, **kw):
     fig.add_scatter(x=x, y=y, name=name, row=row, col=1, mode="lines+markers" if len(x) <= 150 else "lines", line={"color": colour, "width": 2}, marker={"symbol": symbol, "size": 5, "color": colour}, **kw)
 
 # %% ../nbs/30_plots.ipynb #1a9b116b
+def _dynamics(fig, epochs, row):
+    for g, colour in GRANULARITY_COLOURS.items():
+        _line(fig, *series(epochs, lambda e: (e.get("thresholds") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row, legendgroup=g, secondary_y=g == "weight", hovertemplate="%{y:.4g}")
+        _line(fig, *series(epochs, lambda e: (e.get("retention") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row + 1, legendgroup=g, showlegend=False, hovertemplate="%{y:.1%}")
+
+def _dynamics_axes(fig, row):
+    fig.update_yaxes(title_text="threshold on σ(α), σ(β)", row=row, col=1, secondary_y=False)
+    fig.update_yaxes(title_text="threshold on |ω|", row=row, col=1, secondary_y=True, tickmode="auto", showgrid=False, color=GRANULARITY_COLOURS["weight"])
+    return fig.update_yaxes(title_text="retention ratio", range=[0, 1.05], row=row + 1, col=1)
+
 def dynamics(events: list)->go.Figure: # events of a search
     "Mean learned threshold and retention ratio of each granularity against epochs (Fig. 8)."
     epochs = epochs_of(events)
     if not epochs: return empty("no epoch of a search has been done yet")
-    fig = _panels(2, True)
-    for g, colour in GRANULARITY_COLOURS.items():
-        _line(fig, *series(epochs, lambda e: (e.get("thresholds") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], 1, legendgroup=g, secondary_y=g == "weight", hovertemplate="%{y:.4g}")
-        _line(fig, *series(epochs, lambda e: (e.get("retention") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], 2, legendgroup=g, showlegend=False, hovertemplate="%{y:.1%}")
+    fig = _panels(2, 1)
+    _dynamics(fig, epochs, 1)
     _frame(fig, events, epochs, 2)
-    fig.update_yaxes(title_text="threshold on σ(α), σ(β)", row=1, col=1, secondary_y=False)
-    fig.update_yaxes(title_text="threshold on |ω|", row=1, col=1, secondary_y=True, tickmode="auto", showgrid=False, color=GRANULARITY_COLOURS["weight"])
-    return fig.update_yaxes(title_text="retention ratio", range=[0, 1.05], row=2, col=1)
+    return _dynamics_axes(fig, 1)
 
 # %% ../nbs/30_plots.ipynb #f7800a43
-def size_and_lambda(events: list)->go.Figure: # events of a search
-    "Parameters in millions with each stage's target, and lambda, against epochs."
-    epochs = epochs_of(events)
-    if not epochs: return empty("no epoch of a search has been done yet")
-    fig, million = _panels(2), lambda v: None if v is None else v / 1e6
-    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", hovertemplate="%{y:.4g} M")
+def _size(fig, epochs, row):
+    million = lambda v: None if v is None else v / 1e6
+    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", row, hovertemplate="%{y:.4g} M")
     x, y = [], []
     for name, a, b in stage_spans(epochs):
         target = next((e["target"] for e in epochs if e["stage"] == name and e.get("target") is not None), None)
         x += [a, b, None]; y += [million(target)] * 2 + [None]
-    fig.add_scatter(x=x, y=y, name="target", mode="lines", line={"color": RUN_COLOURS[2], "width": 2, "dash": "dot"}, hovertemplate="%{y:.4g} M", row=1, col=1)
-    _line(fig, *series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", 2, hovertemplate="%{y:.4g}")
+    fig.add_scatter(x=x, y=y, name="target", mode="lines", line={"color": RUN_COLOURS[2], "width": 2, "dash": "dot"}, hovertemplate="%{y:.4g} M", row=row, col=1)
+    _line(fig, *series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", row + 1, hovertemplate="%{y:.4g}")
+
+def _size_axes(fig, row): return fig.update_yaxes(title_text="parameters (millions)", row=row, col=1).update_yaxes(title_text="λ", row=row + 1, col=1)
+
+def size_and_lambda(events: list)->go.Figure: # events of a search
+    "Parameters in millions with each stage's target, and lambda, against epochs."
+    epochs = epochs_of(events)
+    if not epochs: return empty("no epoch of a search has been done yet")
+    fig = _panels(2)
+    _size(fig, epochs, 1)
     _frame(fig, events, epochs, 2)
-    return fig.update_yaxes(title_text="parameters (millions)", row=1, col=1).update_yaxes(title_text="λ", row=2, col=1)
+    return _size_axes(fig, 1)
+
+def _learning(fig, epochs, row):
+    for split, colour in SPLIT_COLOURS.items():
+        # the loss of a retraining is cross-entropy with label smoothing and the auxiliary head's
+        loss = (lambda e: e.get("ce", e.get("loss"))) if split == "train" else lambda e: e.get("val_loss")
+        symbol = "circle" if split == "train" else "square"
+        _line(fig, *series(epochs, loss), split, colour, symbol, row, legendgroup=split, hovertemplate="%{y:.3f}")
+        _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, row + 1, legendgroup=split, showlegend=False, hovertemplate="%{y:.2f} %")
+
+def _learning_axes(fig, row): return fig.update_yaxes(title_text="cross-entropy (nats)", row=row, col=1).update_yaxes(title_text="accuracy (%)", range=[0, 102], row=row + 1, col=1)
 
 def learning(events: list)->go.Figure: # of a search, or else of a retraining
     "Cross-entropy and accuracy, on training and validation images, against epochs."
     epochs = epochs_of(events) or epochs_of(events, training=True)
     if not epochs: return empty("no epoch has been done yet")
     fig = _panels(2)
-    for split, colour in SPLIT_COLOURS.items():
-        # the loss of a retraining is cross-entropy with label smoothing and the auxiliary head's
-        loss = (lambda e: e.get("ce", e.get("loss"))) if split == "train" else lambda e: e.get("val_loss")
-        symbol = "circle" if split == "train" else "square"
-        _line(fig, *series(epochs, loss), split, colour, symbol, 1, legendgroup=split, hovertemplate="%{y:.3f}")
-        _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, 2, legendgroup=split, showlegend=False, hovertemplate="%{y:.2f} %")
+    _learning(fig, epochs, 1)
     _frame(fig, events if epochs[0]["stage"] != "train" else [], epochs, 2)
-    return fig.update_yaxes(title_text="cross-entropy (nats)", row=1, col=1).update_yaxes(title_text="accuracy (%)", range=[0, 102], row=2, col=1)
+    return _learning_axes(fig, 1)
+
+def progress(events: list)->go.Figure: # events of a search
+    "Everything that the events of a search tell, over one epoch axis: learning, size and lambda, thresholds and retention ratios."
+    epochs = epochs_of(events)
+    if not epochs: return empty("no epoch of a search has been done yet")
+    fig = _panels(6, 5)
+    for draw, row in ((_learning, 1), (_size, 3), (_dynamics, 5)): draw(fig, epochs, row)
+    _frame(fig, events, epochs, 6)
+    for axes, row in ((_learning_axes, 1), (_size_axes, 3), (_dynamics_axes, 5)): axes(fig, row)
+    short = {"cross-entropy (nats)": "loss (nats)", "parameters (millions)": "size (M)", "threshold on σ(α), σ(β)": "threshold", "threshold on |ω|": "on |ω|", "retention ratio": "retention"}
+    fig.for_each_yaxis(lambda a: a.update(title_text=short.get(a.title.text, a.title.text), nticks=5))
+    return fig.update_layout(height=900, margin={"l": 60, "r": 54, "t": 62, "b": 44})
 
 # %% ../nbs/30_plots.ipynb #7c735808
 def retrain_curves(runs: dict # label -> events of a retraining
