@@ -29,7 +29,8 @@ faults: .venv/.installed
 	@echo "notebook: $(CURDIR)/runs/faults.ipynb"
 
 lab: .venv/.installed
-	$(BIN)/jupyter lab nbs
+	[ -e runs/demo/result.json ] || $(MAKE) demo
+	$(BIN)/jupyter lab nbs/workbench.ipynb
 
 docs: .venv/.installed
 	$(BIN)/pip install -q -e '.[docs]'

@@ -21,7 +21,7 @@ from .space import *
 # %% auto #0
 __all__ = ['STYLE', 'Halt', 'Stepper', 'on_search', 'on_run', 'on_new', 'status_line', 'time_left', 'event_line', 'outcome_rows',
            'rows_html', 'Deck', 'Picture', 'Library', 'Plot', 'LivePanel', 'ThresholdPanel', 'LogPanel', 'NewPanel',
-           'at_a_desk', 'Workbench']
+           'at_a_desk', 'strongest_of', 'Workbench', 'demo_or_newest']
 
 # %% ../nbs/31_workbench.ipynb #f7161702
 class Halt(Exception):
@@ -566,6 +566,12 @@ def at_a_desk()->bool:
     "Whether somebody in JupyterLab is looking, who can click."
     return "JPY_SESSION_NAME" in os.environ and "IN_TEST" not in os.environ
 
+def strongest_of(view: View, c: int = 0)->tuple: # (cell, edge, op)
+    "The strongest live convolution of a cell, or else the strongest operation."
+    conv = view.live[c] & torch.tensor([is_conv(o) for o in range(len(OPS))])
+    at = int((view.strength[c] * (1 + conv.float()) * view.live[c]).argmax())
+    return c, at // len(OPS), at % len(OPS)
+
 class Workbench:
     "A search to watch and steer: a run folder, a `Search`, a `Config` for a new run, or None."
     SHARE = 40 # drawing waits this many times as long as it took
@@ -576,7 +582,7 @@ class Workbench:
                  interactive: bool|None = None # None: in JupyterLab, yes; elsewhere a still
                 ):
         self.interactive = at_a_desk() if interactive is None else interactive
-        self.lock, self.stepper, self.view, self.whatif, self.off, self.selected, self.said, self.config = threading.RLock(), None, None, None, None, (0, 0, 1), [], None
+        self.lock, self.stepper, self.view, self.whatif, self.off, self.selected, self.said, self.config = threading.RLock(), None, None, None, None, None, [], None
         self.key = ("search", id(what)) if isinstance(what, Search) else ("new", str(what)) if what is None or isinstance(what, Config) else ("run", str(Path(what).absolute()))
         if not self.interactive: self.what = what; return
         old = Workbench._open.pop(self.key, None)
@@ -660,12 +666,14 @@ class Workbench:
             ):
         "Select."
         c, *rest = map(int, str(what).split(","))
+        if self.selected is None: return
         self.selected = (c, *rest) if rest else (c, *self.selected[1:])
         self._later("selection")
     def key_pressed(self, key: str):
         "Move the selection: arrows within a cell, brackets between cells."
+        if self.view is None: return
         c, e, o = self.selected
-        cells = len(self.view.live) if self.view else 1
+        cells = len(self.view.live)
         if key in "[]": c = (c + (1 if key == "]" else -1)) % cells
         elif key in ("ArrowLeft", "ArrowRight"): e = (e + (1 if key == "ArrowRight" else -1)) % len(EDGES)
         else: o = (o + (1 if key == "ArrowUp" else -1)) % len(OPS)
@@ -788,7 +796,7 @@ class Workbench:
                 pending, self._pending = self._pending, None
                 if not pending.exception() and pending.stepper is s:
                     self.view = pending.result()
-                    self.selected = (min(self.selected[0], len(self.view.live) - 1), *self.selected[1:])
+                    if self.selected is None or self.selected[0] >= len(self.view.live): self.selected = strongest_of(self.view)
                     self.whatif = self.whatif.at(self.view) if self.whatif and len(self.whatif.shift["t_alpha"]) == len(self.view.thresholds["t_alpha"]) else WhatIf(self.view)
                     todo |= {"view"}
             due = force or now >= self._next
@@ -843,7 +851,7 @@ class Workbench:
             view = View(runs.bare_search(self.what), back) if (Path(self.what) / "checkpoint").exists() else None
         out = {"progress": plots.progress(events)} if events or view is None else {}
         if view is not None:
-            c, w = min(self.selected[0], len(view.live) - 1), WhatIf(view)
+            c, w = (self.selected or strongest_of(view))[0], WhatIf(view)
             out |= {"cells": pictures.overview_svg(view), f"cell {c}": pictures.cell_svg(view, c)}
             out |= {f"{g}s": pictures.histogram_svg(distribution(w, g), g, w.learned(g)) for g in GRANULARITIES}
         return out
@@ -851,3 +859,11 @@ class Workbench:
         from IPython.display import SVG, display
         if self.interactive: return display(self.root)
         for still in self.stills().values(): display(SVG(still) if isinstance(still, str) else still)
+
+# %% ../nbs/31_workbench.ipynb #a64655c6
+def demo_or_newest(folder: str|Path|None = None # None: the project's runs/
+                  )->Path|None: # None: there is no run
+    "What the workbench opens on when nobody says."
+    folder = Path(folder) if folder else runs.root() / "runs"
+    found = sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
+    return folder / "demo" if (folder / "demo/config.json").exists() else found[-1].parent if found else None
