@@ -4,7 +4,7 @@
 
 # %% ../nbs/31_inspector.ipynb #e8457537
 from __future__ import annotations
-import copy, json, math, shutil
+import copy, json, math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -284,7 +284,8 @@ def fixed_ratio(view: View,
 def branch(run: str|Path, # folder of the run
            state: dict, # `Search.state_dict()` of that run
            whatif: WhatIf, # on a view of that state
-           out: str|Path # the new folder
+           out: str|Path, # the new folder
+           events: int|None = None # of the run, up to that state; None: as many as the state, a saved one, is marked with
           )->Path:
     "A new run that goes on from a what-if. `InputError` if `out` is taken, or the state does not fit."
     from mgdarts import runs
@@ -301,16 +302,20 @@ def branch(run: str|Path, # folder of the run
     if not loop.net.discretising: # they start when the warm-up is over
         with torch.no_grad():
             for k, v in kept.items(): getattr(loop.net, k).copy_(v)
-    record = runs.read_json(Path(run) / "config.json", "a run folder")
+    lines = runs.read_bytes(Path(run) / "events.jsonl", 1 << 32)
+    if events is None: lines = lines[:state["record"]["bytes"]]
+    else: lines = b"".join(lines.splitlines(keepends=True)[:events])
+    record = runs.read_record(run)
     record |= {"environment": runs.environment(loop.device), "branch": {"run": Path(run).name, "stage": loop.stage_name, "epoch": loop.epoch, "step": loop.steps, "params_before": done.before.params, "params": done.after.params, "pruned": done.pruned,
                "mean_thresholds": {g: {"learned": whatif.learned(g), "moved": whatif.value(g)} for g in GRANULARITIES}}}
     out.mkdir(parents=True, exist_ok=True)
     with runs.lock(out):
-        shutil.copyfile(Path(run) / "events.jsonl", out / "events.jsonl")
-        recorder = runs.Recorder(out / "events.jsonl", loop.emitted)
+        (out / "events.jsonl").write_bytes(lines)
+        recorder = runs.Recorder(out / "events.jsonl", runs.mark(lines))
         loop.events.listen(recorder, "commit")
         loop._emit("commit", None, max(loop.epoch - (loop.epoch_step == 0), 0), pruned=done.pruned, params_before=done.before.params, target=loop.target, **{"lambda": loop.lam.value}, **done.after.summary())
+        marked = recorder.mark()
         recorder.close()
         runs.write_json(out / "config.json", record)
-        runs.Checkpoints(out / "checkpoint").save(loop.state_dict())
+        runs.Checkpoints(out / "checkpoint").save(loop.state_dict() | {"record": marked})
     return out

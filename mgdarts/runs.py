@@ -133,12 +133,13 @@ class Signals:
         self.number = number
 
 class Saver:
-    "A listener to `rest` that saves a loop's state: after `every` seconds, after an event of the types in `after`, and when a signal has come, which then ends the run."
+    "A listener to `rest` that saves a loop's state: after `every` seconds, after an event of the types in `after`, and when a signal has come, which then ends the run; and at once when somebody emits `save`."
     def __init__(self, loop, recorder: Recorder, folder: Path, every: float = 60., after: tuple = (), signals: Signals|None = None):
         self.loop, self.recorder, self.checkpoints, self.every, self.last, self.due, self.signals = loop, recorder, Checkpoints(folder), every, time.monotonic(), False, signals
-        loop.events.listen(self._event, *after, "rest")
+        loop.events.listen(self._event, *after, "rest", "save")
     def _event(self, event: Event):
-        if event.type != "rest": self.due = True
+        if event.type == "save": self.save()
+        elif event.type != "rest": self.due = True
         elif self.signals and self.signals.number is not None:
             self.save()
             raise Stopped(self.signals.number, signal.Signals(self.signals.number).name)

@@ -12,7 +12,7 @@ from . import pictures, plots, runs
 from .bench import rss_mb
 from .config import Config, InputError, PRESETS, configure, settings_of
 from .data import load_data
-from .events import plain
+from .events import Event, plain
 from .inspector import SCOPES, View, WhatIf, accuracy, branch, distribution, fixed_ratio, outcome, some_images
 from .memory import step_memory
 from .search import Search
@@ -100,7 +100,6 @@ class Stepper:
     def attach(self, search: Search):
         "Take a search that is about to be run, or to be looked at."
         self.search, self.busy = search, False
-        del self.events[search.emitted:] # a resumed run repeats what came after its state
         for leave in self._leave: leave()
         def first(event): # listeners are called in turn: the saver's comes before ours from the second step on
             self._leave[-1]()
@@ -122,11 +121,13 @@ class Stepper:
                 if not self._queue:
                     self.marks.clear()
                     self.cv.wait()
-        if self.folder and not self._bare: self.save()
+        if self.search is not None and self.search.events.wants("save"): self.save()
         raise Halt
     _bare = False # the search is only looked at
     def save(self):
-        runs.Checkpoints(self.folder / "checkpoint").save(self.search.state_dict())
+        "Have the run's saver save the state; in the search's thread only."
+        s = self.search
+        s.events.emit(Event("save", s.steps, s.epoch, s.stage_name))
     def _answer(self):
         while self._queue:
             question, answer = self._queue.popleft()
@@ -190,6 +191,8 @@ def on_run(folder: str|Path):
         stepper.changed()
         if (folder / "result.json").exists(): return
         stepper.hold()
+        kept = runs.read_bytes(folder / "events.jsonl", 1 << 32)[:found["record"]["bytes"]] if found else b""
+        del stepper.events[kept.count(b"\n"):] # a resumed run repeats what came after its state
         stepper._bare = False
         runs.search(None, folder, resume=True, prepare=stepper.attach)
     return work
@@ -659,7 +662,7 @@ class Workbench:
         s = self.stepper
         if s is None or s.state in ("finished", "stopping"): return ()
         go = ("run", "step", "commit", "epoch", "stage")
-        save = ("checkpoint",) if s.folder and not s._bare and s.search is not None else ()
+        save = ("checkpoint",) if s.search is not None and s.search.events.wants("save") else ()
         if s.state in s.ENDED: return go if s.folder or self._search is not None else ()
         return (*save, "stop", *(go if s.state == "paused" else ("pause", *go[1:])))
     def pick(self, what: str # "cell" or "cell,edge,op"
@@ -752,8 +755,8 @@ class Workbench:
         def do():
             if name and not re.fullmatch(r"[\w.-]+", name): raise InputError(f"{name!r} is not a name: use letters, digits, dots, dashes")
             out = s.folder.parent / name if name else runs.free_name(self.config)
-            state, view = s.ask(lambda search: (search.state_dict(), View(search, s.regrown))).result(600)
-            branch(s.folder, state, self.whatif.at(view), out)
+            state, view, events = s.ask(lambda search: (search.state_dict(), View(search, s.regrown), len(s.events))).result(600)
+            branch(s.folder, state, self.whatif.at(view), out, events)
             self.open(out)
         self._task("new run", do)
 

@@ -164,10 +164,13 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
             raise Enough
 
     cfg, a = preset("smoke", **FAST), tmp_path / "a"
+    def prepare(s):
+        s.events.listen(lambda e: s.events.emit(runs.Event("save", 0, 0, "")), "rest")
+
     with pytest.raises(Enough):
-        runs.search(cfg, a, listeners=(stop,), prepare=lambda s: runs.Saver(s, a / "checkpoint", 0.0))
-    bare = runs.bare_search(a)
-    state, w = bare.state_dict(), WhatIf(View(bare))
+        runs.search(cfg, a, listeners=(stop,), prepare=prepare)
+    bare, state = runs.bare_search(a), runs.Checkpoints(a / "checkpoint").load()
+    w = WhatIf(View(bare))
     files = {p: p.read_bytes() for p in a.rglob("*") if p.is_file()}
     w.move("operation", "all", 0.5)
     out = branch(a, state, w, tmp_path / "b")
@@ -204,7 +207,7 @@ def test_a_run_that_was_clicked_through_leaves_the_same_bits(finished, tmp_path)
     s.wait()
     assert s.events[-1]["type"] == "commit"
     s.ask(lambda search: View(search)).result()
-    s.save()
+    s.ask(lambda search: s.save()).result()
     s.stop()
     assert s.state == "stopped"
     s.close()
@@ -226,9 +229,9 @@ def test_a_run_that_was_clicked_through_leaves_the_same_bits(finished, tmp_path)
 def test_a_run_belongs_to_one(tmp_path):
     s = workbench.Stepper(workbench.on_new(preset("smoke", **FAST), tmp_path / "run"))
     until(lambda: s.search is not None)
-    s.step()
+    s.step(2)
     s.wait()
-    s.save()
+    s.ask(lambda search: s.save()).result()
     t = workbench.Stepper(workbench.on_run(tmp_path / "run"))
     until(lambda: t.search is not None)
     t.run()
