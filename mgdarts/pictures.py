@@ -131,7 +131,7 @@ def histogram_svg(d: Distribution|None, granularity: str,
                  )->str: # SVG
     "A distribution with its threshold."
     colour, name = GRANULARITY_COLOURS[granularity], {"operation": "σ(α)", "filter": "σ(β)", "weight": "|ω|"}[granularity]
-    width, height, left, right, top, foot = 460, 118, 8, 452, 26, 96
+    width, height, left, right, top, foot = 460, 130, 10, 450, 38, 108
     if d is None: return _svg(width, height, f'<text x="{width / 2}" y="60" text-anchor="middle">no {granularity}s to search here</text>', f"{name}: nothing to search")
     x = lambda v: left + (right - left) * min(max((v - d.low) / (d.high - d.low), 0), 1)
     step, tallest = (right - left) / len(d.kept), max(max(a + b for a, b in zip(d.kept, d.going)), 1)

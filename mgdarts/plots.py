@@ -174,7 +174,7 @@ def progress(events: list)->go.Figure: # events of a search
     for axes, row in ((_learning_axes, 1), (_size_axes, 3), (_dynamics_axes, 5)): axes(fig, row)
     short = {"cross-entropy (nats)": "loss (nats)", "parameters (millions)": "size (M)", "threshold on σ(α), σ(β)": "threshold", "threshold on |ω|": "on |ω|", "retention ratio": "retention"}
     fig.for_each_yaxis(lambda a: a.update(title_text=short.get(a.title.text, a.title.text), nticks=5))
-    return fig.update_layout(height=900, margin={"l": 60, "r": 54, "t": 62, "b": 44})
+    return fig.update_xaxes(visible=True).update_yaxes(visible=True).update_layout(height=900, margin={"l": 60, "r": 54, "t": 62, "b": 44}) # a live figure may have been an empty one before
 
 # %% ../nbs/30_plots.ipynb #7c735808
 def retrain_curves(runs: dict # label -> events of a retraining

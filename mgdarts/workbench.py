@@ -230,7 +230,7 @@ def time_left(events: list, steps_a_second: float, steps_an_epoch: int)->str:
 
 def event_line(e: dict)->str:
     "An event in a line of the log."
-    at = f"epoch {e['epoch']:3} step {e['step']:5}  {e['stage']:9}  "
+    at = f"epoch {e['epoch'] + (e['type'] in ('epoch', 'commit')):3} step {e['step']:5}  {e['stage']:9}  " # epochs done, as in the charts
     if e["type"] == "epoch": return at + f"{e.get('phase', '')}: loss {e['loss']:.3f}, validation {e['val_acc']:.1f} %, {e['params']:,} parameters" if e.get("val_acc") is not None else at + "epoch"
     if e["type"] == "commit": return at + "commit: pruned " + ", ".join(f"{n:,} {g}s" for g, n in e["pruned"].items()) + f"; {e['params']:,} parameters left, lambda {e['lambda']:.2g}"
     if e["type"] == "regrow": return at + f"{len(e['regrown'])} operations regrow"
@@ -281,7 +281,7 @@ STYLE = """
 .mg-table th,.mg-table td{padding:2px 14px 2px 0;border-bottom:1px solid rgba(127,135,144,.25);text-align:right}
 .mg-table th[scope=row],.mg-table th:first-child{text-align:left;font-weight:400}.mg-table thead th{font-weight:600}
 .mg-log{font-family:var(--jp-code-font-family,monospace);font-size:12px;white-space:pre-wrap;line-height:1.45;max-height:520px;overflow:auto}
-.mgdarts-wb .jp-OutputArea-output{background:transparent}
+.mgdarts-wb .widget-html-content{line-height:1.45}
 """
 
 class Deck(anywidget.AnyWidget):
@@ -579,7 +579,7 @@ class Workbench:
     "A search to watch and steer: a run folder, a `Search`, a `Config` for a new run, or None."
     SHARE = 40 # drawing waits this many times as long as it took
     _open = {} # what was opened -> Workbench
-    _library = None
+    _library, _spoke = None, 0.
 
     def __init__(self, what: str|Path|Search|Config|None = None,
                  interactive: bool|None = None # None: in JupyterLab, yes; elsewhere a still
@@ -633,6 +633,7 @@ class Workbench:
     def say(self, text: str):
         "A line for the log and the state line."
         self.said.append(f"{time.strftime('%H:%M:%S')}  {text}")
+        self._spoke = time.monotonic()
         self._later("said")
     def _later(self, what):
         self._todo.add(what); self._wake.set()
@@ -693,12 +694,12 @@ class Workbench:
         out = runs.new_folder(out) if out else runs.free_name(cfg)
         with self.lock: self._begin(on_new(cfg, out), cfg)
         self.stepper.run()
-        self.say(f"a new search in {out}")
+        self.say(f"a new search: {out.name}")
     def open(self, run: str|Path):
         "Another run; the one that is open stops, saved."
         work = on_run(run)
         with self.lock: self._begin(work, runs.read_config(run))
-        self.say(f"{run} is open")
+        self.say(f"{Path(run).name} is open")
 
     # longer answers, each in a thread of its own
     def _task(self, name, do):
@@ -784,7 +785,7 @@ class Workbench:
                 bar = {"at": 100 * size / top, "target": 100 * opened["target"] / top, "text": f"size {size / 1e6:.4f} M, target of this stage {opened['target'] / 1e6:.4f} M"}
         cfg, name = self.config, (s.folder.name if s and s.folder else "a search in memory" if s else "no run")
         about = f"{cfg.method} · {cfg.data.name} · C={cfg.space.channels} L={cfg.space.cells} · seed {cfg.seed}" if cfg else f"C={search.spec.channels} L={search.spec.cells} · seed {search.seed}" if search is not None else ""
-        last = self.said[-1] if self.said else ""
+        last = self.said[-1] if self.said and time.monotonic() - self._spoke < 20 else ""
         self.deck.state = plain({"title": f"mgdarts  {name}", "about": about, "can": list(self.can()), "main": "pause" if s and s.state == "running" else "run" if "run" in self.can() else "", "word": word, "why": why, "facts": facts + ([last] if last else []), "bar": bar})
 
     def refresh(self, force: bool = False)->float: # seconds until there is something to draw again
