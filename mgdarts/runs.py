@@ -15,6 +15,7 @@ from .config import Config, InputError, from_dict, to_dict
 from .data import Augment, Loader, Splits, load_data, root
 from .derive import derive, inherited
 from .events import Emitter, Event, NonFiniteLoss, RunFailed, Stopped
+from .frames import REPLAY_FILE, FrameRecorder
 from .search import Search
 from .space import NetSpec
 from .store import Checkpoints, lock, read_json, write_json
@@ -264,7 +265,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
         if prepare: prepare(loop)
         with Progress(len(loop.stages), quiet) as bar:
             if saved: bar.stage, bar.start = loop.stage, loop.start
-            _run(loop, out, loop.emitted, ("stage", "epoch", "commit", "regrow", "done"), (bar, *listeners), ("commit", "stage"))
+            _run(loop, out, loop.emitted, ("stage", "epoch", "commit", "regrow", "done"), (bar, FrameRecorder(loop, out / REPLAY_FILE), *listeners), ("commit", "stage"))
         return _finish(cfg, out, loop, splits, start)
 
 # %% ../nbs/14_runs.ipynb #81dea95f
