@@ -87,7 +87,7 @@ def _bars(g, found)->list: # updates of the traces: off, on, band, line, text
     part = lambda v: [round(x / top, 3) for x in v.tolist()]
     lines = [{"x": [], "y": []}] * 2
     if len(t):
-        low, mean, high = (round(float(_scale(g, v)), 4) for v in (t.min(), t.mean(), t.max()))
+        low, mean, high = (round(float(_scale(g, v)), 4) for v in (t.quantile(.1), t.mean(), t.quantile(.9)))
         lines = [{"x": [low, low, high, high], "y": [0, 1.04, 1.04, 0]}, {"x": [mean, mean], "y": [0, 1.04]}]
     n, m = int(on.sum()), int(off.sum())
     return [{"y": part(off), "customdata": off.tolist()}, {"y": part(on), "customdata": on.tolist()}, *lines, {"text": [f"{n:,} {g}{'' if n == 1 else 's'}" + (f" + {m:,} under threshold" if m else "")]}]
@@ -99,7 +99,7 @@ def _add_bars(fig, g, axes: dict, legend: bool): # xaxis and yaxis
     hover = "%{customdata:,} " + g + "s<extra></extra>"
     fig.add_bar(x=middle, width=width, name="under threshold", legendgroup="off", showlegend=legend, marker={"color": GREY, "line": {"width": 0}}, hovertemplate=hover, **axes)
     fig.add_bar(x=middle, width=width, name=g, marker={"color": GRANULARITY_COLOURS[g], "line": {"width": 0}}, showlegend=False, hovertemplate=hover, **axes)
-    fig.add_scatter(mode="lines", fill="toself", fillcolor="rgba(213,94,0,.15)", line={"width": 0}, name="thresholds, smallest to largest", legendgroup="band", showlegend=legend, hoverinfo="skip", **axes)
+    fig.add_scatter(mode="lines", fill="toself", fillcolor="rgba(213,94,0,.15)", line={"width": 0}, name="thresholds, 10th to 90th percentile", legendgroup="band", showlegend=legend, hoverinfo="skip", **axes)
     fig.add_scatter(mode="lines", line={"color": RING, "width": 2}, name="mean threshold", legendgroup="mean", showlegend=legend, hoverinfo="x", **axes)
     fig.add_scatter(x=[0], y=[1.16], mode="text", textposition="middle right", textfont={"size": 12}, showlegend=False, hoverinfo="skip", cliponaxis=False, **axes)
     if g == "weight": fig.data[-1].x = [-5]
@@ -155,7 +155,7 @@ def title(rep: Replay, i: int)->str:
     return html.escape(" · ".join(parts))
 
 # %% ../nbs/32_replay.ipynb #7dac5d69
-def _skeleton(rep: Replay, bottom: int = 60 # margin below, pixels
+def _skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
              )->go.Figure:
     "Axes and traces; `updates` has the data. The traces that change come first, in its order."
     fig, k = go.Figure(), _columns(rep.cells)

@@ -24,7 +24,7 @@ from .train import Trainer
 # %% auto #0
 __all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'Recorder', 'read_events', 'Signals',
            'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_config', 'first_bad', 'search',
-           'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
+           'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'run_row', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -350,6 +350,16 @@ def write_report(run: str|Path)->Path:
         figures["Retraining"] = plots.retrain_curves({{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()})
     return plots.write_report(Path(run) / "report.html", plots.report(f"mgdarts run {Path(run).name}", facts, figures, tables))
 
+def run_row(run: str|Path, data: dict # from `load_run`
+           )->dict:
+    "What a table of runs says about one: accuracies in percent (of retrained architectures, at their last epoch), sizes of the derived network and of the random baseline."
+    cfg, r, t = data["record"]["config"], data["result"], data["trainings"]
+    of = lambda k, what: (t.get(k, {}).get("result") or {}).get(what)
+    sizes = ("params_nonzero", "params_deployable", "macs")
+    return {"run": str(run), "method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
+            "status": "unfinished" if r is None else "reached" if r["reached"] else "target not reached", "params": r and r["params"], "ops": r and r["ops"], **{k: r and r["derived"][k] for k in sizes},
+            "test_acc": of("train", "test_acc_final"), "val_acc": of("train", "val_acc_final"), "random_acc": of("random", "test_acc_final"), "random_val_acc": of("random", "val_acc_final"), **{f"random_{k}": of("random", k) for k in sizes}}
+
 def list_runs(folder: str|Path|None = None # None: the project's runs/
              )->list: # one dictionary a run, newest first
     "What runs there are."
@@ -358,9 +368,5 @@ def list_runs(folder: str|Path|None = None # None: the project's runs/
     for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
         try: data = load_run(path.parent)
         except InputError: continue
-        if "config" not in data["record"]: continue
-        cfg, r, t = data["record"]["config"], data["result"], data["trainings"]
-        acc = lambda k: (t.get(k, {}).get("result") or {}).get("test_acc_final")
-        out.append({"run": str(path.parent), "method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
-                    "status": "unfinished" if r is None else "reached" if r["reached"] else "target not reached", "params": r and r["params"], "ops": r and r["ops"], "test_acc": acc("train"), "random_acc": acc("random")})
+        if "config" in data["record"]: out.append(run_row(path.parent, data))
     return out
