@@ -67,7 +67,8 @@ def overlay(searches: dict, # name -> events of a search
                             marker={"symbol": RUN_SYMBOLS[i % 5], "size": 5}, hovertemplate=CURVES[w][2], row=row, col=1)
     plots.theme(fig, 220 * len(what) + 60, 30 + 22 * (1 + len(epochs) // 5))
     for row, w in enumerate(what, 1): fig.update_yaxes(title_text=CURVES[w][0], rangemode="tozero", row=row, col=1)
-    return fig.update_xaxes(showgrid=False).update_xaxes(title_text="epochs done", row=len(what), col=1)
+    end = max(es[-1]["epoch"] + 1 for es in epochs.values())
+    return fig.update_xaxes(showgrid=False, range=[0, end * 1.02]).update_xaxes(title_text="epochs done", row=len(what), col=1)
 
 # %% ../nbs/33_compare.ipynb #7de0c179
 SIZES = {"params_nonzero": "non-zero parameters (millions)", "params_deployable": "deployable parameters (millions)", "macs": "multiply-accumulates (millions)"}
@@ -102,7 +103,7 @@ def pareto(rows: list, # of `runs.list_runs`
     if x: fig.add_scatter(x=x, y=y, mode="lines", line={"color": GREY, "width": 1, "dash": "dot"}, showlegend=False, hoverinfo="skip")
     best = [points[i] for i in front([p[:2] for p in points])]
     fig.add_scatter(x=[p[0] for p in best], y=[p[1] for p in best], mode="lines", line={"color": GREY, "width": 2, "shape": "hv"}, name="Pareto front", hoverinfo="skip")
-    for i, ((kind, label), group) in enumerate(groups.items()):
+    for i, ((kind, label), group) in enumerate(sorted(groups.items(), key=lambda g: g[0][0] == "random")):
         text = [f"<b>{html.escape(Path(r['run']).name)}</b> {html.escape(label)}<br>{a:.4g} M, {b:.2f} %<br>{html.escape(str(r.get('dataset', '')))}, seed {r.get('seed')}" for a, b, r in group]
         style = {"symbol": "x", "color": GREY} if kind == "random" else {"symbol": RUN_SYMBOLS[i % 4], "color": RUN_COLOURS[i % 4]}
         fig.add_scatter(x=[p[0] for p in group], y=[p[1] for p in group], mode="markers", marker={"size": 10, **style}, name=html.escape(label), hovertext=text, hoverinfo="text")
@@ -162,10 +163,10 @@ def difference_figure(a: Architecture, b: Architecture, cells: tuple|None = None
         plots.draw_cell(fig, ArchCell(tuple(ops[k] for k in sorted(ops)), tuple(widths)), c, lambda op, looks=looks: looks[op.edge, op.index], at, small=columns > 1)
         fig.data[-1].hovertext = [f"<b>state {s}</b><br>" + ", ".join(f"{x.upper()}: {d[c][f'widths_{x}'][s]} channels" for x in "ab" if d[c][f"widths_{x}"]) for s in range(STATES)]
     for n in range(len(chosen), rows * columns): fig.update_xaxes(visible=False, row=n // columns + 1, col=n % columns + 1).update_yaxes(visible=False, row=n // columns + 1, col=n % columns + 1)
-    for label, colour, dash in ONLY.values(): fig.add_scatter(x=[None], y=[None], mode="lines", name=label, line={"color": colour, "dash": dash, "width": 3})
+    for label, colour, dash in ONLY.values(): fig.add_scatter(x=[None], y=[None], mode="lines", name=label, legendgroup=label, line={"color": colour, "dash": dash, "width": 3})
     for o in OPS:
         _, label, _, symbol = OP_STYLES[o]
-        if any(op.op == o for x in (a, b) for cell in x.cells for op in cell.ops): fig.add_scatter(x=[None], y=[None], mode="markers", name=label, marker={"symbol": symbol, "size": 9, "color": GREY, "line": {"color": GREY, "width": 1.5 * ("open" in symbol)}})
+        if any(op.op == o for x in (a, b) for cell in x.cells for op in cell.ops): fig.add_scatter(x=[None], y=[None], mode="markers", name=label, legendgroup=label, marker={"symbol": symbol, "size": 9, "color": GREY, "line": {"color": GREY, "width": 1.5 * ("open" in symbol)}})
     return plots.theme(fig, height, 96, "closest").update_layout(margin={"l": 10, "r": 10, "b": 10}).update_annotations(font={"size": 13})
 
 # %% ../nbs/33_compare.ipynb #53f47eed
