@@ -286,6 +286,9 @@ def replay_command(run: Annotated[Path, typer.Argument(help="Run folder; the sea
     rep = replay(run)
     if not rep.frames: raise InputError(f"{run} has no finished epoch: there is nothing to replay yet")
     page = animation(rep, out or run / "replay.html", "inline" if out else "directory")
+    if out is None:
+        from mgdarts.runs import write_report
+        write_report(run) # which links to it
     facts = {"page": str(page), "bytes": page.stat().st_size, "moments": len(rep), "missing": rep.missing}
     _show(facts, as_json, _table("replay", ["", ""], list(facts.items())))
 

@@ -309,7 +309,7 @@ STYLE = """:root{color-scheme:light dark;--fg:#1d2126;--bg:#fff;--dim:#666e78;--
 body{font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:62rem;margin:0 auto;padding:2rem 1rem}
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:.8rem 1.5rem;margin:1rem 0}
-dt,footer{color:var(--dim);font-size:.85rem}dd{margin:0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+a{color:inherit}dt,footer{color:var(--dim);font-size:.85rem}dd{margin:0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
 th{color:var(--dim);font-weight:600}td.n,th.n{text-align:right}figure{margin:0}"""
@@ -335,7 +335,8 @@ def report(title: str,
            figures: dict, # heading -> go.Figure
            tables: dict, # heading -> list of dictionaries
            notes: str|list = (), # paragraphs
-           plotlyjs: str = "directory" # directory (plotly.min.js beside the page), inline (4.8 MB more) or cdn (needs a network)
+           plotlyjs: str = "directory", # directory (plotly.min.js beside the page), inline (4.8 MB more) or cdn (needs a network)
+           links: dict|None = None # label -> page beside this one
           )->str: # HTML
     "A page about a run, for light and dark, readable without a kernel. `InputError` if `plotlyjs` is something else."
     if plotlyjs not in ("directory", "inline", "cdn"): raise InputError(f"plotlyjs is {plotlyjs!r}: choose directory, inline or cdn")
@@ -344,6 +345,7 @@ def report(title: str,
     # plotly's own code has no closing script tag in it, or plotly's inline pages would not work either
     script = f"<script>{get_plotlyjs()}</script>" if plotlyjs == "inline" else f'<script src="{src[plotlyjs]}"></script>'
     parts = [f"<h1>{esc(title)}</h1>"] + [f"<p>{esc(p)}</p>" for p in ([notes] if isinstance(notes, str) else notes)]
+    if links: parts.append("<p>" + " · ".join(f'<a href="{html.escape(href)}">{esc(label)}</a>' for label, href in links.items()) + "</p>")
     if facts: parts.append("<dl>" + "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in facts.items()) + "</dl>")
     for i, (name, fig) in enumerate(figures.items()):
         drawn = fig.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{i}", default_width="100%", config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]})

@@ -329,6 +329,11 @@ def load_run(run: str|Path)->dict:
             out["trainings"][name] = {"events": read_events(run / name / "events.jsonl"), "result": read_json(done, "a result") if done.exists() else None}
     return out
 
+def _advantage(a, b, images)->str:
+    "Difference of two test accuracies, with the standard error that chance alone gives it: of two proportions over the same number of images."
+    x, y = (t["test_acc_final"] / 100 for t in (a, b))
+    return f"{100 * (x - y):+.2f} points (standard error {100 * ((x * (1 - x) + y * (1 - y)) / images) ** .5:.2f})"
+
 def write_report(run: str|Path)->Path:
     "report.html: what was searched, what was found, how well it does. Readable without a kernel."
     from mgdarts import plots # plotly is slow to import
@@ -347,8 +352,10 @@ def write_report(run: str|Path)->Path:
         tables["Retraining (test accuracy, percent; the test images were read once, at the end)"] = [
             {"architecture": {"train": "searched", "random": "random, same size"}[k], "final epoch": f"{t['test_acc_final']:.2f}", "best validation epoch": f"{t['test_acc_best_val']:.2f}",
              "non-zero parameters": t["params_nonzero"], "epochs": t["epochs"]} for k, t in done.items()]
+        if len(done) == 2: facts["searched minus random"] = _advantage(done["train"], done["random"], data["record"]["images"]["test"])
         figures["Retraining"] = plots.retrain_curves({{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()})
-    return plots.write_report(Path(run) / "report.html", plots.report(f"mgdarts run {Path(run).name}", facts, figures, tables))
+    replay = Path(run) / "replay.html" # written by `mgdarts replay`
+    return plots.write_report(Path(run) / "report.html", plots.report(f"mgdarts run {Path(run).name}", facts, figures, tables, links={"Replay of the search, epoch by epoch": replay.name} if replay.exists() else None))
 
 def run_row(run: str|Path, data: dict # from `load_run`
            )->dict:

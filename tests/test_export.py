@@ -47,7 +47,7 @@ from net import Net
 given = torch.load(sys.argv[1] + "/given.pt", weights_only=True)
 net = Net().eval()
 net.load_state_dict(given["state"])
-torch.save({"y": net(given["x"]).detach(), "loaded": sorted(m for m in sys.modules if "mgdarts" in m)}, sys.argv[1] + "/out.pt")
+torch.save({"y": net(given["x"]).detach(), "loaded": sorted(m for m in sys.modules if m.split(".")[0] == "mgdarts")}, sys.argv[1] + "/out.pt")
 """
 
 

@@ -233,3 +233,11 @@ def test_a_run_without_epochs(recorded, tmp_path, capsys):
     assert main(["replay", str(tmp_path)]) == 2
     with pytest.raises(InputError, match="none is done yet"):
         got.at(1)
+
+
+def test_the_report_links_to_the_replay_and_tells_the_advantage(recorded, capsys):
+    run, _ = recorded
+    assert "replay.html" not in (run / "report.html").read_text("utf-8")
+    assert main(["replay", str(run)]) == 0
+    assert 'href="replay.html"' in (run / "report.html").read_text("utf-8") and '<script src="plotly.min.js">' in (run / "replay.html").read_text("utf-8")
+    assert runs._advantage({"test_acc_final": 60.0}, {"test_acc_final": 50.0}, 100) == "+10.00 points (standard error 7.00)"
