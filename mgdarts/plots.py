@@ -348,7 +348,7 @@ def report(title: str,
     if links: parts.append("<p>" + " · ".join(f'<a href="{html.escape(href)}">{esc(label)}</a>' for label, href in links.items()) + "</p>")
     if facts: parts.append("<dl>" + "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in facts.items()) + "</dl>")
     for i, (name, fig) in enumerate(figures.items()):
-        drawn = fig.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{i}", default_width="100%", config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]})
+        drawn = fig.to_html(full_html=False, include_plotlyjs=False, auto_play=False, div_id=f"figure-{i}", default_width="100%", config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]})
         parts.append(f'<h2>{esc(name)}</h2><figure role="group" aria-label="{esc(name)}">{drawn}</figure>')
     parts += [f"<h2>{esc(name)}</h2>{_table(rows) if rows else '<p>none</p>'}" for name, rows in tables.items()]
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{esc(title)}</title>'

@@ -19,7 +19,7 @@ from .space import *
 
 # %% auto #0
 __all__ = ['EDGE_LABELS', 'Replay', 'replay', 'histograms', 'updates', 'title', 'frame_figure', 'cell_of', 'live_look',
-           'cell_figure', 'thin', 'animated', 'animation']
+           'cell_figure', 'thin', 'shown', 'animated', 'animation']
 
 # %% ../nbs/32_replay.ipynb #8c9ec874
 @dataclass
@@ -252,29 +252,48 @@ def thin(frames: list, most: int)->list: # places
     kept = pick(marked, most)
     return sorted({*kept, *pick([i for i in range(len(frames)) if i not in set(marked)], most - len(kept))}) if frames else []
 
-def animated(rep: Replay, most: int = 200 # moments
+def shown(rep: Replay, most: int|None = None # None: as many as make about 4 MB
+         )->list: # places
+    "The moments that an animation has."
+    return thin(rep.frames, most or max(20, 130_000 // (rep.cells * len(EDGES) * len(OPS))))
+
+def animated(rep: Replay, most: int|None = None # moments; None: as many as make about 4 MB
             )->go.Figure:
     "A figure with a slider and a button that plays."
     if not rep.frames: return plots.empty("no epoch of a search has been done yet")
-    fig, moments = _skeleton(rep, 130), thin(rep.frames, most)
+    fig, moments = _skeleton(rep, 110), shown(rep, most)
     kind = lambda at, new: {**new, "type": fig.data[at].type}
     fig.frames = [go.Frame(name=str(i), data=[kind(at, new) for at, new in updates(rep, i)], traces=[at for at, _ in updates(rep, i)], layout={"title": {"text": title(rep, i)}}) for i in moments]
     for at, new in updates(rep, moments[-1]): fig.data[at].update(new)
     go_to = lambda **kw: {"mode": "immediate", "frame": {"duration": 250, "redraw": True}, "transition": {"duration": 0}, **kw}
     steps = [{"method": "animate", "label": rep[i].label.removeprefix("epoch "), "args": [[str(i)], go_to(frame={"duration": 0, "redraw": True})]} for i in moments]
-    under = {"x": 0, "xanchor": "left", "y": 0, "yanchor": "top"}
+    under, clear = {"x": 0, "xanchor": "left", "y": 0, "yanchor": "top"}, "rgba(0,0,0,0)"
     fig.update_layout(title_text=title(rep, moments[-1]),
-                      sliders=[{"steps": steps, "active": len(steps) - 1, "currentvalue": {"prefix": "epoch "}, "pad": {"t": 24, "l": 130}, "ticklen": 3, "font": {"size": 10 if len(steps) <= 60 else 1}, **under}],
-                      updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "pad": {"t": 40}, **under, "buttons": [
+                      sliders=[{"steps": steps, "active": len(steps) - 1, "currentvalue": {"prefix": "epoch ", "font": {"size": 13, "color": GREY}}, "pad": {"t": 14, "l": 170}, "ticklen": 0, "tickcolor": clear, "font": {"size": 1, "color": clear},
+                                "bgcolor": GREY, "bordercolor": GREY, "activebgcolor": RING, "borderwidth": 1, **under}],
+                      updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "pad": {"t": 30}, "bgcolor": clear, "bordercolor": GREY, "font": {"color": GREY}, **under, "buttons": [
                           {"label": "▶ play", "method": "animate", "args": [None, go_to(fromcurrent=True)]}, {"label": "❚❚ pause", "method": "animate", "args": [[None], go_to(frame={"duration": 0, "redraw": False})]}]}])
     return fig
 
+# plotly's sliders and buttons answer to the mouse only
+_KEYS = """<p>Keys: space plays and pauses, ← and → go from moment to moment, Home and End to the first and the last.</p><script>(() => {
+const g = document.getElementById("figure-0"), s = () => g.layout.sliders[0]; let timer = null;
+const stop = () => { clearInterval(timer); timer = null; };
+const go = i => { if (i < 0 || i >= s().steps.length) return stop(); const [to, how] = s().steps[i].args; Plotly.animate(g, to, how).catch(() => {}); };
+document.addEventListener("keydown", e => {
+  const at = s().active, to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: s().steps.length - 1}[e.key];
+  if (e.key !== " " && to === undefined || e.ctrlKey || e.altKey || e.metaKey) return;
+  e.preventDefault();
+  if (timer || to !== undefined) stop(); else timer = setInterval(() => go(s().active + 1), 400);
+  if (to !== undefined) go(Math.max(0, Math.min(s().steps.length - 1, to)));
+}); })()</script>"""
+
 def animation(run: str|Path|Replay, path: str|Path, # the page to write, .html
               plotlyjs: str = "inline", # or directory (plotly.min.js beside the page), or cdn
-              most: int = 200 # moments
+              most: int|None = None # moments; None: as many as make about 4 MB
              )->Path:
     "Write a search as a page that plays."
     rep = run if isinstance(run, Replay) else replay(run)
-    facts = {"moments": len(rep), "shown": len(thin(rep.frames, most)), "cells": rep.cells}
-    page = plots.report(f"Replay of {rep.name}", facts, {"Moments": animated(rep, most)}, {}, [f"Not in this record: {rep.missing}."] if rep.missing else [], plotlyjs)
-    return plots.write_report(path, page)
+    facts = {"moments": len(rep), "cells": rep.cells} | ({"moments shown": n} if (n := len(shown(rep, most))) < len(rep) else {})
+    page = plots.report(f"Replay of {rep.name}", facts, {"Epoch by epoch": animated(rep, most)}, {}, [f"Not in this record: {rep.missing}."] if rep.missing else [], plotlyjs)
+    return plots.write_report(path, page.replace("</main>", _KEYS + "</main>") if rep.frames else page)
