@@ -35,13 +35,13 @@ def entries(paths: list # run folders, architectures
     out = []
     for path in map(Path, paths):
         if not path.exists(): raise InputError(f"{path} is not there: give run folders or architectures")
-        if (path / "config.json").exists():
-            data = runs.load_run(path)
-            name, events, arch, row = path.resolve().name, data["events"], data["arch"], runs.run_row(path, data)
+        data = runs.load_run(path) if (path / "config.json").exists() else None
+        if data and not runs.is_training(data): name, events, arch, row = path.resolve().name, data["events"], data["arch"], runs.run_row(path, data)
         else:
             arch, events = arch_files.load(path), []
             size = counts(arch)
-            name, row = arch.name, {"run": str(path), "ops": size["ops"], "params_nonzero": size["params_nonzero"], "params_deployable": size["params_deployable"]}
+            name, row = arch.name, {"run": str(path), **{k: size[k] for k in ("ops", "params_nonzero", "params_deployable", "macs")}}
+            if data: row |= {"dataset": data["record"]["dataset"], "seed": data["record"]["config"]["seed"], **{k: (data["result"] or {}).get(f"{k}_final") for k in ("test_acc", "val_acc")}}
         taken = sum(name == e.name.split(" #")[0] for e in out)
         out.append(Entry(f"{name} #{taken + 1}" if taken else name, path, events, arch, row))
     return out

@@ -216,7 +216,9 @@ def draw_cell(fig, cell: ArchCell, c: int, # number of the cell
         symbol = OP_STYLES[name][3]
         x, y, text, top = zip(*points)
         fig.add_scatter(x=x, y=y, mode="markers", hovertext=text, hoverinfo="text", name=name, legendgroup=name, showlegend=False,
-                        marker={"symbol": symbol, "size": [(6 if small else 9) * t for t in top], "color": colour, "opacity": 1, "line": {"width": [(2 if ring else 1.5 * ("open" in symbol)) * t for t in top], "color": RING if ring else colour}}, **at)
+                        marker={"symbol": symbol, "size": [(6 if small else 9) * t for t in top], "color": colour, "opacity": 1, "line": {"width": [1.5 * ("open" in symbol and t) for t in top], "color": colour}}, **at)
+        if ring: fig.add_scatter(x=[v for v, t in zip(x, top) if t], y=[v for v, t in zip(y, top) if t], mode="markers", name="grown back", legendgroup=name, showlegend=False, hoverinfo="skip",
+                                 marker={"symbol": "circle-open", "size": 11 if small else 17, "color": RING, "line": {"width": 2, "color": RING}}, **at)
     source = lambda s: ("the stem" if c + s < 2 else f"cell {c + s - 2}") if s < INPUTS else "this cell"
     fig.add_scatter(x=list(range(STATES)), y=[0] * STATES, mode="markers+text", text=[str(s) for s in range(STATES)], textfont={"color": "#fff", "size": 10 if small else 13},
                     marker={"size": 17 if small else 26, "color": "#5b626b", "opacity": 1, "symbol": ["square"] * INPUTS + ["circle"] * NODES, "line": {"width": 0}}, showlegend=False, name="states",

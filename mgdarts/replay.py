@@ -186,10 +186,11 @@ def _skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
         fig.add_scatter(mode="markers", marker={"symbol": "circle-open", "size": 15, "color": RING, "line": {"width": 1.5}}, name="grown back", legendgroup="back", showlegend=c == 0, hoverinfo="skip", **axes[c])
         fig.add_scatter(x=[3], y=[-1.3], mode="text", textfont={"size": 11}, showlegend=False, hoverinfo="skip", cliponaxis=False, **axes[c])
     # what stays
-    fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("params") is None else e["params"] / 1e6))), name="parameters", line={"color": RUN_COLOURS[0], "width": 2}, mode="lines", hovertemplate="%{y:.4g} M", **axes["size"])
+    mode, marker = "lines+markers" if len(epochs) <= 60 else "lines", {"size": 4}
+    fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("params") is None else e["params"] / 1e6))), name="parameters", line={"color": RUN_COLOURS[0], "width": 2}, mode=mode, marker=marker, hovertemplate="%{y:.4g} M", **axes["size"])
     fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("target") is None else e["target"] / 1e6))), name="target", line={"color": GREY, "width": 2, "dash": "dot"}, mode="lines", hovertemplate="%{y:.4g} M", **axes["size"])
     for g, colour in GRANULARITY_COLOURS.items():
-        fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: (e.get("retention") or {}).get(g)))), name=f"{g}s", line={"color": colour, "width": 2}, mode="lines", hovertemplate="%{y:.1%}", **axes["retention"])
+        fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: (e.get("retention") or {}).get(g)))), name=f"{g}s", line={"color": colour, "width": 2}, mode=mode, marker=marker, hovertemplate="%{y:.1%}", **axes["retention"])
     for o, (colour, label, _, symbol) in OP_STYLES.items():
         fig.add_scatter(x=[None], y=[None], mode="markers", name=label, marker={"symbol": symbol, "size": 9, "color": colour, "line": {"width": 1.5 * ("open" in symbol), "color": colour}}, **axes[0])
     plots.theme(fig, tall + 124 + bottom, 124, "closest")
@@ -242,6 +243,7 @@ def cell_figure(f: Frame, c: int)->go.Figure:
     fig = plots.make_subplots(subplot_titles=[f"cell {c}, {f.label}: {len(here)} of {len(EDGES) * len(OPS)} operations"])
     plots.draw_cell(fig, cell, c, live_look(f, here), {"row": 1, "col": 1}, small=len(here) > 40)
     plots.op_legend(fig, {op.op for op in cell.ops})
+    if f.regrown is not None and any(f.regrown[i] for i in here.values()): fig.add_scatter(x=[None], y=[None], mode="markers", name="grown back", legendgroup="back", marker={"symbol": "circle-open", "size": 12, "color": RING, "line": {"width": 2}})
     return plots.theme(fig, 520, 76, "closest").update_layout(margin={"l": 10, "r": 10, "b": 10})
 
 # %% ../nbs/32_replay.ipynb #6c23acd9

@@ -24,7 +24,7 @@ from .train import Trainer
 # %% auto #0
 __all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'Recorder', 'read_events', 'Signals',
            'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_config', 'first_bad', 'search',
-           'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'run_row', 'list_runs']
+           'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -357,6 +357,11 @@ def write_report(run: str|Path)->Path:
     replay = Path(run) / "replay.html" # written by `mgdarts replay`
     return plots.write_report(Path(run) / "report.html", plots.report(f"mgdarts run {Path(run).name}", facts, figures, tables, links={"Replay of the search, epoch by epoch": replay.name} if replay.exists() else None))
 
+def is_training(data: dict # from `load_run`
+               )->bool:
+    "Whether a folder holds a training instead of a search: an architecture was there before anything happened."
+    return data["arch"] is not None and not any(e["type"] == "stage" for e in data["events"])
+
 def run_row(run: str|Path, data: dict # from `load_run`
            )->dict:
     "What a table of runs says about one: accuracies in percent (of retrained architectures, at their last epoch), sizes of the derived network and of the random baseline."
@@ -375,5 +380,5 @@ def list_runs(folder: str|Path|None = None # None: the project's runs/
     for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
         try: data = load_run(path.parent)
         except InputError: continue
-        if "config" in data["record"]: out.append(run_row(path.parent, data))
+        if "config" in data["record"] and not is_training(data): out.append(run_row(path.parent, data))
     return out

@@ -133,3 +133,10 @@ def test_bad_input(folder, args, capsys, monkeypatch):
     assert main(["compare", *args]) == 2
     io = capsys.readouterr()
     assert len(io.err.strip().splitlines()) == 1 and not io.out
+
+
+def test_a_training_is_an_architecture_with_an_accuracy(folder):
+    found, = compare.entries([folder / "run-0/train"])
+    result = json.loads((folder / "run-0/train/result.json").read_text())
+    assert not found.events and found.row["test_acc"] == result["test_acc_final"] and found.row["params_nonzero"] == result["params_nonzero"]
+    assert runs.list_runs(folder / "run-0") == []  # trainings are not runs of their own
