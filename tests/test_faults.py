@@ -32,7 +32,8 @@ def bits(run):
         if (part / "events.jsonl").exists():
             events = [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(part / "events.jsonl")]
             net = {k: v.numpy().tobytes() for k, v in Checkpoints(part / "checkpoint").load()["net"].items()}
-            out[name] = events, net, (part / "architecture.json").read_bytes(), (part / "masks.safetensors").read_bytes()
+            frames = (part / "replay.jsonl").read_bytes() if name == "search" else b""
+            out[name] = events, net, frames, (part / "architecture.json").read_bytes(), (part / "masks.safetensors").read_bytes()
     return out
 
 
