@@ -37,6 +37,7 @@ def lab(tmp_path_factory):
     "A JupyterLab on a folder with the workbench's notebook and a finished run."
     folder = tmp_path_factory.mktemp("lab")
     runs.search(preset("smoke", **FAST), folder / "runs/demo")
+    runs.search(preset("smoke", **FAST, seed=1), folder / "runs/other")
     (folder / "nbs").mkdir()
     shutil.copyfile(ROOT / "nbs/workbench.ipynb", folder / "nbs/workbench.ipynb")
     (folder / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
@@ -155,6 +156,33 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         epochs = {e["epoch"]: e for e in events if e["type"] == "epoch"}
         assert [y for y in desk.chart()["0 train"] if y is not None] == pytest.approx([e["ce"] for e in epochs.values()])
         desk.shot("light-finished")
+
+        # an epoch that is past
+        desk.tab("Replay")
+        desk.until("len(workbench.replay.plot.data)", lambda n: n > 10)
+        slider = page.locator(".mgdarts-wb .jp-OutputArea [role=slider], .mgdarts-wb .noUi-handle").first
+        slider.focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowLeft")
+        i, label, title = desk.until("[workbench.replay.slider.value, workbench.replay.rep[workbench.replay.slider.value].label, workbench.replay.plot.layout.title.text]", lambda v: v[0] <= desk.ask("len(workbench.replay.rep)") - 3 and v[1] in v[2])
+        page.wait_for_function("t => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.layout?.title?.text?.includes(t))", arg=label)
+        desk.shot("light-replay")
+
+        # two runs beside each other
+        desk.tab("Compare")
+        page.wait_for_selector(".mg-table:has-text('other')")
+        page.fill("input[aria-label='filter the runs']", "other")
+        page.wait_for_function("() => [...document.querySelectorAll('.mg-table tbody')].some(t => t.rows.length === 1)")
+        page.fill("input[aria-label='filter the runs']", "")
+        box = page.locator("input[aria-label='compare other']")
+        was = box.is_checked()
+        box.click()
+        desk.until("'other' in workbench.compare.table.chosen", lambda v: v != was)
+        if was:
+            page.locator("input[aria-label='compare other']").click()
+        desk.until("[workbench.compare.drawn is not None and sorted(workbench.compare.drawn), len(workbench.compare.difference.data) > 5]", lambda v: v == [["demo", "other"], True])
+        desk.shot("light-compare")
+        desk.tab("Live")
 
         # one click starts a search
         page.click(".mgdarts-wb button:has-text('Start a new search')")

@@ -257,6 +257,15 @@ def test_the_workbench(finished, tmp_path, monkeypatch):
         bench.accuracy()
         until(lambda: getattr(bench, "answer", None))
         assert 0 <= bench.answer["whatif"] <= 100
+        bench.tabs.selected_index = bench.tabs.titles.index("Replay")
+        until(lambda: bench.replay.rep is not None and len(bench.replay.plot.data) > 10)
+        frames = bench.replay.rep.frames
+        bench.replay.slider.value = 3
+        until(lambda: bench.replay.drawn and bench.replay.drawn[1] == 3)
+        assert frames[3].label in bench.replay.said.value and bench.replay.plot.layout.title.text.startswith(frames[3].stage)
+        bench.tabs.selected_index = bench.tabs.titles.index("Compare")
+        until(lambda: bench.compare.drawn == ["demo"])
+        assert bench.compare.table.rows[0][0] == "demo" and len(bench.compare.curves.data) == 3
         bench.start(preset("smoke", **FAST), tmp_path / "live")
         until(lambda: bench.stepper.search is not None and bench.stepper.search.steps > 2)
         bench.do("pause")
