@@ -88,6 +88,7 @@ class Outcome:
     count: NetCount
     units: dict # granularity -> (kept, of how many live now)
     memory: int # bytes, about, of a training step
+    off: Tensor|None = None # [n] bool: what goes, over all units stored; where thresholds say so
 
 class WhatIf:
     "Thresholds that differ from a view's."
@@ -153,7 +154,7 @@ class WhatIf:
     def outcome(self)->Outcome:
         "What a commit with these thresholds would leave."
         found = candidates(self.view.net, self.thresholds())
-        return outcome(self.view, found.masks(found.off))
+        return replace(outcome(self.view, found.masks(found.off)), off=found.off)
 
 # %% ../nbs/31_inspector.ipynb #e8348508
 MAPS = 1.35 # copies of each map, on average, that the backward pass needs
@@ -194,33 +195,33 @@ class Distribution:
     kept: list # units a bin that stay
     going: list # units a bin that would be pruned
 
-def _units(view: View, granularity: str, scope: dict)->tuple: # (|g|, places in the flat vector of all candidates)
-    net, n, values, at, start = view.net, len(view.net.cells), [], [], 0
-    def add(g, picked): values.append(g[picked]); at.append(start + picked.nonzero().flatten())
-    flat = view.live.flatten()
-    if granularity == "operation": add(view.strength.flatten(), scope["t_alpha"].flatten() & flat)
-    start += len(flat)
+def _parts(view: View, granularity: str, scope: dict): # of (|g|, bool: in the scope, place of the first in the flat vector of all candidates)
+    "The units of a granularity, cell by cell."
+    net, start = view.net, view.live.numel()
+    if granularity == "operation": yield view.strength.flatten(), scope["t_alpha"].flatten() & view.live.flatten(), 0
     for c, cell in enumerate(net.cells):
         if granularity == "filter":
             of = torch.cat([scope["t_pre"][c], scope["t_beta"][c].flatten(), torch.zeros(1, dtype=torch.bool)])[cell.gate_of]
-            add(torch.sigmoid(cell.beta.detach()), of.repeat_interleave(cell.gate_len))
+            yield torch.sigmoid(cell.beta.detach()), of.repeat_interleave(cell.gate_len), start
         start += len(cell.beta)
     for c, cell in enumerate(net.cells):
-        if granularity == "weight": add(cell.omega.detach().abs(), scope["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len) & cell.omega_live)
+        of = scope["t_omega"][c].flatten()[cell.conv] if granularity == "weight" else None
+        if of is not None and bool(of.any()): yield cell.omega.detach().abs(), of.repeat_interleave(cell.conv_len) & cell.omega_live, start
         start += len(cell.omega)
-    return torch.cat(values), torch.cat(at)
 
 def distribution(whatif: WhatIf, granularity: str, which: str|tuple="all", bins: int=48,
                  off: Tensor|None=None # [n] bool: what goes, if it is known already
                 )->Distribution|None: # None: the scope is empty
     "The values that a scope's thresholds decide about."
-    g, at = _units(whatif.view, granularity, whatif.scope(granularity, which))
-    if not len(g): return None
-    if off is None: off = candidates(whatif.view.net, whatif.thresholds()).off
-    high = max(float(g.max()), whatif.value(granularity, which) or 0., 1e-12) * 1.05 if granularity == "weight" else 1.
-    count = lambda v: torch.histc(v, bins, 0., high).long().tolist()
-    gone = off[at]
-    return Distribution(0., high, count(g[~gone]), count(g[gone]))
+    parts = [p for p in _parts(whatif.view, granularity, whatif.scope(granularity, which)) if bool(p[1].any())]
+    if not parts: return None
+    if off is None: off = whatif.outcome().off
+    high = max(max(float(g.max()) for g, _, _ in parts), whatif.value(granularity, which) or 0., 1e-12) * 1.05 if granularity == "weight" else 1.
+    total = torch.zeros(3 * bins, dtype=torch.long)
+    for g, picked, at in parts: # three histograms: kept, going, outside of the scope
+        place = (g * (bins / high)).long().clamp_(max=bins - 1)
+        total += torch.bincount(place.add_(off[at:at + len(g)], alpha=bins).masked_fill_(~picked, 2 * bins), minlength=3 * bins)
+    return Distribution(0., high, total[:bins].tolist(), total[bins:2 * bins].tolist())
 
 # %% ../nbs/31_inspector.ipynb #252555fb
 @torch.no_grad()
@@ -262,7 +263,8 @@ def fixed_ratio(view: View,
     node = torch.tensor([dst for _, dst in EDGES])
     for name in granularities:
         if name not in view.net.granularities: continue
-        g, at = _units(view, name, WhatIf(view).scope(name))
+        found = list(_parts(view, name, WhatIf(view).scope(name)))
+        g, at = torch.cat([g[m] for g, m, _ in found]), torch.cat([m.nonzero().flatten() + a for _, m, a in found])
         if name == "operation": group = (torch.arange(n)[:, None, None] * STATES + node[:, None]).expand(view.live.shape).flatten()[at]
         elif name == "filter": # a gate is a group
             ids = torch.cat([torch.arange(len(c.gate_n)).repeat_interleave(c.gate_n) + 1000 * i for i, c in enumerate(view.net.cells)])

@@ -544,8 +544,7 @@ class ThresholdPanel:
         w = self.bench.whatif
         if w is None: return
         view, result = w.view, w.outcome()
-        from mgdarts.prune import candidates
-        off = self.bench.off = candidates(view.net, w.thresholds()).off
+        off = result.off
         for g in GRANULARITIES:
             value = w.value(g, self.which)
             self.pics[g].svg = pictures.histogram_svg(distribution(w, g, self.which, off=off), g, w.learned(g, self.which), value, g)
@@ -682,7 +681,7 @@ class Workbench:
                  interactive: bool|None = None # None: in JupyterLab, yes; elsewhere a still
                 ):
         self.interactive = at_a_desk() if interactive is None else interactive
-        self.lock, self.stepper, self.view, self.whatif, self.off, self.selected, self.said, self.config = threading.RLock(), None, None, None, None, None, [], None
+        self.lock, self.stepper, self.view, self.whatif, self.selected, self.said, self.config = threading.RLock(), None, None, None, None, [], None
         self.key = ("search", id(what)) if isinstance(what, Search) else ("new", str(what)) if what is None or isinstance(what, Config) else ("run", str(Path(what).absolute()))
         if not self.interactive: self.what = what; return
         old = Workbench._open.pop(self.key, None)
@@ -707,7 +706,7 @@ class Workbench:
     def _begin(self, work, cfg=None):
         old, self.stepper = self.stepper, None
         if old: old.close()
-        self.config, self.view, self.whatif, self.off, self._pending, self._images = cfg, None, None, None, None, None
+        self.config, self.view, self.whatif, self._pending, self._images = cfg, None, None, None, None
         self.stepper = Stepper(work, self._wake.set)
 
     def _build(self):

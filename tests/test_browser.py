@@ -70,7 +70,7 @@ class Desk:
 
     def open(self, reset=True):
         self.page.goto(f"{self.base}/lab/tree/nbs/workbench.ipynb" + ("?reset" if reset else ""))
-        self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        self.page.wait_for_selector(".jp-Notebook", timeout=120_000)
         self.idle()
 
     def idle(self, seconds=60):
@@ -80,7 +80,7 @@ class Desk:
     def run_all(self):
         self.page.click(".lm-MenuBar-itemLabel:text-is('Run')")
         self.page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
-        self.page.wait_for_selector(".mgdarts-wb .mg-buttons", timeout=60_000)
+        self.page.wait_for_selector(".mgdarts-wb .mg-buttons", timeout=120_000)
 
     def ask(self, code):
         "What the kernel says to an expression, asked beside the notebook, over its websocket."
@@ -275,10 +275,10 @@ def test_nothing_is_lost(lab, tmp_path):
         # the page is loaded again: the search has gone on, and the page shows it
         steps = desk.ask("workbench.stepper.search.steps")
         desk.open(reset=False)
-        page.wait_for_selector(".mgdarts-wb .mg-pic .op", timeout=60_000)
+        page.wait_for_selector(".mgdarts-wb .mg-pic .op", timeout=120_000)
         desk.says("running")
         now = desk.until("workbench.stepper.search.steps", lambda n: n > steps)
-        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)", timeout=60_000)
+        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)", timeout=120_000)
         desk.press("pause")
         desk.says("paused")
         desk.press("run")
