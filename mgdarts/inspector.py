@@ -209,7 +209,7 @@ def _parts(view: View, granularity: str, scope: dict): # of (|g|, bool: in the s
         if of is not None and bool(of.any()): yield cell.omega.detach().abs(), of.repeat_interleave(cell.conv_len) & cell.omega_live, start
         start += len(cell.omega)
 
-def distribution(whatif: WhatIf, granularity: str, which: str|tuple="all", bins: int=48,
+def distribution(whatif: WhatIf, granularity: str, which: str|tuple="all", bins: int = 48,
                  off: Tensor|None=None # [n] bool: what goes, if it is known already
                 )->Distribution|None: # None: the scope is empty
     "The values that a scope's thresholds decide about."

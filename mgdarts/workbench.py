@@ -13,15 +13,18 @@ from .bench import rss_mb
 from .config import Config, InputError, PRESETS, configure, settings_of
 from .data import load_data
 from .events import Event, plain
+from .export import save_figure
+from .frames import read_frames
 from .inspector import SCOPES, View, WhatIf, accuracy, branch, distribution, fixed_ratio, outcome, some_images
 from .memory import step_memory
 from .search import Search
 from .space import *
 
 # %% auto #0
-__all__ = ['STYLE', 'Halt', 'Stepper', 'on_search', 'on_run', 'on_new', 'status_line', 'time_left', 'event_line', 'outcome_rows',
-           'rows_html', 'Deck', 'Picture', 'Table', 'Library', 'Plot', 'LivePanel', 'ThresholdPanel', 'LogPanel',
-           'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk', 'strongest_of', 'Workbench', 'demo_or_newest']
+__all__ = ['STYLE', 'Halt', 'Stepper', 'on_search', 'past_of', 'on_run', 'on_new', 'status_line', 'time_left', 'event_line',
+           'outcome_rows', 'rows_html', 'Deck', 'Picture', 'Table', 'Library', 'Plot', 'LivePanel', 'ThresholdPanel',
+           'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk', 'strongest_of', 'Workbench',
+           'demo_or_newest']
 
 # %% ../nbs/35_workbench.ipynb #f7161702
 class Halt(Exception):
@@ -178,12 +181,25 @@ def on_search(search: Search):
         search.run()
     return work
 
+def past_of(frames: list # of a recorded search
+           )->list: # of (epochs done, [cells, 14, 7] sigma(alpha), the same of thresholds), NaN where an operation did not live
+    "What a stepper remembers of each epoch, from a record."
+    out = []
+    for f in frames:
+        if f.type != "epoch" or f.at is None: continue
+        fill = lambda v: torch.full((f.cells * len(EDGES) * len(OPS),), float("nan")).index_copy(0, f.at.long(), v).view(f.cells, len(EDGES), len(OPS))
+        out.append((f.epoch + 1, fill(f.alpha), fill(f.t_alpha)))
+    return out
+
 def on_run(folder: str|Path):
     "Work on a run folder: to look at, and to go on with where it is not finished."
     folder = Path(folder)
     runs.read_config(folder) # not a run: say so at once
     def work(stepper):
-        stepper.folder, stepper.events[:] = folder, runs.read_events(folder / "events.jsonl")
+        record = folder / "events.jsonl"
+        stepper.folder, stepper.size = folder, record.stat().st_size if record.exists() else 0
+        stepper.events[:] = runs.read_events(record)
+        stepper.history[:] = past_of(read_frames(folder, stepper.events))
         stepper.regrown |= {(c, EDGES.index((a, b)), OPS.index(o)) for e in stepper.events if e["type"] == "regrow" for c, a, b, o in e["regrown"]}
         found = runs.Checkpoints(folder / "checkpoint").load()
         stepper._bare, stepper.busy = True, False
@@ -291,7 +307,7 @@ class Deck(anywidget.AnyWidget):
     width = tr.Int(0).tag(sync=True) # pixels the workbench has, told by the browser
     _css = STYLE
     _esm = """
-const BUTTONS = [["run","Run","to the end (space)"],["pause","Pause","after this step (space)"],["step","Step","one step (.)"],["commit","to commit","run to the next commit"],["epoch","to epoch","run to the end of the epoch"],["stage","to stage","run to the end of the stage"],["stop","Stop","save and end"],["checkpoint","Checkpoint","save the state now"],["keys","Keys","list the keys (?)"]];
+const BUTTONS = [["run","Run","to the end (space)"],["pause","Pause","after this step (space)"],["step","Step","one step (.)"],["commit","to commit","run to the next commit"],["epoch","to epoch","run to the end of the epoch"],["stage","to stage","run to the end of the stage"],["stop","Stop","save and end"],["checkpoint","Checkpoint","save the state now"],["pictures","Save pictures","charts and cells as files in the run folder"],["keys","Keys","list the keys (?)"]];
 const KEYS = [["space","run, pause"],[".","one step"],["← →","edge of the selected operation"],["↑ ↓","type of operation"],["[ ]","cell"],["?","this list"]];
 function node(tag, attrs = {}, ...kids) { const n = document.createElement(tag); for (const [k, v] of Object.entries(attrs)) n.setAttribute(k, v); n.append(...kids); return n; }
 function render({ model, el }) {
@@ -501,7 +517,8 @@ class LivePanel:
             searched = is_conv(o) and bool(view.live[unit])
             pic.svg = pictures.histogram_svg(distribution(w, g, unit, off=view.due.off), g, w.learned(g, unit)) if searched else ""
         past = [h for h in bench.stepper.history if len(h[1]) > c] if bench.stepper else []
-        self.history.svg = pictures.history_svg([h[0] for h in past], [float(h[1][unit]) for h in past], [None if h[2] is None else float(h[2][unit]) for h in past])
+        number = lambda v: None if v is None or v[unit].isnan() else float(v[unit])
+        self.history.svg = pictures.history_svg([h[0] for h in past], [number(h[1]) for h in past], [number(h[2]) for h in past])
 
 class ThresholdPanel:
     "Thresholds to be turned, and what would follow."
@@ -636,13 +653,14 @@ class ComparePanel:
         if self.drawn is None: self.load()
         chosen = [k for k in self.table.chosen if k in self.paths]
         if self.drawn == chosen: return
-        self.drawn = list(chosen)
-        found = compare.entries([self.paths[k]["run"] for k in chosen])
-        self.curves.show_figure(compare.overlay({e.name: e.events for e in found if e.events}))
-        self.pareto.show_figure(compare.pareto([self.paths[k] for k in chosen]))
-        both = [e for e in found if e.arch is not None][:2]
-        self.difference.show_figure(compare.difference_figure(both[0].arch, both[1].arch) if len(both) == 2 else plots.empty("choose two finished runs to see where their architectures differ"))
-        self.said.value = html.escape(f"A: {both[0].name}, B: {both[1].name}" if len(both) == 2 else f"{len(chosen)} chosen")
+        try:
+            found = compare.entries([self.paths[k]["run"] for k in chosen])
+            self.curves.show_figure(compare.overlay({e.name: e.events for e in found if e.events}))
+            self.pareto.show_figure(compare.pareto([self.paths[k] for k in chosen]))
+            both = [e for e in found if e.arch is not None][:2]
+            self.difference.show_figure(compare.difference_figure(both[0].arch, both[1].arch) if len(both) == 2 else plots.empty("choose two finished runs to see where their architectures differ"))
+            self.said.value = html.escape(f"A: {both[0].name}, B: {both[1].name}" if len(both) == 2 else f"{len(chosen)} chosen")
+        finally: self.drawn = chosen
 
 class NewPanel:
     "A new search, in one click."
@@ -675,7 +693,7 @@ class Workbench:
     "A search to watch and steer: a run folder, a `Search`, a `Config` for a new run, or None."
     SHARE = 40 # drawing waits this many times as long as it took
     _open = {} # what was opened -> Workbench
-    _library, _spoke = None, 0.
+    _library, _spoke, _followed = None, 0., 0.
 
     def __init__(self, what: str|Path|Search|Config|None = None,
                  interactive: bool|None = None # None: in JupyterLab, yes; elsewhere a still
@@ -743,6 +761,7 @@ class Workbench:
         "What a button does."
         s = self.stepper
         if what not in self.can(): return
+        if what == "pictures": return self.save_pictures()
         if s.state in s.ENDED: # go on with what was stopped
             folder = s.folder
             self._begin(on_run(folder) if folder else on_search(self._search), self.config)
@@ -757,11 +776,13 @@ class Workbench:
     def can(self)->tuple:
         "What can be done now."
         s = self.stepper
-        if s is None or s.state in ("finished", "stopping"): return ()
+        if s is None: return ()
+        files = ("pictures",) if s.folder and self.view is not None else ()
+        if s.state in ("finished", "stopping"): return files
         go = ("run", "step", "commit", "epoch", "stage")
         save = ("checkpoint",) if s.search is not None and s.search.events.wants("save") else ()
-        if s.state in s.ENDED: return go if s.folder or self._search is not None else ()
-        return (*save, "stop", *(go if s.state == "paused" else ("pause", *go[1:])))
+        if s.state in s.ENDED: return (*files, *go) if s.folder or self._search is not None else ()
+        return (*files, *save, "stop", *(go if s.state == "paused" else ("pause", *go[1:])))
     def pick(self, what: str # "cell" or "cell,edge,op"
             ):
         "Select."
@@ -845,6 +866,17 @@ class Workbench:
             m = step_memory(pruned(w.view, w.outcome().masks), w.view.cfg, w.view.batch)
             self.thresholds.extra["memory"] = f"exact plan of a step of the what-if net: {m.peak_bytes / 1e9:.3f} GB, of which {m.activations / 1e9:.3f} for maps"
         self._task("exact memory", do)
+    def save_pictures(self):
+        "Write the stills into the run folder: cells as SVG, charts as pages."
+        folder = self.stepper.folder / "pictures"
+        def do():
+            folder.mkdir(exist_ok=True)
+            for name, still in self.stills().items():
+                file = folder / name.replace(" ", "-")
+                if isinstance(still, str): file.with_suffix(".svg").write_text(still.replace("currentColor", plots.GREY), "utf-8")
+                else: save_figure(still, file.with_suffix(".html"))
+            self.say(f"pictures are in {folder}")
+        self._task("pictures", do)
     def save_replay(self):
         "Write `replay.html` into the run folder."
         s = self.stepper
@@ -892,9 +924,16 @@ class Workbench:
         last = self.said[-1] if self.said and time.monotonic() - self._spoke < 20 else ""
         self.deck.state = plain({"title": f"mgdarts  {name}", "about": about, "can": list(self.can()), "main": "pause" if s and s.state == "running" else "run" if "run" in self.can() else "", "word": word, "why": why, "facts": facts + ([last] if last else []), "bar": bar})
 
+    def _follow(self):
+        "A run that is only looked at may go on in another process."
+        s = self.stepper
+        if s is None or not s._bare or s.state != "paused" or time.monotonic() - self._followed < 3: return
+        self._followed = time.monotonic()
+        if (s.folder / "events.jsonl").exists() and (s.folder / "events.jsonl").stat().st_size != s.size: self._begin(on_run(s.folder), self.config)
     def refresh(self, force: bool = False)->float: # seconds until there is something to draw again
         "Draw what is new, and what the time allows."
         with self.lock:
+            self._follow()
             todo, self._todo = self._todo, set()
             s = self.stepper
             self._deck()
@@ -921,7 +960,7 @@ class Workbench:
             if shown == "Log": self.log.draw()
             spent = time.thread_time() - began
             if due: self._next = now + max(.2, self.SHARE * spent)
-            return .2 if waits else max(self._next - now, .2)
+            return 1. if waits else min(max(self._next - now, .2), 5.)
     def _ask(self, state):
         s = self.stepper
         if s.search.stage < 0: return # nothing is open yet
@@ -929,15 +968,15 @@ class Workbench:
         self._pending.stepper = s
         self._pending.add_done_callback(lambda f: self._wake.set())
     def _watch(self):
-        wait = .2
+        wait = 1.
         while not self._ended:
-            self._wake.wait(1.)
-            if self._ended: break
+            self._wake.wait(wait)
             self._wake.clear()
+            if self._ended: break
             try: wait = self.refresh()
             except Exception: self.said.append(traceback.format_exc()) # drawing must not end because of one picture
-            if not self._todo: time.sleep(.05 if self.stepper is None or self.stepper.state != "running" else .2)
-            if wait > .2: threading.Timer(min(wait, 5.), self._wake.set).start() if not self._wake.is_set() else None
+            running = self.stepper is not None and self.stepper.state == "running"
+            time.sleep(1 / Stepper.HZ if running and not self._todo else .03)
     def release(self):
         "Stop drawing; the search goes on."
         self._ended = True

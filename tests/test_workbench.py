@@ -74,7 +74,8 @@ def test_a_view_stays_when_the_search_goes_on(search):
     view = View(other)
     params, strength = view.count.params, view.strength.clone()
     other.run("commit")
-    assert torch.equal(view.strength, strength) and view.net.count().params == params and other.net.count().params < params
+    assert torch.equal(view.strength, strength) and view.net.count().params == params
+    assert not torch.equal(torch.sigmoid(other.net.alpha[: len(strength)]), strength)
 
 
 @pytest.mark.parametrize("granularity, which, to", [("operation", "all", 0.52), ("operation", (0, 1, 2), 0.9), ("filter", "all", 0.55), ("filter", "dil_conv_5x5", 0.7), ("weight", "all", 0.05), ("weight", "sep_conv_5x5", 0.02)])
@@ -246,7 +247,11 @@ def test_the_workbench(finished, tmp_path, monkeypatch):
     bench = workbench.Workbench(finished, interactive=True)
     try:
         until(lambda: bench.view is not None and bench.live.cell.svg)
-        assert bench.deck.state["word"] == "finished" and bench.can() == ()
+        assert bench.deck.state["word"] == "finished" and bench.can() == ("pictures",)
+        bench.do("pictures")
+        until(lambda: any("pictures are in" in t for t in bench.said))
+        assert {"progress.html", "cells.svg", "cell-0.svg"} <= {p.name for p in (finished / "pictures").iterdir()}
+        assert len(bench.stepper.history) == len({e["epoch"] for e in bench.stepper.events if e["type"] == "epoch"}) and "dashed" in bench.live.history.svg
         assert len(bench.live.plot.data) > 10 and bench.live.overview.svg.count('class="cell"') == 3
         bench.tabs.selected_index = 1
         until(lambda: bench.thresholds.table.value)
