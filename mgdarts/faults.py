@@ -32,6 +32,7 @@ def call(args: list,
             try:
                 os.dup2(err.fileno(), 2); os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                for name in ("FORCE_COLOR", "CLICOLOR_FORCE"): os.environ.pop(name, None) # a notebook's: no progress bar into a file
                 runs.Saver.__init__.__defaults__ = (.3, (), None) # seconds between two states
                 if prepare: prepare()
                 code = cli.main([str(a) for a in args])
@@ -273,7 +274,7 @@ def wrong_inputs(d: Path, # an empty folder
     def stranger(name, change, part="", finished=False):
         "A copy of the run, or of its unfinished self, after somebody else had it."
         copy = d / name
-        shutil.copytree(run, copy)
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("plotly.min.js"))
         if not finished:
             shutil.rmtree(copy / "train")
             for n in ("result.json", "report.html"): (copy / n).unlink()
@@ -383,14 +384,14 @@ def wrong_inputs(d: Path, # an empty folder
     images("a class of unreadable images, skipped", "no readable image", lambda f: [p.write_text("x") for p in (f / "train/cat").iterdir()], "--set", "skip_damaged=true")
     return out
 
-def _tree(folder: Path, but=())->dict:
-    "Everything in a folder but locks and caches."
+def _tree(folder: Path)->dict:
+    "Everything in a folder but locks and caches, and by what a change of it is seen."
     out = {}
     for path, names, files in os.walk(folder):
         for n in files + names:
             p = Path(path) / n
-            mode = os.lstat(p).st_mode
-            if n != ".lock" and not n.startswith(".mgdarts-"): out[str(p)] = p.read_bytes() if stat.S_ISREG(mode) else mode
+            s = os.lstat(p)
+            if n != ".lock" and not n.startswith(".mgdarts-"): out[str(p)] = (s.st_mode, s.st_ino, *(() if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)))
     return out
 
 def refuse(row: tuple, d: Path)->tuple: # (line, what went wrong)
