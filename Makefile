@@ -18,7 +18,12 @@ demo: .venv/.installed
 	@echo "report:   $(CURDIR)/runs/demo/report.html"
 	@echo "notebook: $(CURDIR)/runs/quickstart-demo.ipynb"
 
-test: .venv/.installed
+# What exports networks and pictures is optional; the tests need it.
+.venv/.export: .venv/.installed
+	$(BIN)/pip install -q -e '.[export]'
+	touch $@
+
+test: .venv/.export
 	$(BIN)/python -m pytest
 
 # Fifty kills, failing system calls, rotten files, wrong inputs: under 20 minutes on two cores.
@@ -29,7 +34,8 @@ faults: .venv/.installed
 	@echo "notebook: $(CURDIR)/runs/faults.ipynb"
 
 lab: .venv/.installed
-	$(BIN)/jupyter lab nbs
+	[ -e runs/demo/result.json ] || $(MAKE) demo
+	$(BIN)/jupyter lab nbs/workbench.ipynb
 
 docs: .venv/.installed
 	$(BIN)/pip install -q -e '.[docs]'

@@ -5,23 +5,25 @@
 # %% ../nbs/30_plots.ipynb #e0fa4a06
 from __future__ import annotations
 import html, math
+from dataclasses import dataclass
 from pathlib import Path
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from plotly.subplots import make_subplots
 from .config import InputError
 from .space import *
-from .architecture import Architecture, count, counts
+from .architecture import ArchCell, Architecture, count, counts
 from .store import write_whole
 
 # %% auto #0
-__all__ = ['GREY', 'GRID', 'BAND', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS', 'RUN_SYMBOLS',
-           'OP_STYLES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'epochs_of', 'stage_spans', 'series', 'dynamics',
-           'size_and_lambda', 'learning', 'retrain_curves', 'cell_title', 'cell_graph', 'cells', 'distribution',
-           'memory_figure', 'scaling', 'report', 'write_report']
+__all__ = ['GREY', 'GRID', 'BAND', 'RING', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS',
+           'RUN_SYMBOLS', 'OP_STYLES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'epochs_of', 'stage_spans', 'series',
+           'dynamics', 'size_and_lambda', 'learning', 'progress', 'retrain_curves', 'Look', 'quarters', 'draw_cell',
+           'derived_look', 'cell_title', 'op_legend', 'cell_graph', 'cells', 'distribution', 'memory_figure', 'scaling',
+           'report', 'write_report']
 
 # %% ../nbs/30_plots.ipynb #2ecef2b9
-GREY, GRID, BAND = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)"
+GREY, GRID, BAND, RING = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)", "#D55E00"
 GRANULARITY_COLOURS = {"operation": "#0072B2", "filter": "#E69F00", "weight": "#009E73"}
 GRANULARITY_SYMBOLS = {"operation": "circle", "filter": "square", "weight": "diamond"}
 SPLIT_COLOURS = {"train": "#CC79A7", "val": "#56B4E9"}
@@ -74,9 +76,9 @@ def series(epochs: list, value # function of an epoch event; it may give None
     return x, y
 
 # %% ../nbs/30_plots.ipynb #c9ecc21b
-def _panels(rows, secondary=False):
-    "Panels over one epoch axis; `secondary`: the upper one has an axis on the right."
-    return make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=.07, specs=[[{"secondary_y": secondary and r == 0}] for r in range(rows)])
+def _panels(rows, secondary=None):
+    "Panels over one epoch axis; `secondary`: the number of one that has an axis on the right too."
+    return make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=.14 / rows, specs=[[{"secondary_y": r + 1 == secondary}] for r in range(rows)])
 
 def _frame(fig, events, epochs, rows):
     "Stages, warm-up and commits, for a figure of `_panels`; then the theme."
@@ -104,48 +106,77 @@ def _line(fig, x, y, name, colour, symbol, row=1, **kw):
     fig.add_scatter(x=x, y=y, name=name, row=row, col=1, mode="lines+markers" if len(x) <= 150 else "lines", line={"color": colour, "width": 2}, marker={"symbol": symbol, "size": 5, "color": colour}, **kw)
 
 # %% ../nbs/30_plots.ipynb #1a9b116b
+def _dynamics(fig, epochs, row):
+    for g, colour in GRANULARITY_COLOURS.items():
+        _line(fig, *series(epochs, lambda e: (e.get("thresholds") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row, legendgroup=g, secondary_y=g == "weight", hovertemplate="%{y:.4g}")
+        _line(fig, *series(epochs, lambda e: (e.get("retention") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row + 1, legendgroup=g, showlegend=False, hovertemplate="%{y:.1%}")
+
+def _dynamics_axes(fig, row):
+    fig.update_yaxes(title_text="threshold on σ(α), σ(β)", row=row, col=1, secondary_y=False)
+    fig.update_yaxes(title_text="threshold on |ω|", row=row, col=1, secondary_y=True, tickmode="auto", showgrid=False, color=GRANULARITY_COLOURS["weight"])
+    return fig.update_yaxes(title_text="retention ratio", range=[0, 1.05], row=row + 1, col=1)
+
 def dynamics(events: list)->go.Figure: # events of a search
     "Mean learned threshold and retention ratio of each granularity against epochs (Fig. 8)."
     epochs = epochs_of(events)
     if not epochs: return empty("no epoch of a search has been done yet")
-    fig = _panels(2, True)
-    for g, colour in GRANULARITY_COLOURS.items():
-        _line(fig, *series(epochs, lambda e: (e.get("thresholds") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], 1, legendgroup=g, secondary_y=g == "weight", hovertemplate="%{y:.4g}")
-        _line(fig, *series(epochs, lambda e: (e.get("retention") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], 2, legendgroup=g, showlegend=False, hovertemplate="%{y:.1%}")
+    fig = _panels(2, 1)
+    _dynamics(fig, epochs, 1)
     _frame(fig, events, epochs, 2)
-    fig.update_yaxes(title_text="threshold on σ(α), σ(β)", row=1, col=1, secondary_y=False)
-    fig.update_yaxes(title_text="threshold on |ω|", row=1, col=1, secondary_y=True, tickmode="auto", showgrid=False, color=GRANULARITY_COLOURS["weight"])
-    return fig.update_yaxes(title_text="retention ratio", range=[0, 1.05], row=2, col=1)
+    return _dynamics_axes(fig, 1)
 
 # %% ../nbs/30_plots.ipynb #f7800a43
-def size_and_lambda(events: list)->go.Figure: # events of a search
-    "Parameters in millions with each stage's target, and lambda, against epochs."
-    epochs = epochs_of(events)
-    if not epochs: return empty("no epoch of a search has been done yet")
-    fig, million = _panels(2), lambda v: None if v is None else v / 1e6
-    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", hovertemplate="%{y:.4g} M")
+def _size(fig, epochs, row):
+    million = lambda v: None if v is None else v / 1e6
+    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", row, hovertemplate="%{y:.4g} M")
     x, y = [], []
     for name, a, b in stage_spans(epochs):
         target = next((e["target"] for e in epochs if e["stage"] == name and e.get("target") is not None), None)
         x += [a, b, None]; y += [million(target)] * 2 + [None]
-    fig.add_scatter(x=x, y=y, name="target", mode="lines", line={"color": RUN_COLOURS[2], "width": 2, "dash": "dot"}, hovertemplate="%{y:.4g} M", row=1, col=1)
-    _line(fig, *series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", 2, hovertemplate="%{y:.4g}")
+    fig.add_scatter(x=x, y=y, name="target", mode="lines", line={"color": RUN_COLOURS[2], "width": 2, "dash": "dot"}, hovertemplate="%{y:.4g} M", row=row, col=1)
+    _line(fig, *series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", row + 1, hovertemplate="%{y:.4g}")
+
+def _size_axes(fig, row): return fig.update_yaxes(title_text="parameters (millions)", row=row, col=1).update_yaxes(title_text="λ", row=row + 1, col=1)
+
+def size_and_lambda(events: list)->go.Figure: # events of a search
+    "Parameters in millions with each stage's target, and lambda, against epochs."
+    epochs = epochs_of(events)
+    if not epochs: return empty("no epoch of a search has been done yet")
+    fig = _panels(2)
+    _size(fig, epochs, 1)
     _frame(fig, events, epochs, 2)
-    return fig.update_yaxes(title_text="parameters (millions)", row=1, col=1).update_yaxes(title_text="λ", row=2, col=1)
+    return _size_axes(fig, 1)
+
+def _learning(fig, epochs, row):
+    for split, colour in SPLIT_COLOURS.items():
+        # the loss of a retraining is cross-entropy with label smoothing and the auxiliary head's
+        loss = (lambda e: e.get("ce", e.get("loss"))) if split == "train" else lambda e: e.get("val_loss")
+        symbol = "circle" if split == "train" else "square"
+        _line(fig, *series(epochs, loss), split, colour, symbol, row, legendgroup=split, hovertemplate="%{y:.3f}")
+        _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, row + 1, legendgroup=split, showlegend=False, hovertemplate="%{y:.2f} %")
+
+def _learning_axes(fig, row): return fig.update_yaxes(title_text="cross-entropy (nats)", row=row, col=1).update_yaxes(title_text="accuracy (%)", range=[0, 102], row=row + 1, col=1)
 
 def learning(events: list)->go.Figure: # of a search, or else of a retraining
     "Cross-entropy and accuracy, on training and validation images, against epochs."
     epochs = epochs_of(events) or epochs_of(events, training=True)
     if not epochs: return empty("no epoch has been done yet")
     fig = _panels(2)
-    for split, colour in SPLIT_COLOURS.items():
-        # the loss of a retraining is cross-entropy with label smoothing and the auxiliary head's
-        loss = (lambda e: e.get("ce", e.get("loss"))) if split == "train" else lambda e: e.get("val_loss")
-        symbol = "circle" if split == "train" else "square"
-        _line(fig, *series(epochs, loss), split, colour, symbol, 1, legendgroup=split, hovertemplate="%{y:.3f}")
-        _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, 2, legendgroup=split, showlegend=False, hovertemplate="%{y:.2f} %")
+    _learning(fig, epochs, 1)
     _frame(fig, events if epochs[0]["stage"] != "train" else [], epochs, 2)
-    return fig.update_yaxes(title_text="cross-entropy (nats)", row=1, col=1).update_yaxes(title_text="accuracy (%)", range=[0, 102], row=2, col=1)
+    return _learning_axes(fig, 1)
+
+def progress(events: list)->go.Figure: # events of a search
+    "Everything that the events of a search tell, over one epoch axis: learning, size and lambda, thresholds and retention ratios."
+    epochs = epochs_of(events)
+    if not epochs: return empty("no epoch of a search has been done yet")
+    fig = _panels(6, 5)
+    for draw, row in ((_learning, 1), (_size, 3), (_dynamics, 5)): draw(fig, epochs, row)
+    _frame(fig, events, epochs, 6)
+    for axes, row in ((_learning_axes, 1), (_size_axes, 3), (_dynamics_axes, 5)): axes(fig, row)
+    short = {"cross-entropy (nats)": "loss (nats)", "parameters (millions)": "size (M)", "threshold on σ(α), σ(β)": "threshold", "threshold on |ω|": "on |ω|", "retention ratio": "retention"}
+    fig.for_each_yaxis(lambda a: a.update(title_text=short.get(a.title.text, a.title.text), nticks=5))
+    return fig.update_xaxes(visible=True).update_yaxes(visible=True).update_layout(height=900, margin={"l": 60, "r": 54, "t": 62, "b": 44}) # a live figure may have been an empty one before
 
 # %% ../nbs/30_plots.ipynb #7c735808
 def retrain_curves(runs: dict # label -> events of a retraining
@@ -175,31 +206,49 @@ def _arc_heights(ops: tuple # of Op
     return out
 
 # %% ../nbs/30_plots.ipynb #3c58b966
+@dataclass(frozen=True)
+class Look:
+    "How an operation is drawn."
+    text: str # when the pointer is on it
+    step: int # 0 to 4, width of the arc
+    colour: str = "" # empty: the colour of its type
+    dash: str = "solid"
+    ring: bool = False # around its marker
+
 def _describe(op, row)->str:
     "Hover text of an operation, from its row of `CellCount.by_op`."
     filters, filters0, kept, initial, params = row
     text = f"<b>{op.op}</b>, state {op.src} to {op.dst}<br>channels {' → '.join(map(str, op.widths))}"
-    if op.is_conv: text += f"<br>filters {filters:,} of {filters0:,}<br>weights {kept:,} of {initial:,} kept ({kept / initial:.1%})"
+    if op.is_conv: text += f"<br>filters {filters:,} of {filters0:,}<br>weights {kept:,} of {initial:,} kept" + (f" ({kept / initial:.1%})" if initial else "")
     return text + f"<br>parameters {params:,}"
 
-def _draw_cell(fig, arch, c, by_op, at, small=False):
-    "Add a cell's arcs and states to a figure; `at`: row and column."
-    cell, arcs, marks = arch.cells[c], {}, {}
+def quarters(part: float, whole: float)->int: # 0 to 4
+    "A share in four steps, rounded up."
+    return math.ceil(4 * min(1, part / whole)) if whole else 0
+
+def draw_cell(fig, cell: ArchCell, c: int, # number of the cell
+              look, # function of an `Op` that gives its `Look`
+              at: dict, # row and column of the panel
+              small: bool = False):
+    "Add a cell's arcs and states to a figure."
+    arcs, marks = {}, {}
     heights = _arc_heights(cell.ops)
     for op, h in zip(cell.ops, heights):
-        row = by_op[op.edge, op.index]
-        step = math.ceil(4 * min(1, row[0] / row[1])) if row[1] else 0
+        how = look(op)
+        colour = how.colour or OP_STYLES[op.op][0]
         arc = [(round(op.src + (op.dst - op.src) * t / 20, 3), round(h * math.sin(math.pi * t / 20), 3)) for t in range(21)]
-        arcs.setdefault((op.op, step), []).extend(arc + [(None, None)])
-        marks.setdefault(op.op, []).extend((*arc[t], _describe(op, row), t == 10) for t in (4, 7, 10, 13, 16))
-    for (name, step), points in arcs.items():
+        arcs.setdefault((op.op, colour, how.step, how.dash), []).extend(arc + [(None, None)])
+        marks.setdefault((op.op, colour, how.ring), []).extend((*arc[t], how.text, t == 10) for t in (4, 7, 10, 13, 16))
+    for (name, colour, step, dash), points in arcs.items():
         x, y = zip(*points)
-        fig.add_scatter(x=x, y=y, mode="lines", line={"color": OP_STYLES[name][0], "shape": "spline", "width": (1 + .5 * step) * (.8 if small else 1.2)}, hoverinfo="skip", name=name, legendgroup=name, showlegend=False, **at)
-    for name, points in marks.items(): # five points of an arc answer to the pointer, the top one shows
-        colour, _, _, symbol = OP_STYLES[name]
+        fig.add_scatter(x=x, y=y, mode="lines", line={"color": colour, "shape": "spline", "dash": dash, "width": (1 + .5 * step) * (.8 if small else 1.2)}, hoverinfo="skip", name=name, legendgroup=name, showlegend=False, **at)
+    for (name, colour, ring), points in marks.items(): # five points of an arc answer to the pointer, the top one shows
+        symbol = OP_STYLES[name][3]
         x, y, text, top = zip(*points)
         fig.add_scatter(x=x, y=y, mode="markers", hovertext=text, hoverinfo="text", name=name, legendgroup=name, showlegend=False,
                         marker={"symbol": symbol, "size": [(6 if small else 9) * t for t in top], "color": colour, "opacity": 1, "line": {"width": [1.5 * ("open" in symbol and t) for t in top], "color": colour}}, **at)
+        if ring: fig.add_scatter(x=[v for v, t in zip(x, top) if t], y=[v for v, t in zip(y, top) if t], mode="markers", name="grown back", legendgroup=name, showlegend=False, hoverinfo="skip",
+                                 marker={"symbol": "circle-open", "size": 11 if small else 17, "color": RING, "line": {"width": 2, "color": RING}}, **at)
     source = lambda s: ("the stem" if c + s < 2 else f"cell {c + s - 2}") if s < INPUTS else "this cell"
     fig.add_scatter(x=list(range(STATES)), y=[0] * STATES, mode="markers+text", text=[str(s) for s in range(STATES)], textfont={"color": "#fff", "size": 10 if small else 13},
                     marker={"size": 17 if small else 26, "color": "#5b626b", "opacity": 1, "symbol": ["square"] * INPUTS + ["circle"] * NODES, "line": {"width": 0}}, showlegend=False, name="states",
@@ -207,13 +256,21 @@ def _draw_cell(fig, arch, c, by_op, at, small=False):
     low, high = min(heights + [-1.]), max(heights + [1.])
     fig.update_xaxes(visible=False, range=[-.3, STATES - .7], **at).update_yaxes(visible=False, range=[low - 1, high + 1], **at)
 
+def derived_look(by_op: dict # of a `CellCount`
+                ):
+    "Looks of the operations of an architecture."
+    def look(op):
+        row = by_op[op.edge, op.index]
+        return Look(_describe(op, row), quarters(row[0], row[1]))
+    return look
+
 def cell_title(arch: Architecture, c: int)->str:
     "What a cell is, in a line."
     cell, lo, hi = arch.cells[c], min(arch.cells[c].widths), max(arch.cells[c].widths)
     return f"cell {c}{' (reduction)' if arch.spec.cell[c].reduction else ''}, width {lo if lo == hi else f'{lo}–{hi}'}, {len(cell.ops)} ops"
 
 # %% ../nbs/30_plots.ipynb #95e37fab
-def _op_legend(fig, names):
+def op_legend(fig, names):
     "A legend by operation type."
     for name, (colour, label, _, symbol) in OP_STYLES.items():
         if name in names: fig.add_scatter(x=[None], y=[None], mode="lines+markers", name=label, legendgroup=name, line={"color": colour, "width": 3},
@@ -223,8 +280,8 @@ def cell_graph(arch: Architecture, cell: int)->go.Figure:
     "A discovered cell as a graph: states 0 to 5 in a row, one arc an operation, coloured by type, as wide as it has filters. `InputError` if there is no such cell."
     if not 0 <= cell < len(arch.cells): raise InputError(f"there is no cell {cell}: choose from 0 to {len(arch.cells) - 1}")
     fig = make_subplots(subplot_titles=[cell_title(arch, cell)])
-    _draw_cell(fig, arch, cell, count(arch).cells[cell].by_op, {"row": 1, "col": 1})
-    _op_legend(fig, {op.op for op in arch.cells[cell].ops})
+    draw_cell(fig, arch.cells[cell], cell, derived_look(count(arch).cells[cell].by_op), {"row": 1, "col": 1})
+    op_legend(fig, {op.op for op in arch.cells[cell].ops})
     return theme(fig, 460, 76, "closest").update_layout(margin={"l": 10, "r": 10, "b": 10})
 
 def cells(arch: Architecture, columns: int = 3)->go.Figure:
@@ -233,9 +290,9 @@ def cells(arch: Architecture, columns: int = 3)->go.Figure:
     columns = max(1, min(columns, n)); rows = math.ceil(n / columns)
     height = 230 * rows + 76
     fig = make_subplots(rows=rows, cols=columns, subplot_titles=[cell_title(arch, c) for c in range(n)], horizontal_spacing=.02, vertical_spacing=30 / (height - 86) if rows > 1 else 0)
-    for c, found in enumerate(count(arch).cells): _draw_cell(fig, arch, c, found.by_op, {"row": c // columns + 1, "col": c % columns + 1}, small=True)
+    for c, found in enumerate(count(arch).cells): draw_cell(fig, arch.cells[c], c, derived_look(found.by_op), {"row": c // columns + 1, "col": c % columns + 1}, small=True)
     for c in range(n, rows * columns): fig.update_xaxes(visible=False, row=c // columns + 1, col=c % columns + 1).update_yaxes(visible=False, row=c // columns + 1, col=c % columns + 1)
-    _op_legend(fig, {op.op for cell in arch.cells for op in cell.ops})
+    op_legend(fig, {op.op for cell in arch.cells for op in cell.ops})
     return theme(fig, height, 76, "closest").update_layout(margin={"l": 10, "r": 10, "b": 10}).update_annotations(font={"size": 13 if columns < 4 else 11})
 
 # %% ../nbs/30_plots.ipynb #776257a4
@@ -284,7 +341,7 @@ STYLE = """:root{color-scheme:light dark;--fg:#1d2126;--bg:#fff;--dim:#666e78;--
 body{font:16px/1.5 system-ui,sans-serif;color:var(--fg);background:var(--bg);max-width:62rem;margin:0 auto;padding:2rem 1rem}
 h1{font-size:1.6rem;line-height:1.2}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 dl{display:grid;grid-template-columns:repeat(auto-fill,minmax(13rem,1fr));gap:.8rem 1.5rem;margin:1rem 0}
-dt,footer{color:var(--dim);font-size:.85rem}dd{margin:0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
+a{color:inherit}dt,footer{color:var(--dim);font-size:.85rem}dd{margin:0;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .scroll{overflow-x:auto}table{border-collapse:collapse;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .8rem .25rem 0;border-bottom:1px solid var(--line);text-align:left;white-space:nowrap}
 th{color:var(--dim);font-weight:600}td.n,th.n{text-align:right}figure{margin:0}"""
@@ -310,7 +367,8 @@ def report(title: str,
            figures: dict, # heading -> go.Figure
            tables: dict, # heading -> list of dictionaries
            notes: str|list = (), # paragraphs
-           plotlyjs: str = "directory" # directory (plotly.min.js beside the page), inline (4.8 MB more) or cdn (needs a network)
+           plotlyjs: str = "directory", # directory (plotly.min.js beside the page), inline (4.8 MB more) or cdn (needs a network)
+           links: dict|None = None # label -> page beside this one
           )->str: # HTML
     "A page about a run, for light and dark, readable without a kernel. `InputError` if `plotlyjs` is something else."
     if plotlyjs not in ("directory", "inline", "cdn"): raise InputError(f"plotlyjs is {plotlyjs!r}: choose directory, inline or cdn")
@@ -319,9 +377,10 @@ def report(title: str,
     # plotly's own code has no closing script tag in it, or plotly's inline pages would not work either
     script = f"<script>{get_plotlyjs()}</script>" if plotlyjs == "inline" else f'<script src="{src[plotlyjs]}"></script>'
     parts = [f"<h1>{esc(title)}</h1>"] + [f"<p>{esc(p)}</p>" for p in ([notes] if isinstance(notes, str) else notes)]
+    if links: parts.append("<p>" + " · ".join(f'<a href="{html.escape(href)}">{esc(label)}</a>' for label, href in links.items()) + "</p>")
     if facts: parts.append("<dl>" + "".join(f"<div><dt>{esc(k)}</dt><dd>{esc(v)}</dd></div>" for k, v in facts.items()) + "</dl>")
     for i, (name, fig) in enumerate(figures.items()):
-        drawn = fig.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{i}", default_width="100%", config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]})
+        drawn = fig.to_html(full_html=False, include_plotlyjs=False, auto_play=False, div_id=f"figure-{i}", default_width="100%", config={"displaylogo": False, "responsive": True, "modeBarButtons": [["toImage", "resetScale2d"]]})
         parts.append(f'<h2>{esc(name)}</h2><figure role="group" aria-label="{esc(name)}">{drawn}</figure>')
     parts += [f"<h2>{esc(name)}</h2>{_table(rows) if rows else '<p>none</p>'}" for name, rows in tables.items()]
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{esc(title)}</title>'

@@ -5,6 +5,7 @@
 # %% ../nbs/08_prune.ipynb #a67a5412
 from __future__ import annotations
 from dataclasses import dataclass
+from functools import cached_property
 import torch
 from torch import Tensor
 from .space import *
@@ -22,8 +23,14 @@ class Candidates:
     "Live units at or under their thresholds. On the CPU, in the order operations, filters by cell, weights by cell."
     sizes: list # length of each flat vector
     off: Tensor # [n] bool over all units stored
-    score: Tensor # [n] |g| / t of those that are off, inf for the others
     live: Tensor # [cells * 98] bool: operations not pruned before
+    values: list # (|g|, t) of each flat vector
+
+    @cached_property
+    def score(self)->Tensor: # [n]
+        "|g| / t of those that are off, inf for the others."
+        ratio = torch.cat([g / t.clamp(min=1e-12) for g, t in self.values])
+        return ratio.masked_fill(~self.off, float("inf"))
 
     def masks(self, off: Tensor # [n] bool: units to leave out
              )->dict: # what `SuperNet.count` takes
@@ -38,26 +45,26 @@ class Candidates:
         return out
 
 @torch.no_grad()
-def candidates(net: SuperNet)->Candidates:
+def candidates(net: SuperNet,
+               thresholds: dict|None = None # name -> tensor like the net's own, in their place
+              )->Candidates:
     "What a commit would prune, from the values of parameters and thresholds as they are now."
-    n = len(net.cells)
-    values = []
+    n, off, values = len(net.cells), [], []
     def add(g, t, live, keep, searched):
         g, t = g.abs().cpu(), t.cpu()
-        off = (g <= t) & live.cpu() & ~keep.cpu() if searched else torch.zeros_like(g, dtype=torch.bool)
-        values.append((off, torch.where(off, g / t.clamp(min=1e-12), torch.full_like(g, float("inf")))))
-    on = lambda g: g in net.granularities
+        off.append((g <= t).logical_and_(live.cpu()).logical_and_(~keep.cpu()) if searched else torch.zeros_like(g, dtype=torch.bool))
+        values.append((g, t))
+    on, own = lambda g: g in net.granularities, {k: getattr(net, k) for k in net.THRESHOLDS} | (thresholds or {})
     g, live = torch.sigmoid(net.alpha[:n]).flatten(), net.op_live[:n].flatten()
-    add(g, net.t_alpha[:n].flatten(), live, strongest(g, net.node_n.repeat(n), live), on("operation"))
+    add(g, own["t_alpha"][:n].flatten(), live, strongest(g, net.node_n.repeat(n), live), on("operation"))
     for c, cell in enumerate(net.cells):
         g = torch.sigmoid(cell.beta)
-        t = torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)])[cell.gate_of]
+        t = torch.cat([own["t_pre"][c], own["t_beta"][c].flatten(), net.t_pre.new_zeros(1)])[cell.gate_of]
         add(g, t.repeat_interleave(cell.gate_len), torch.ones_like(cell.skips), strongest(g, cell.gate_n) | cell.skips, on("filter"))
     for c, cell in enumerate(net.cells):
-        t = net.t_omega[c].flatten()[cell.conv].repeat_interleave(cell.conv_len)
+        t = own["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len)
         add(cell.omega, t, cell.omega_live, torch.zeros_like(cell.omega_live), on("weight"))
-    off, score = (torch.cat(v) for v in zip(*values))
-    return Candidates([len(o) for o, _ in values], off, score, live.cpu())
+    return Candidates([len(o) for o in off], torch.cat(off), live.cpu(), values)
 
 # %% ../nbs/08_prune.ipynb #b5c5d403
 def choose(net: SuperNet, c: Candidates,

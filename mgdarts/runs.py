@@ -15,6 +15,7 @@ from .config import Config, InputError, from_dict, to_dict
 from .data import Augment, Loader, Splits, load_data, root
 from .derive import derive, inherited
 from .events import Emitter, Event, NonFiniteLoss, RunFailed, Stopped
+from .frames import REPLAY_FILE, FrameRecorder
 from .search import Search
 from .space import NetSpec
 from .store import Checkpoints, lock, read_bytes, read_json, refuse_links, write_json
@@ -23,7 +24,8 @@ from .train import Trainer
 # %% auto #0
 __all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder', 'read_events',
            'Signals', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_record', 'read_config',
-           'first_bad', 'search', 'train', 'supernet_weights', 'retrain', 'load_run', 'write_report', 'list_runs']
+           'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain', 'load_run', 'write_report',
+           'is_training', 'run_row', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -132,12 +134,13 @@ class Signals:
         self.number = number
 
 class Saver:
-    "A listener to `rest` that saves a loop's state: after `every` seconds, after an event of the types in `after`, and when a signal has come, which then ends the run."
+    "A listener to `rest` that saves a loop's state: after `every` seconds, after an event of the types in `after`, and when a signal has come, which then ends the run; and at once when somebody emits `save`."
     def __init__(self, loop, recorder: Recorder, folder: Path, every: float = 60., after: tuple = (), signals: Signals|None = None):
         self.loop, self.recorder, self.checkpoints, self.every, self.last, self.due, self.signals = loop, recorder, Checkpoints(folder), every, time.monotonic(), False, signals
-        loop.events.listen(self._event, *after, "rest")
+        loop.events.listen(self._event, *after, "rest", "save")
     def _event(self, event: Event):
-        if event.type != "rest": self.due = True
+        if event.type == "save": self.save()
+        elif event.type != "rest": self.due = True
         elif self.signals and self.signals.number is not None:
             self.save()
             raise Stopped(self.signals.number, signal.Signals(self.signals.number).name)
@@ -306,8 +309,9 @@ def search(cfg: Config|None, # None: resume with the folder's own
         if not resume: write_json(out / "config.json", _record(cfg, loop.device, splits))
         if prepare: prepare(loop)
         with Progress(len(loop.stages), quiet) as bar:
+            before = read_bytes(out / "events.jsonl", 1 << 32)[:kept["bytes"]].count(b"\n") if kept else 0
             if kept: bar.stage, bar.start = loop.stage, loop.start
-            _run(loop, out, kept, ("stage", "epoch", "commit", "regrow", "done"), (bar, *listeners), ("commit", "stage"))
+            _run(loop, out, kept, ("stage", "epoch", "commit", "regrow", "done"), (bar, FrameRecorder(loop, out / REPLAY_FILE, before), *listeners), ("commit", "stage"))
         return _finish(cfg, out, loop, splits, start)
 
 # %% ../nbs/14_runs.ipynb #81dea95f
@@ -333,15 +337,20 @@ def train(cfg: Config, arch: Architecture,
         write_json(out / "result.json", result)
     return result
 
+def bare_search(run: str|Path,
+                state: dict|None = None # of its search; None: the newest checkpoint
+               )->Search:
+    "A run's search in some state, without data: to look at, not to go on with."
+    cfg, saved = read_config(run), state or Checkpoints(Path(run) / "checkpoint").load()
+    if saved is None: raise InputError(f"{run} has no checkpoint: there is nothing to look at yet")
+    one = type("NoData", (), {"__len__": lambda self: 1})()
+    loop = Search(NetSpec(**saved["spec"]), {"train": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, compute=cfg.compute)
+    loop.load_state_dict(saved)
+    return loop
+
 def supernet_weights(run: str|Path, arch: Architecture)->dict:
     "The searched super-net's weights for its derived network, from the run's checkpoint."
-    cfg, saved = read_config(run), Checkpoints(Path(run) / "checkpoint").load()
-    if saved is None: raise InputError(f"{run} has no checkpoint to take weights from: use train.weights=scratch")
-    spec = NetSpec(**saved["spec"])
-    one = type("NoData", (), {"__len__": lambda self: 1})()
-    loop = Search(spec, {"train": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed)
-    loop.load_state_dict(saved)
-    return inherited(loop.net, arch)
+    return inherited(bare_search(run).net, arch)
 
 def retrain(run: str|Path, # a finished run folder
             cfg: Config|None = None, # None: the run's own
@@ -371,6 +380,11 @@ def load_run(run: str|Path)->dict:
     trainings = {k: _part(run / k) for k in ("train", "random") if (run / k / "config.json").exists()}
     return {"folder": run, "record": read_record(run), **_part(run), "arch": arch_files.load(run) if (run / arch_files.JSON_FILE).exists() else None, "trainings": trainings}
 
+def _advantage(a, b, images)->str:
+    "Difference of two test accuracies, with the standard error that chance alone gives it: of two proportions over the same number of images."
+    x, y = (t["test_acc_final"] / 100 for t in (a, b))
+    return f"{100 * (x - y):+.2f} points (standard error {100 * ((x * (1 - x) + y * (1 - y)) / images) ** .5:.2f})"
+
 def write_report(run: str|Path)->Path:
     "report.html: what was searched, what was found, how well it does. Readable without a kernel. `InputError` when the records are not a run's."
     from mgdarts import plots # plotly is slow to import
@@ -395,8 +409,25 @@ def _page(name, data)->str:
         tables["Retraining (test accuracy, percent; the test images were read once, at the end)"] = [
             {"architecture": {"train": "searched", "random": "random, same size"}[k], "final epoch": f"{t['test_acc_final']:.2f}", "best validation epoch": f"{t['test_acc_best_val']:.2f}",
              "non-zero parameters": t["params_nonzero"], "epochs": t["epochs"]} for k, t in done.items()]
+        if len(done) == 2: facts["searched minus random"] = _advantage(done["train"], done["random"], data["record"]["images"]["test"])
         figures["Retraining"] = plots.retrain_curves({{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()})
-    return plots.report(f"mgdarts run {name}", facts, figures, tables)
+    replay = data["folder"] / "replay.html" # written by `mgdarts replay`
+    return plots.report(f"mgdarts run {name}", facts, figures, tables, links={"Replay of the search, epoch by epoch": replay.name} if replay.exists() else None)
+
+def is_training(data: dict # from `load_run`
+               )->bool:
+    "Whether a folder holds a training instead of a search: an architecture was there before anything happened."
+    return data["arch"] is not None and not any(e["type"] == "stage" for e in data["events"])
+
+def run_row(run: str|Path, data: dict # from `load_run`
+           )->dict:
+    "What a table of runs says about one: accuracies in percent (of retrained architectures, at their last epoch), sizes of the derived network and of the random baseline."
+    cfg, r, t = data["record"]["config"], data["result"], data["trainings"]
+    of = lambda k, what: (t.get(k, {}).get("result") or {}).get(what)
+    sizes = ("params_nonzero", "params_deployable", "macs")
+    return {"run": str(run), "method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
+            "status": "unfinished" if r is None else "reached" if r["reached"] else "target not reached", "params": r and r["params"], "ops": r and r["ops"], **{k: r and r["derived"][k] for k in sizes},
+            "test_acc": of("train", "test_acc_final"), "val_acc": of("train", "val_acc_final"), "random_acc": of("random", "test_acc_final"), "random_val_acc": of("random", "val_acc_final"), **{f"random_{k}": of("random", k) for k in sizes}}
 
 def list_runs(folder: str|Path|None = None # None: the project's runs/
              )->list: # one dictionary a run, newest first
@@ -404,13 +435,10 @@ def list_runs(folder: str|Path|None = None # None: the project's runs/
     out = []
     folder = Path(folder) if folder else root() / "runs"
     for path in sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime, reverse=True):
-        try: row = _row(load_run(path.parent))
-        except (InputError, KeyError, AttributeError): row = dict.fromkeys(("method", "preset", "dataset", "seed", "params", "ops", "test_acc", "random_acc")) | {"status": "damaged"}
-        out.append({"run": str(path.parent), **row})
+        try:
+            data = load_run(path.parent)
+            if is_training(data): continue
+            row = run_row(path.parent, data)
+        except (InputError, KeyError, AttributeError): row = {"run": str(path.parent)} | dict.fromkeys(("method", "preset", "dataset", "seed", "params", "ops", "params_nonzero", "params_deployable", "macs", "test_acc", "random_acc")) | {"status": "damaged"}
+        out.append(row)
     return out
-
-def _row(data)->dict:
-    cfg, r, t = data["record"]["config"], data["result"], data["trainings"]
-    acc = lambda k: (t.get(k, {}).get("result") or {}).get("test_acc_final")
-    return {"method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
-            "status": "unfinished" if r is None else "reached" if r["reached"] else "target not reached", "params": r and r["params"], "ops": r and r["ops"], "test_acc": acc("train"), "random_acc": acc("random")}

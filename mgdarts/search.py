@@ -20,7 +20,7 @@ from .cell import Cell
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'StagedSearch', 'SavedSearch', 'Search']
+__all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'evaluate', 'StagedSearch', 'SavedSearch', 'Search']
 
 # %% ../nbs/10_search.ipynb #7ee0bf29
 def plan(spec: NetSpec, stages: int # 3, or 1: the whole net at once
@@ -53,6 +53,22 @@ def moving(optimisation: str, # joint, iterative-epoch, iterative-half-epoch
     if optimisation == "joint": return ("weights", "strengths", "thresholds", "fine")
     second = epoch % 2 == 1 if optimisation == "iterative-epoch" else progress >= .5
     return ("thresholds", "fine") if second else ("weights", "strengths")
+
+# %% ../nbs/10_search.ipynb #e3889a60
+@torch.no_grad()
+def evaluate(net: SuperNet, batches, # of (images, labels)
+             device: str|torch.device = "cpu"
+            )->tuple: # accuracy in percent, mean cross-entropy; NaN when there is no batch
+    "How well a net does as it is, by the running statistics of its batch norms. It is in training mode afterwards."
+    net.eval()
+    sums, n = torch.zeros(2, dtype=torch.float64, device=device), 0
+    for x, y in batches:
+        x, y, n = x.to(device), y.to(device), n + len(y)
+        logits = net(x)
+        sums += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
+    net.train()
+    hits, loss = sums.tolist()
+    return (100 * hits / n, loss / n) if n else (math.nan, math.nan)
 
 # %% ../nbs/10_search.ipynb #947347b5
 class StagedSearch:
@@ -238,18 +254,9 @@ class Search(SavedSearch):
         seen = [self.sums[:3], *(v for c in self.net.cells for v in (c.mean, c.var))] # running statistics may overflow before the loss does
         if not bool(torch.stack([v.isfinite().all() for v in seen]).all()): raise NonFiniteLoss(self.epoch, self.epoch_step - 1)
 
-    @torch.no_grad()
     def validate(self)->tuple: # accuracy in percent, mean cross-entropy
         "The current sub-net on the validation split, with the masks as they are."
-        self.net.eval()
-        sums, n = torch.zeros(2, dtype=torch.float64, device=self.device), 0
-        for x, y in self.loaders["val"].eval():
-            x, y, n = x.to(self.device), y.to(self.device), n + len(y)
-            logits = self.net(x)
-            sums += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
-        self.net.train()
-        hits, loss = sums.tolist()
-        return (100 * hits / n, loss / n) if n else (math.nan, math.nan)
+        return evaluate(self.net, self.loaders["val"].eval(), self.device)
 
     @torch.no_grad()
     def snapshot(self)->dict:

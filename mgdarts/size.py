@@ -60,6 +60,13 @@ class Layout:
     segs: dict = field(default_factory=dict) # omega, plain -> [n] int16, kernel each weight belongs to
     kernels: list = field(default_factory=list) # (Segment, (filters, channels, k, k)) of each stored kernel
     gates: list = field(default_factory=list) # (Gate, ids of its live channels in 0..width-1)
+    _runs: dict = field(default_factory=dict, repr=False, compare=False)
+
+    def runs(self, group: str # omega or plain
+            )->tuple: # ([m] int64 kernels that have weights, [m] int64 how many)
+        "The weights of a kernel follow one another in the flat vectors."
+        if group not in self._runs: self._runs[group] = tuple(t.long() for t in torch.unique_consecutive(self.segs[group], return_counts=True))
+        return self._runs[group]
 
 def _entries(seg: Segment, alive: Tensor)->tuple:
     "Slots, rows and columns of the weights of a kernel that exist, and the kernel's shape."
@@ -113,6 +120,11 @@ class CellCount:
 
 UNITS = ("filters", "filters_initial", "weights", "weights_initial", "params") # of one live operation
 
+def _sums(there: Tensor, lengths: Tensor)->Tensor: # [n] bool, [m] int64 -> [m] int64
+    "How many there are in each run of some lengths."
+    if not len(lengths): return lengths
+    return torch.segment_reduce(there.float(), "sum", lengths=lengths, unsafe=True).long() # exact up to 2^24 weights a kernel
+
 def count_cell(lay: Layout,
                ops: Tensor|None = None, # [14, 7] bool: live operations, None: those of the layout
                alive: Tensor|None = None, # [units] bool: live channels, None: those of the layout
@@ -124,11 +136,12 @@ def count_cell(lay: Layout,
     out = CellCount(ops=int(ops.sum()), ops_initial=ops.numel())
     dense, nonzero = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
     for group in ("omega", "plain"):
-        seg = lay.segs[group].long()
-        there = None if alive is None else alive[lay.rows[group]] & alive[lay.cols[group]]
-        dense += torch.bincount(seg if there is None else seg[there], minlength=n)
+        at, lengths = lay.runs(group)
+        there = None if alive is None else alive.index_select(0, lay.rows[group]) & alive.index_select(0, lay.cols[group])
+        of = lambda there: lengths if there is None else _sums(there, lengths)
+        dense[at] = of(there)
         if group == "omega" and weights is not None: there = weights if there is None else there & weights
-        nonzero += torch.bincount(seg if there is None else seg[there], minlength=n)
+        nonzero[at] = of(there)
     live = lambda x: x.op < 0 or bool(ops[x.edge, x.op])
     for seg, d, z in zip(spec.segments, dense.tolist(), nonzero.tolist()):
         if not live(seg): continue

@@ -63,12 +63,13 @@ def publish(run: Path):
 
 
 def draw(folder: Path, figures: dict):
+    from mgdarts.config import InputError
+    from mgdarts.export import save_figure
     for name, figure in figures.items():
-        figure.update_layout(paper_bgcolor="white")  # a picture has no page behind it
         try:
-            figure.write_image(folder / f"{name}.png", width=1000, scale=1.5)
-        except RuntimeError as e:
-            print(f"{name}.png not written: {str(e).splitlines()[0]}")
+            save_figure(figure, folder / f"{name}.png")
+        except InputError as e:
+            print(f"{name}.png not written: {e}")
 
 
 def main(targets):

@@ -1,0 +1,312 @@
+"""The workbench in a real JupyterLab, in a headless Chromium: clicked, dragged, typed at, reloaded, run again, interrupted.
+
+What is asserted is what the kernel and the charts say. Screenshots go to MGDARTS_SCREENSHOTS, or to pytest's own folder.
+"""
+import contextlib
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from mgdarts import runs
+from mgdarts.config import preset
+
+CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
+try:
+    from playwright.sync_api import sync_playwright
+except ImportError:
+    sync_playwright = None
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install Debian's chromium to run the browser tests"),
+              pytest.mark.skipif(sync_playwright is None, reason="playwright is not installed")]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+ROOT = Path(__file__).resolve().parent.parent
+FAST = {"data.subset": 200, "search.warmup": 1, "search.batch": 32, "search.max_epochs": 4}
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    "A JupyterLab on a folder with the workbench's notebook and a finished run."
+    folder = tmp_path_factory.mktemp("lab")
+    runs.search(preset("smoke", **FAST), folder / "runs/demo")
+    runs.search(preset("smoke", **FAST, seed=1), folder / "runs/other")
+    (folder / "nbs").mkdir()
+    shutil.copyfile(ROOT / "nbs/workbench.ipynb", folder / "nbs/workbench.ipynb")
+    (folder / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, "MGDARTS_ROOT": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
+           "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "spaces")}
+    env.pop("IN_TEST", None)
+    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--IdentityProvider.token=", "--ServerApp.password=", "--ServerApp.disable_check_xsrf=True",
+                               f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"], env=env, stdout=subprocess.DEVNULL, stderr=open(folder / "lab.log", "w"), cwd=folder)
+    base = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(240):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(base + "/api")
+                break
+            assert server.poll() is None, (folder / "lab.log").read_text()
+            time.sleep(0.25)
+        yield base, folder
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+class Desk:
+    "A person at the workbench."
+    def __init__(self, page, base, folder, shots):
+        self.page, self.base, self.folder, self.shots = page, base, folder, shots
+
+    def open(self, reset=True):
+        self.page.goto(f"{self.base}/lab/tree/nbs/workbench.ipynb" + ("?reset" if reset else ""))
+        self.page.wait_for_selector(".jp-Notebook", timeout=60_000)
+        self.idle()
+
+    def idle(self, seconds=60):
+        self.page.wait_for_selector(".jp-Notebook-ExecutionIndicator[data-status=idle]", timeout=seconds * 1000)
+        self.page.wait_for_selector(r"text=/\| Idle/", timeout=seconds * 1000)
+
+    def run_all(self):
+        self.page.click(".lm-MenuBar-itemLabel:text-is('Run')")
+        self.page.click(".lm-Menu-itemLabel:text-is('Run All Cells')")
+        self.page.wait_for_selector(".mgdarts-wb .mg-buttons", timeout=60_000)
+
+    def ask(self, code):
+        "What the kernel says to an expression, asked beside the notebook, over its websocket."
+        return json.loads(self.page.evaluate("""async ([base, code]) => {
+            const sessions = await (await fetch(base + '/api/sessions')).json(), id = sessions[0].kernel.id;
+            const ws = new WebSocket(base.replace('http', 'ws') + `/api/kernels/${id}/channels?session_id=test`);
+            await new Promise((r) => { ws.onopen = r; });
+            const header = { msg_id: crypto.randomUUID(), username: 't', session: 'test', msg_type: 'execute_request', version: '5.3', date: new Date().toISOString() };
+            const done = new Promise((r) => { ws.onmessage = (e) => { const m = JSON.parse(e.data); if (m.parent_header.msg_id === header.msg_id && m.msg_type === 'execute_reply') r(m.content); }; });
+            ws.send(JSON.stringify({ header, parent_header: {}, metadata: {}, channel: 'shell', content: { code: 'import json', silent: true, store_history: false, user_expressions: { a: `json.dumps(${code})` }, allow_stdin: false, stop_on_error: false } }));
+            const reply = await done; ws.close();
+            const a = reply.user_expressions.a; if (a.status !== 'ok') return JSON.stringify({ error: a.evalue }); return JSON.parse(a.data['text/plain'].replace(/^'|'$/g, '"').replace(/^"(.*)"$/s, (_, t) => JSON.stringify(t.replace(/\\\\\\\\/g, '\\\\').replace(/\\\\'/g, "'"))));
+        }""", [self.base, code]))
+
+    def until(self, code, good, seconds=60):
+        end = time.monotonic() + seconds
+        while not good(value := self.ask(code)):
+            assert time.monotonic() < end, (code, value, self.ask("workbench.said"), self.word())
+            time.sleep(0.1)
+        return value
+
+    def word(self):
+        return self.page.locator(".mg-line .word").inner_text()
+
+    def says(self, word, seconds=30):
+        self.page.wait_for_function("w => document.querySelector('.mg-line .word')?.textContent === w", arg=word, timeout=seconds * 1000)
+
+    def press(self, what):
+        self.page.click(f".mg-buttons button[data-do={what}]")
+
+    def tab(self, name):
+        self.page.click(f".mgdarts-wb .lm-TabBar-tabLabel:text-is('{name}')")
+
+    def chart(self):
+        "Numbers as the browser draws them: trace name -> y."
+        return self.page.evaluate("() => Object.fromEntries([...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].filter(p => p.data.length).flatMap(p => p.data.map((t, i) => [i + ' ' + t.name, Array.from(t.y)])))")
+
+    def shot(self, name):
+        time.sleep(0.4)
+        box = self.page.locator(".mgdarts-wb")
+        box.scroll_into_view_if_needed()
+        box.screenshot(path=self.shots / f"{name}.png")
+
+
+@contextlib.contextmanager
+def browser(lab, tmp_path, dark=False):
+    shots = Path(os.environ.get("MGDARTS_SCREENSHOTS") or tmp_path)
+    shots.mkdir(parents=True, exist_ok=True)
+    with sync_playwright() as p:
+        context = p.chromium.launch_persistent_context(str(tmp_path / "profile"), executable_path=CHROMIUM, headless=True, args=FLAGS, viewport={"width": 1600, "height": 1500}, color_scheme="dark" if dark else "light")
+        try:
+            page = context.pages[0]
+            for what, raw in (("themes", {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}), ("notification", {"fetchNews": "false"})):
+                urllib.request.urlopen(urllib.request.Request(f"{lab[0]}/lab/api/settings/@jupyterlab/apputils-extension:{what}", method="PUT", data=json.dumps({"raw": json.dumps(raw)}).encode(), headers={"Content-Type": "application/json"}))
+            yield Desk(page, *lab, shots)
+        finally:
+            context.close()
+            for session in json.load(urllib.request.urlopen(lab[0] + "/api/sessions")):
+                urllib.request.urlopen(urllib.request.Request(lab[0] + "/api/sessions/" + session["id"], method="DELETE"))
+
+
+def test_a_finished_run_and_a_live_search(lab, tmp_path):
+    with browser(lab, tmp_path) as desk:
+        page = desk.page
+        desk.open()
+        began = time.monotonic()
+        desk.run_all()
+        desk.says("finished")
+        page.wait_for_selector(".mg-pic .op")
+        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)")
+        assert time.monotonic() - began < 90  # ten on a machine that does nothing else
+        events = runs.read_events(desk.folder / "runs/demo/events.jsonl")
+        epochs = {e["epoch"]: e for e in events if e["type"] == "epoch"}
+        assert [y for y in desk.chart()["0 train"] if y is not None] == pytest.approx([e["ce"] for e in epochs.values()])
+        desk.shot("light-finished")
+
+        # an epoch that is past
+        desk.tab("Replay")
+        desk.until("len(workbench.replay.plot.data)", lambda n: n > 10)
+        slider = page.locator(".mgdarts-wb .jp-OutputArea [role=slider], .mgdarts-wb .noUi-handle").first
+        slider.focus()
+        for _ in range(3):
+            page.keyboard.press("ArrowLeft")
+        i, label, title = desk.until("[workbench.replay.slider.value, workbench.replay.rep[workbench.replay.slider.value].label, workbench.replay.plot.layout.title.text]", lambda v: v[0] <= desk.ask("len(workbench.replay.rep)") - 3 and v[1] in v[2])
+        page.wait_for_function("t => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.layout?.title?.text?.includes(t))", arg=label)
+        desk.shot("light-replay")
+
+        # two runs beside each other
+        desk.tab("Compare")
+        page.wait_for_selector(".mg-table:has-text('other')")
+        page.fill("input[aria-label='filter the runs']", "other")
+        page.wait_for_function("() => [...document.querySelectorAll('.mg-table tbody')].some(t => t.rows.length === 1)")
+        page.fill("input[aria-label='filter the runs']", "")
+        box = page.locator("input[aria-label='compare other']")
+        was = box.is_checked()
+        box.click()
+        desk.until("'other' in workbench.compare.table.chosen", lambda v: v != was)
+        if was:
+            page.locator("input[aria-label='compare other']").click()
+        desk.until("[workbench.compare.drawn is not None and sorted(workbench.compare.drawn), len(workbench.compare.difference.data) > 5]", lambda v: v == [["demo", "other"], True])
+        desk.shot("light-compare")
+        desk.tab("Live")
+
+        # one click starts a search
+        page.click(".mgdarts-wb button:has-text('Start a new search')")
+        desk.says("running")
+        desk.until("workbench.stepper.search.steps if workbench.stepper.search else 0", lambda n: n >= 3)
+        # a click is answered
+        began = time.monotonic()
+        desk.press("pause")
+        page.wait_for_function("() => /^paus/.test(document.querySelector('.mg-line .word').textContent)")
+        answered = time.monotonic() - began
+        desk.says("paused")
+        assert answered < 2, answered  # 0.3 s on a machine that does nothing else; measured in the note
+        steps = desk.ask("workbench.stepper.search.steps")
+        desk.press("step")
+        desk.until("workbench.stepper.search.steps", lambda n: n == steps + 1)
+        desk.says("paused")
+        page.locator(".mg-box[tabindex='0']").first.focus()
+        page.keyboard.press(".")
+        desk.until("workbench.stepper.search.steps", lambda n: n == steps + 2)
+        desk.press("epoch")
+        desk.until("[workbench.stepper.search.epoch_step, workbench.stepper.state]", lambda v: v == [0, "paused"])
+        desk.press("commit")
+        desk.until("[workbench.stepper.events[-1]['type'], workbench.stepper.state]", lambda v: v == ["commit", "paused"])
+
+        # an operation by keyboard, and with the pointer
+        page.locator(".mg-box[tabindex='0']").nth(1).focus()
+        before = desk.ask("workbench.selected")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowUp")
+        after = desk.until("workbench.selected", lambda s: s[1] == (before[1] + 1) % 14 and s[2] == (before[2] + 1) % 7)
+        page.wait_for_function("k => document.querySelector('.mg-pic .op.sel')?.dataset.pick === k", arg=",".join(map(str, after)))
+        assert page.evaluate("() => document.activeElement.classList.contains('mg-box')")  # JupyterLab did not take the keys
+        desk.page.locator(".mg-pic .op[data-pick='0,4,3'] .hit").dispatch_event("click")
+        desk.until("workbench.selected", lambda s: s == [0, 4, 3])
+        desk.shot("light-live")
+
+        # a threshold is dragged: what follows is shown, the search is untouched
+        desk.tab("Thresholds")
+        page.wait_for_selector(".mg-table")
+        handle = page.locator(".handle[data-drag=operation]")
+        learned, alpha = desk.ask("[workbench.whatif.learned('operation'), float(workbench.stepper.search.net.t_alpha.sum())]")
+        box = handle.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 10)
+        page.mouse.down()
+        for i in range(8):
+            page.mouse.move(box["x"] + box["width"] / 2 + 12 * i, box["y"] + 10)
+        page.mouse.up()
+        moved = desk.until("workbench.whatif.value('operation')", lambda v: v > learned + 0.05)
+        assert desk.ask("float(workbench.stepper.search.net.t_alpha.sum())") == alpha
+        desk.until("workbench.thresholds.result.count.ops if hasattr(workbench.thresholds, 'result') else 999", lambda n: n < desk.ask("workbench.view.count.ops"))
+        page.locator(".handle[data-drag=filter]").focus()
+        value = desk.ask("workbench.whatif.value('filter')")
+        page.keyboard.press("ArrowRight")
+        desk.until("workbench.whatif.value('filter')", lambda v: v > value)
+        page.wait_for_function("() => document.activeElement?.dataset?.key === 'filter'")  # the picture was drawn anew, the focus stays
+        assert desk.ask("workbench.whatif.value('operation')") == moved
+        page.click(".mgdarts-wb button:has-text('Validation accuracy')")
+        desk.until("getattr(workbench, 'answer', None)", lambda a: a is not None and 0 <= a["whatif"] <= 100)
+        page.wait_for_selector("text=/validation accuracy on/")
+        desk.shot("light-thresholds")
+        page.fill(".mgdarts-wb input[placeholder='name of the new run']", "bold")
+        page.keyboard.press("Enter")
+        page.click(".mgdarts-wb button:has-text('Continue as a new run')")
+        desk.until("workbench.stepper.folder.name", lambda n: n == "bold")
+        assert json.loads((desk.folder / "runs/bold/config.json").read_text())["branch"]["params"] < json.loads((desk.folder / "runs/bold/config.json").read_text())["branch"]["params_before"]
+        desk.tab("Log")
+        page.wait_for_selector(".mg-log:has-text('commit: pruned')")
+        desk.shot("light-log")
+
+
+def test_nothing_is_lost(lab, tmp_path):
+    "Reload, run again, interrupt, all in mid-run; in the dark."
+    with browser(lab, tmp_path, dark=True) as desk:
+        page = desk.page
+        desk.open()
+        desk.run_all()
+        desk.says("finished")
+        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']", "data.subset=1000, search.warmup=1, max_epochs=100")
+        page.keyboard.press("Tab")
+        page.click(".mgdarts-wb button:has-text('Start a new search')")
+        desk.says("running")
+        desk.until("workbench.stepper.search.epoch if workbench.stepper.search else 0", lambda n: n >= 2, 180)
+        page.click(".jp-Notebook-cell >> nth=0")
+        page.keyboard.press("Control+s")
+        time.sleep(1)
+        notebook = desk.folder / "nbs/workbench.ipynb"
+        assert notebook.stat().st_size < 1_000_000 and any(c.get("outputs") for c in nbformat.read(notebook, 4).cells)
+        desk.shot("dark-live")
+
+        # the page is loaded again: the search has gone on, and the page shows it
+        steps = desk.ask("workbench.stepper.search.steps")
+        desk.open(reset=False)
+        page.wait_for_selector(".mgdarts-wb .mg-pic .op", timeout=60_000)
+        desk.says("running")
+        now = desk.until("workbench.stepper.search.steps", lambda n: n > steps)
+        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)", timeout=60_000)
+        desk.press("pause")
+        desk.says("paused")
+        desk.press("run")
+        desk.says("running")
+
+        # the cell is run again: the same search, one thread
+        thread = desk.ask("workbench.stepper.thread.ident")
+        desk.run_all()
+        page.wait_for_function("() => document.querySelectorAll('.mgdarts-wb').length === 1")
+        desk.says("running")
+        assert desk.ask("workbench.stepper.thread.ident") == thread
+        assert desk.ask("sum(t.name == 'mgdarts-search' and t.is_alive() for t in __import__('threading').enumerate())") == 1
+        desk.until("workbench.stepper.search.steps", lambda n: n > now)
+
+        # the kernel is interrupted: the search does not mind
+        session = json.load(urllib.request.urlopen(desk.base + "/api/sessions"))[0]
+        urllib.request.urlopen(urllib.request.Request(desk.base + f"/api/kernels/{session['kernel']['id']}/interrupt", method="POST"))
+        steps = desk.ask("workbench.stepper.search.steps")
+        desk.until("workbench.stepper.search.steps", lambda n: n > steps + 2)
+        assert desk.ask("workbench.stepper.state") == "running"
+        desk.tab("Thresholds")
+        page.wait_for_selector(".mg-table")
+        desk.shot("dark-thresholds")
+        desk.press("stop")
+        desk.says("stopped")
+        folder = Path(desk.ask("str(workbench.stepper.folder)"))
+        assert runs.Checkpoints(folder / "checkpoint").load()["counters"]["steps"] == desk.ask("workbench.stepper.search.steps")
+        desk.press("run")
+        desk.says("running", 60)
+        desk.press("stop")
+        desk.says("stopped")
