@@ -8,7 +8,7 @@ import builtins, contextlib, errno, hashlib, io, json, os, random, shutil, signa
 from collections import Counter
 from pathlib import Path
 import torch
-from . import architecture, cli, data, plots, runs, search, store, supernet, train
+from . import architecture, cli, data, frames, plots, replay, runs, search, store, supernet, train
 from .config import InputError, preset
 
 # %% auto #0
@@ -62,7 +62,7 @@ def bits(run: Path)->dict:
         strip = lambda d: {k: v for k, v in d.items() if k not in ("record", "run", "wall_s", "events")} # paths and clocks
         text = json.dumps(strip(store.Checkpoints(part / "checkpoint").load()), default=lambda t: [str(t.dtype), list(t.shape), t.contiguous().view(-1).numpy().tobytes().hex()])
         out[name] = ([{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(part / "events.jsonl")], text,
-                     strip(store.read_json(part / "result.json", "a result")), [(part / n).read_bytes() for n in (architecture.JSON_FILE, architecture.MASK_FILE)])
+                     strip(store.read_json(part / "result.json", "a result")), [(part / n).read_bytes() for n in (architecture.JSON_FILE, architecture.MASK_FILE, *([frames.REPLAY_FILE] if part == run else []))])
     return out
 
 # %% ../nbs/16_faults.ipynb #56a3ca1c
@@ -194,6 +194,11 @@ def _resumed(path, kept): # the events as a resumed run takes them
     runs.Recorder(path, kept).close()
     return path.read_bytes()
 
+def _replayed(run): # frames that were damaged are told
+    rep = replay.replay(run)
+    if rep.missing: raise InputError(rep.missing)
+    return [frames.to_line(f) for f in rep.frames]
+
 GENOTYPE = "NET = Genotype(gene=[%s], concat=range(2, 6))\n" % ", ".join(["[" + ", ".join(f"('sep_conv_3x3', {n - 2}, {n}, [4, 4, 4])" for n in range(2, 6)) + "]"] * 3)
 
 def kinds(run: Path, # a finished run
@@ -212,7 +217,7 @@ def kinds(run: Path, # a finished run
             "events.jsonl, to go on with": (run / "train/events.jsonl", lambda: _resumed(run / "train/events.jsonl", kept), True), "checkpoint, search": (store.Checkpoints(run / "checkpoint").files()[-1], lambda: _newest(run / "checkpoint"), True),
             "checkpoint, retraining": (store.Checkpoints(run / "train/checkpoint").files()[-1], lambda: _newest(run / "train/checkpoint"), True),
             "architecture.json": (run / "architecture.json", lambda: architecture.load(run), True), "masks.safetensors": (run / "masks.safetensors", lambda: architecture.load(run), True),
-            "image cache": (folder / "pictures/.mgdarts-cache-own.safetensors", lambda: data.load_data(cfg, 0).fingerprint, True),
+            "replay.jsonl": (run / frames.REPLAY_FILE, lambda: _replayed(run), True), "image cache": (folder / "pictures/.mgdarts-cache-own.safetensors", lambda: data.load_data(cfg, 0).fingerprint, True),
             "genotype": (folder / "genotype.txt", imported, False), "masks of a genotype": (folder / "masks.pt", imported, False)}
 
 def rot(kind: str, path: Path, read, strict: bool, places: int)->tuple: # (trials, noticed, what went wrong)
