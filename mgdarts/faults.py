@@ -8,7 +8,7 @@ import builtins, contextlib, errno, hashlib, io, json, os, random, shutil, signa
 from collections import Counter
 from pathlib import Path
 import torch
-from . import architecture, cli, data, plots, runs, search, store, supernet, train
+from . import architecture, cli, data, frames, plots, replay, runs, search, store, supernet, train
 from .config import InputError, preset
 
 # %% auto #0
@@ -32,6 +32,7 @@ def call(args: list,
             try:
                 os.dup2(err.fileno(), 2); os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
+                for name in ("FORCE_COLOR", "CLICOLOR_FORCE"): os.environ.pop(name, None) # a notebook's: no progress bar into a file
                 runs.Saver.__init__.__defaults__ = (.3, (), None) # seconds between two states
                 if prepare: prepare()
                 code = cli.main([str(a) for a in args])
@@ -61,7 +62,7 @@ def bits(run: Path)->dict:
         strip = lambda d: {k: v for k, v in d.items() if k not in ("record", "run", "wall_s", "events")} # paths and clocks
         text = json.dumps(strip(store.Checkpoints(part / "checkpoint").load()), default=lambda t: [str(t.dtype), list(t.shape), t.contiguous().view(-1).numpy().tobytes().hex()])
         out[name] = ([{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(part / "events.jsonl")], text,
-                     strip(store.read_json(part / "result.json", "a result")), [(part / n).read_bytes() for n in (architecture.JSON_FILE, architecture.MASK_FILE)])
+                     strip(store.read_json(part / "result.json", "a result")), [(part / n).read_bytes() for n in (architecture.JSON_FILE, architecture.MASK_FILE, *([frames.REPLAY_FILE] if part == run else []))])
     return out
 
 # %% ../nbs/16_faults.ipynb #56a3ca1c
@@ -193,6 +194,11 @@ def _resumed(path, kept): # the events as a resumed run takes them
     runs.Recorder(path, kept).close()
     return path.read_bytes()
 
+def _replayed(run): # frames that were damaged are told
+    rep = replay.replay(run)
+    if rep.missing: raise InputError(rep.missing)
+    return [frames.to_line(f) for f in rep.frames]
+
 GENOTYPE = "NET = Genotype(gene=[%s], concat=range(2, 6))\n" % ", ".join(["[" + ", ".join(f"('sep_conv_3x3', {n - 2}, {n}, [4, 4, 4])" for n in range(2, 6)) + "]"] * 3)
 
 def kinds(run: Path, # a finished run
@@ -211,7 +217,7 @@ def kinds(run: Path, # a finished run
             "events.jsonl, to go on with": (run / "train/events.jsonl", lambda: _resumed(run / "train/events.jsonl", kept), True), "checkpoint, search": (store.Checkpoints(run / "checkpoint").files()[-1], lambda: _newest(run / "checkpoint"), True),
             "checkpoint, retraining": (store.Checkpoints(run / "train/checkpoint").files()[-1], lambda: _newest(run / "train/checkpoint"), True),
             "architecture.json": (run / "architecture.json", lambda: architecture.load(run), True), "masks.safetensors": (run / "masks.safetensors", lambda: architecture.load(run), True),
-            "image cache": (folder / "pictures/.mgdarts-cache-own.safetensors", lambda: data.load_data(cfg, 0).fingerprint, True),
+            "replay.jsonl": (run / frames.REPLAY_FILE, lambda: _replayed(run), True), "image cache": (folder / "pictures/.mgdarts-cache-own.safetensors", lambda: data.load_data(cfg, 0).fingerprint, True),
             "genotype": (folder / "genotype.txt", imported, False), "masks of a genotype": (folder / "masks.pt", imported, False)}
 
 def rot(kind: str, path: Path, read, strict: bool, places: int)->tuple: # (trials, noticed, what went wrong)
@@ -273,7 +279,7 @@ def wrong_inputs(d: Path, # an empty folder
     def stranger(name, change, part="", finished=False):
         "A copy of the run, or of its unfinished self, after somebody else had it."
         copy = d / name
-        shutil.copytree(run, copy)
+        shutil.copytree(run, copy, ignore=shutil.ignore_patterns("plotly.min.js"))
         if not finished:
             shutil.rmtree(copy / "train")
             for n in ("result.json", "report.html"): (copy / n).unlink()
@@ -383,14 +389,14 @@ def wrong_inputs(d: Path, # an empty folder
     images("a class of unreadable images, skipped", "no readable image", lambda f: [p.write_text("x") for p in (f / "train/cat").iterdir()], "--set", "skip_damaged=true")
     return out
 
-def _tree(folder: Path, but=())->dict:
-    "Everything in a folder but locks and caches."
+def _tree(folder: Path)->dict:
+    "Everything in a folder but locks and caches, and by what a change of it is seen."
     out = {}
     for path, names, files in os.walk(folder):
         for n in files + names:
             p = Path(path) / n
-            mode = os.lstat(p).st_mode
-            if n != ".lock" and not n.startswith(".mgdarts-"): out[str(p)] = p.read_bytes() if stat.S_ISREG(mode) else mode
+            s = os.lstat(p)
+            if n != ".lock" and not n.startswith(".mgdarts-"): out[str(p)] = (s.st_mode, s.st_ino, *(() if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)))
     return out
 
 def refuse(row: tuple, d: Path)->tuple: # (line, what went wrong)

@@ -15,6 +15,7 @@ from .events import Event
 from .prune import candidates
 from .search import Search
 from .size import UNITS
+from .store import Lines, read_bytes
 
 # %% auto #0
 __all__ = ['MOMENTS', 'KINDS', 'BINS', 'REPLAY_FILE', 'Frame', 'frame_of', 'to_line', 'from_line', 'FrameRecorder',
@@ -117,22 +118,28 @@ def from_line(line: bytes)->Frame:
         d = json.loads(line)
         if not isinstance(d, dict) or d.get("type") not in MOMENTS: raise ValueError
         head = {k: d[k] for k in ("event", "type", "epoch", "step", "stage")}
-        found = load(zlib.decompress(base64.b64decode(d["block"], validate=True)))
+        found = load(_unpacked(base64.b64decode(d["block"], validate=True)))
         return Frame(**head, **{k: found[k].float() if found[k].is_floating_point() else found[k] for k in Frame.TENSORS})
     except (ValueError, KeyError, TypeError, zlib.error, SafetensorError): raise ValueError("not a frame") from None
+
+def _unpacked(block: bytes)->bytes:
+    "The inverse of `zlib.compress`, up to 64 MiB."
+    z = zlib.decompressobj()
+    out = z.decompress(block, 1 << 26)
+    if not z.eof: raise ValueError
+    return out
 
 class FrameRecorder:
     "A listener to all recorded events that appends a frame to a file at each of `MOMENTS`. Frames of events that the search has not come to yet are cut off first."
     def __init__(self, search: Search, path: str|Path, heard: int = 0 # events the run's record begins with
                 ):
         self.search, self.path, self.number = search, Path(path), heard
-        if self.path.exists():
-            kept = takewhile(lambda line: line.endswith(b"\n") and _number(line) <= heard, self.path.read_bytes().splitlines(keepends=True))
-            with open(self.path, "r+b") as f: f.truncate(sum(map(len, kept)))
+        kept = takewhile(lambda line: line.endswith(b"\n") and _number(line) <= heard, read_bytes(self.path, 1 << 32).splitlines(keepends=True) if self.path.exists() else ())
+        self.lines = Lines(self.path, sum(map(len, kept)))
     def __call__(self, event: Event):
         self.number += 1
         if event.type in MOMENTS:
-            with open(self.path, "ab") as f: f.write(to_line(frame_of(self.search, event, self.number)))
+            self.lines.write(to_line(frame_of(self.search, event, self.number)))
 
 def _number(line: bytes)->float:
     "Number of a line's event; infinite where there is none."
@@ -155,14 +162,14 @@ def read_frames(folder: str|Path, # of a run
     "The frames of a run, by time."
     found = {}
     path = Path(folder) / REPLAY_FILE
-    for line in path.read_bytes().split(b"\n")[:-1] if path.exists() else ():
+    for line in read_bytes(path, 1 << 32).split(b"\n")[:-1] if path.exists() else ():
         try: f = from_line(line)
-        except ValueError: continue
+        except ValueError: continue # damaged; whoever asked sees that there is no frame of this event
         found[f.event, f.type, f.epoch] = f
     out = []
     for i, e in enumerate(events, 1):
         if e.get("type") not in MOMENTS: continue
         f = found.get((i, e["type"], e["epoch"])) or Frame(i, e["type"], e["epoch"], e["step"], e["stage"])
-        f.data = e
+        f.step, f.stage, f.data = e["step"], e["stage"], e
         out.append(f)
     return mark_regrown(out)

@@ -18,7 +18,7 @@ from .events import Emitter, Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
 from .search import Search
 from .space import NetSpec
-from .store import Checkpoints, lock, read_bytes, read_json, refuse_links, write_json
+from .store import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links, write_json
 from .train import Trainer
 
 # %% auto #0
@@ -85,26 +85,20 @@ class Recorder:
     "A listener that appends events to a file. `InputError` when the file is not what the run goes on from."
     def __init__(self, path: Path, kept: dict|None = None # mark of the events to keep; None: begin anew
                 ):
-        self.path, content = Path(path), b""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        content = b""
         if kept is not None:
-            content = read_bytes(self.path, 1 << 32)[:kept["bytes"]]
+            content = read_bytes(path, 1 << 32)[:kept["bytes"]]
             if mark(content) != kept: raise InputError(f"{path} is damaged: it does not begin with the events that the state was saved with; start a new run")
-        self.hash, self.bytes = hashlib.sha256(content), len(content)
-        self.file = open(path, "ab", buffering=0)
-        self.file.truncate(self.bytes)
+        self.hash, self.bytes, self.count, self.lines = hashlib.sha256(content), len(content), content.count(b"\n"), Lines(path, len(content))
     def __call__(self, event: Event):
         line = (json.dumps(event.to_dict() | {"time": round(time.time(), 3)}, allow_nan=False) + "\n").encode()
-        try:
-            n = 0
-            while n < len(line): n += self.file.write(line[n:])
-        except OSError as e: raise OSError(e.errno, e.strerror, str(self.path)) from None
-        self.hash.update(line); self.bytes += n
+        self.lines.write(line)
+        self.hash.update(line); self.bytes += len(line); self.count += 1
     def mark(self)->dict:
         "The mark of all events so far, which are on the disk then."
-        os.fsync(self.file.fileno())
+        self.lines.sync()
         return {"bytes": self.bytes, "sha256": self.hash.hexdigest()}
-    def close(self): self.file.close()
+    def close(self): self.lines.close()
 
 def read_events(path: Path, whole: dict|None = None # mark of the complete record, once there is one
                )->list:
@@ -250,9 +244,8 @@ def _memory_advice(loop)->str:
     return "out of memory in retraining: start again with a smaller train.batch"
 
 # %% ../nbs/14_runs.ipynb #7804a8ba
-def _run(loop, out: Path, kept: dict|None, heard: tuple, listeners: tuple, after: tuple):
+def _run(loop, out: Path, recorder: Recorder, heard: tuple, listeners: tuple, after: tuple):
     "Run a loop to its end with a recorder and a saver, and end well whatever happens."
-    recorder = Recorder(out / "events.jsonl", kept)
     try:
         for listener in (recorder, *listeners): loop.events.listen(listener, *heard)
         with Signals() as signals:
@@ -308,10 +301,12 @@ def search(cfg: Config|None, # None: resume with the folder's own
         kept = _restore(loop, out, splits) if resume else None
         if not resume: write_json(out / "config.json", _record(cfg, loop.device, splits))
         if prepare: prepare(loop)
+        recorder = Recorder(out / "events.jsonl", kept)
+        frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count)
         with Progress(len(loop.stages), quiet) as bar:
-            before = read_bytes(out / "events.jsonl", 1 << 32)[:kept["bytes"]].count(b"\n") if kept else 0
             if kept: bar.stage, bar.start = loop.stage, loop.start
-            _run(loop, out, kept, ("stage", "epoch", "commit", "regrow", "done"), (bar, FrameRecorder(loop, out / REPLAY_FILE, before), *listeners), ("commit", "stage"))
+            try: _run(loop, out, recorder, ("stage", "epoch", "commit", "regrow", "done"), (bar, frames, *listeners), ("commit", "stage"))
+            finally: frames.lines.close()
         return _finish(cfg, out, loop, splits, start)
 
 # %% ../nbs/14_runs.ipynb #81dea95f
@@ -332,7 +327,8 @@ def train(cfg: Config, arch: Architecture,
         kept = _restore(loop, out, splits) if resume and (out / "config.json").exists() else None
         if kept is None: write_json(out / "config.json", _record(cfg, loop.device, splits))
         arch_files.save(arch, out, overwrite=True)
-        with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, kept, ("epoch", "result"), (bar, *listeners), ())
+        recorder = Recorder(out / "events.jsonl", kept)
+        with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, recorder, ("epoch", "result"), (bar, *listeners), ())
         result = loop.result | {"run": str(out), "name": arch.name, "wall_s": round(time.time() - start, 1), "events": mark(read_bytes(out / "events.jsonl", 1 << 32))}
         write_json(out / "result.json", result)
     return result

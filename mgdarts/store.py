@@ -12,7 +12,7 @@ from .config import InputError
 
 # %% auto #0
 __all__ = ['SCHEMA', 'STATE', 'STATE_VERSION', 'write_whole', 'read_bytes', 'parse_json', 'digest', 'write_json', 'read_json',
-           'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'refuse_links', 'lock']
+           'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'Lines', 'refuse_links', 'lock']
 
 # %% ../nbs/05_store.ipynb #05fee06c
 def write_whole(path: Path, content: bytes):
@@ -140,6 +140,23 @@ class Checkpoints:
             except Exception as e: warnings.warn(f"{path} is damaged ({type(e).__name__}): passed over")
         if files: raise InputError(f"no state in {self.folder} is whole: start a new run")
         return None
+
+# %% ../nbs/05_store.ipynb #51472e2a
+class Lines:
+    "A file that lines are appended to."
+    def __init__(self, path: Path, keep: int = 0 # bytes of what is there
+                ):
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "ab", buffering=0)
+        self.file.truncate(keep)
+    def write(self, line: bytes):
+        try:
+            n = 0
+            while n < len(line): n += self.file.write(line[n:])
+        except OSError as e: raise OSError(e.errno, e.strerror, str(self.path)) from None
+    def sync(self): os.fsync(self.file.fileno())
+    def close(self): self.file.close()
 
 # %% ../nbs/05_store.ipynb #ecc9500f
 def refuse_links(folder: Path):
