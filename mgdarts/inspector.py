@@ -13,6 +13,7 @@ from torch import Tensor
 from .config import InputError
 from .space import *
 from .data import train_batch
+from .frames import REPLAY_FILE, FrameRecorder
 from .loss import live_thresholds
 from .prune import Candidates, candidates, commit
 from .search import Search, evaluate
@@ -313,11 +314,13 @@ def branch(run: str|Path, # folder of the run
     out.mkdir(parents=True, exist_ok=True)
     with runs.lock(out):
         (out / "events.jsonl").write_bytes(lines)
+        if (seen := Path(run) / REPLAY_FILE).exists(): (out / REPLAY_FILE).write_bytes(runs.read_bytes(seen, 1 << 32))
         recorder = runs.Recorder(out / "events.jsonl", runs.mark(lines))
-        loop.events.listen(recorder, "commit")
+        frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count) # those of later events are cut off
+        for listener in (recorder, frames): loop.events.listen(listener, "commit")
         loop._emit("commit", None, max(loop.epoch - (loop.epoch_step == 0), 0), pruned=done.pruned, params_before=done.before.params, target=loop.target, **{"lambda": loop.lam.value}, **done.after.summary())
         marked = recorder.mark()
-        recorder.close()
+        recorder.close(); frames.lines.close()
         runs.write_json(out / "config.json", record)
         runs.Checkpoints(out / "checkpoint").save(loop.state_dict() | {"record": marked})
     return out

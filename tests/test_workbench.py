@@ -16,6 +16,7 @@ from mgdarts.config import InputError, preset
 from mgdarts.inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, pruned, some_images
 from mgdarts.memory import step_memory
 from mgdarts.prune import commit
+from mgdarts.replay import replay
 from mgdarts.search import evaluate
 from mgdarts.space import EDGES, GRANULARITIES, OPS, is_conv
 from pathlib import Path
@@ -181,7 +182,7 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
     result = runs.search(None, out, resume=True)
     events = runs.read_events(out / "events.jsonl")
     assert events[-1]["type"] == "done" and result["params"] == events[-1]["params"] and len({(e["type"], e["step"], e["stage"], json.dumps(e)) for e in events}) == len(events)
-    assert json.loads((out / "config.json").read_text())["branch"]["run"] == "a"
+    assert json.loads((out / "config.json").read_text())["branch"]["run"] == "a" and not replay(out).missing
     with pytest.raises(InputError, match="finished"):
         branch(finished, runs.bare_search(finished).state_dict(), w, tmp_path / "c")
     assert not (tmp_path / "c").exists()
