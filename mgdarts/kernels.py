@@ -114,36 +114,39 @@ SEEN = {"map": lambda x: x, "phases": to_phases, "second": every_second}
 _backward = torch.ops.aten.convolution_backward
 def _dense(x): return x.contiguous(memory_format=torch.channels_last)
 def _rows(x, c): return x.as_strided((x.numel() // c, c), (c, 1)) # dense memory, of any shape
-def _map(x, shape): # dense memory, as a map of this shape
-    n, c, h, w = shape
-    return x.as_strided((n, c, h, w), (h * w * c, 1, w * c, c))
+def _map(x, shape, c=None): # memory of a dense map, in the shape of another one, or as narrow pixels of `c` channels
+    n, wide, h, w = shape
+    if c: n, wide = n * wide // c, c
+    return x.as_strided((n, wide, h, w), (h * w * wide, 1, w * wide, wide))
 
 def _full(point, place, width): return point if place is None else point.new_zeros(width, *point.shape[1:]).index_copy_(0, place, point)
 
-def _matrix(point, place, width, b): # ([k F, k C], k), for k images abreast
-    k, (f, c) = 1, point.shape[:2]
-    while 2 * k <= b and k * min(f, c) < 16: k *= 2
-    if k == 1: return _full(point, place, width).view(-1, c), 1
-    out = point.new_zeros(k, width or f, k, c)
-    blocks, point = out.diagonal(0, 0, 2), point.view(f, c, 1)
-    if place is None: blocks.copy_(point)
-    else: blocks.index_copy_(0, place, point.expand(-1, -1, k))
-    return out.view(-1, k * c), k
+def _mix(u, full): # 1x1 convolution with the kernel `full`, dense memory
+    f, c = full.shape[:2]
+    return torch.mm(_rows(u, c), full.view(f, c).t()) if min(f, c) >= 32 else _dense(F.conv2d(_map(u, u.shape, c), full))
+
+def _mix_backward(g, u, full): # gradients of u, dense memory, and of the kernel
+    f, c = full.shape[:2]
+    if min(f, c) < 16:
+        gu, gp, _ = _backward(_map(g, g.shape, f), _map(u, u.shape, c), full, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+        return _dense(gu), gp
+    g = _rows(g, f)
+    return torch.mm(g, full.view(f, c)), torch.mm(g.t(), _rows(u, c)).view(full.shape)
 
 class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, b, relu, x, *weights):
         ctx.set_materialize_grads(False)
         r = _dense(F.relu(x) if relu else x)
-        seen, us, fulls, ks, out = {}, [], [], [], []
+        seen, us, fulls, out = {}, [], [], []
         for (place, width, what, dilation, stride), depth, point in zip(how, weights[::2], weights[1::2]):
             if what not in seen: seen[what] = SEEN[what](r)
             v = seen[what]
             u = _dense(F.conv2d(v, depth, None, stride, dilation * (depth.shape[-1] // 2), dilation, v.shape[1]))
-            full, k = _matrix(point, place, width, b)
-            out.append(_map(torch.mm(_rows(u, full.shape[1]), full.t()), (u.shape[0], b // k * len(full), *u.shape[2:])))
-            us.append(u); fulls.append(full); ks.append(k)
-        ctx.how, ctx.ks, ctx.relu, ctx.names = how, ks, relu, tuple(seen)
+            full = _full(point, place, width)
+            out.append(_map(_mix(u, full), (u.shape[0], b * len(full), *u.shape[2:])))
+            us.append(u); fulls.append(full)
+        ctx.how, ctx.relu, ctx.names = how, relu, tuple(seen)
         ctx.save_for_backward(r, *(m for name, m in seen.items() if name != "map"), *us, *fulls, *weights[::2])
         return tuple(out)
 
@@ -154,21 +157,18 @@ class _Pairs(torch.autograd.Function):
         seen = {"map": r, **dict(zip(names, saved))}
         us, fulls, depths = (saved[len(names) + i * n:len(names) + (i + 1) * n] for i in range(3))
         total, padded, out = {}, {}, []
-        for (place, width, what, dilation, stride), g, u, full, k, depth in zip(ctx.how, grads, us, fulls, ctx.ks, depths):
+        for (place, width, what, dilation, stride), g, u, full, depth in zip(ctx.how, grads, us, fulls, depths):
             x, side = seen[what], depth.shape[-1]
-            g = _rows(_dense(g), len(full))
-            gp = torch.mm(g.t(), _rows(u, full.shape[1])).view(k, -1, k, full.shape[1] // k, 1, 1)
-            gp = gp.diagonal(0, 0, 2).sum(-1) if k > 1 else gp[0, :, 0]
-            gu = _map(torch.mm(g, full), u.shape)
+            gu, gp = _mix_backward(_dense(g), u, full)
+            gu = _map(gu, u.shape)
             conv = lambda x, kernel, pad, mask: _backward(gu, x, kernel, None, [stride] * 2, [pad] * 2, [dilation] * 2, False, [0, 0], x.shape[1], mask)
             # kernels wider than 3, or higher than their map, have no fast weight gradient
             split = dilation == 1 and (side == 5 or x.shape[2] < side)
             gx, gd, _ = conv(x, depth, dilation * (side // 2), [True, not split, False])
             if split:
-                for left in range(0, side, 3):
-                    pad = side // 2
-                    if (what, side, left) not in padded: padded[what, side, left] = F.pad(x, (pad - left, pad - (side - min(left + 3, side)), pad, pad))
-                gd = torch.cat([conv(padded[what, side, left], depth[..., left:left + 3], 0, [False, True, False])[1] for left in range(0, side, 3)], -1)
+                if (what, side) not in padded: padded[what, side] = [F.pad(x, p) for p in ([(2, 0, 2, 2), (0, 2, 2, 2)] if side == 5 else [(1, 1, 1, 1)])]
+                gd = [conv(p, depth[..., :3], 0, [False, True, False])[1] for p in padded[what, side]]
+                gd = torch.cat([gd[0][..., :2], gd[1]], -1) if side == 5 else gd[0]
             total[what] = total[what].add_(gx) if what in total else _dense(gx)
             out += [gd, gp if place is None else gp[place]]
         g = total.get("map")
