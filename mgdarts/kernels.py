@@ -121,21 +121,32 @@ def _map(x, shape, c=None): # memory of a dense map, in the shape of another one
 
 def _full(point, place, width): return point if place is None else point.new_zeros(width, *point.shape[1:]).index_copy_(0, place, point)
 
+def _mix(u, full): # 1x1 convolution with the kernel `full`, dense memory
+    f, c = full.shape[:2]
+    return torch.mm(_rows(u, c), full.view(f, c).t()) if min(f, c) >= 32 else _dense(F.conv2d(_map(u, u.shape, c), full))
+
+def _mix_backward(g, u, full): # gradients of u, dense memory, and of the kernel
+    f, c = full.shape[:2]
+    if min(f, c) < 16:
+        gu, gp, _ = _backward(_map(g, g.shape, f), _map(u, u.shape, c), full, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
+        return _dense(gu), gp
+    g = _rows(g, f)
+    return torch.mm(g, full.view(f, c)), torch.mm(g.t(), _rows(u, c)).view(full.shape)
+
 class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, b, relu, x, *weights):
         ctx.set_materialize_grads(False)
         r = _dense(F.relu(x) if relu else x)
-        seen, us, fulls, out, side = {}, [], [], [], x.shape[-1]
+        seen, us, fulls, out = {}, [], [], []
         for (place, width, what, dilation, stride), depth, point in zip(how, weights[::2], weights[1::2]):
             if what not in seen: seen[what] = SEEN[what](r)
-            v, c = seen[what], point.shape[1]
+            v = seen[what]
             u = _dense(F.conv2d(v, depth, None, stride, dilation * (depth.shape[-1] // 2), dilation, v.shape[1]))
             full = _full(point, place, width)
-            y = _dense(F.conv2d(_map(u, u.shape, c), full))
-            out.append(_map(y, (u.shape[0], b * len(full), *u.shape[2:])))
+            out.append(_map(_mix(u, full), (u.shape[0], b * len(full), *u.shape[2:])))
             us.append(u); fulls.append(full)
-        ctx.how, ctx.b, ctx.relu, ctx.names = how, b, relu, tuple(seen)
+        ctx.how, ctx.relu, ctx.names = how, relu, tuple(seen)
         ctx.save_for_backward(r, *(m for name, m in seen.items() if name != "map"), *us, *fulls, *weights[::2])
         return tuple(out)
 
@@ -147,14 +158,17 @@ class _Pairs(torch.autograd.Function):
         us, fulls, depths = (saved[len(names) + i * n:len(names) + (i + 1) * n] for i in range(3))
         total, padded, out = {}, {}, []
         for (place, width, what, dilation, stride), g, u, full, depth in zip(ctx.how, grads, us, fulls, depths):
-            x, k, c = seen[what], depth.shape[-1], full.shape[1]
-            gu, gp, _ = _backward(_map(_dense(g), g.shape, len(full)), _map(u, u.shape, c), full, None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1, [True, True, False])
-            gu, split = _map(_dense(gu), u.shape), k == 5 and dilation == 1
-            gx, gd, _ = _backward(gu, x, depth, None, [stride] * 2, [dilation * (k // 2)] * 2, [dilation] * 2, False, [0, 0], x.shape[1], [True, not split, False])
+            x, side = seen[what], depth.shape[-1]
+            gu, gp = _mix_backward(_dense(g), u, full)
+            gu = _map(gu, u.shape)
+            conv = lambda x, kernel, pad, mask: _backward(gu, x, kernel, None, [stride] * 2, [pad] * 2, [dilation] * 2, False, [0, 0], x.shape[1], mask)
+            # kernels wider than 3, or higher than their map, have no fast weight gradient
+            split = dilation == 1 and (side == 5 or x.shape[2] < side)
+            gx, gd, _ = conv(x, depth, dilation * (side // 2), [True, not split, False])
             if split:
-                if what not in padded: padded[what] = F.pad(x, (2, 0, 2, 2)), F.pad(x, (0, 2, 2, 2)) # rows too, for maps lower than the kernel
-                left, right = (_backward(gu, p, depth[..., :3], None, [stride] * 2, [0, 0], [1, 1], False, [0, 0], x.shape[1], [False, True, False])[1] for p in padded[what])
-                gd = torch.cat([left[..., :2], right], -1)
+                if (what, side) not in padded: padded[what, side] = [F.pad(x, p) for p in ([(2, 0, 2, 2), (0, 2, 2, 2)] if side == 5 else [(1, 1, 1, 1)])]
+                gd = [conv(p, depth[..., :3], 0, [False, True, False])[1] for p in padded[what, side]]
+                gd = torch.cat([gd[0][..., :2], gd[1]], -1) if side == 5 else gd[0]
             total[what] = total[what].add_(gx) if what in total else _dense(gx)
             out += [gd, gp if place is None else gp[place]]
         g = total.get("map")
