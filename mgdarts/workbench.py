@@ -489,9 +489,9 @@ class LivePanel:
     def charts(self):
         s = self.bench.stepper
         events, loss = s.events if s else [], s.running_loss if s and s.state not in s.ENDED else None
-        n = len(events)
-        if n != self.drawn:
-            self.drawn = n
+        stamp = (id(s), len(events))
+        if stamp != self.drawn:
+            self.drawn = stamp
             fig = plots.progress(list(events))
             if self.base is None and self.bench.deck.width: fig.layout.width = self.plot.layout.width
             self.plot.show_figure(fig)
@@ -533,7 +533,7 @@ class ThresholdPanel:
             field = self.fields[g] = ui.BoundedFloatText(min=0, max=1e6, step=.01, description=f"{g}s", layout=ui.Layout(width="190px"))
             field.observe(lambda change, g=g: self._typed(g, change), "value")
             reset = ui.Button(description="as learned", tooltip=f"back to the learned thresholds of {g}s", layout=ui.Layout(width="100px"))
-            reset.on_click(lambda _, g=g: (bench.whatif and bench.whatif.reset(g), bench._later("thresholds")))
+            reset.on_click(lambda _, g=g: bench.reset(g))
             rows.append(ui.VBox([pic, ui.HBox([field, reset])]))
         self.table, self.said, self.overview = ui.HTML(), ui.HTML(), Picture(label="all cells as they would be")
         self.overview.on_msg(bench._message)
@@ -584,7 +584,7 @@ class LogPanel:
         self.widget = ui.VBox([self.html])
     def draw(self):
         s = self.bench.stepper
-        n = (len(s.events) if s else 0, len(self.bench.said), s and s.trace)
+        n = (id(s), len(s.events) if s else 0, len(self.bench.said), s and s.trace)
         if n == self.drawn: return
         self.drawn = n
         lines = [event_line(e) for e in (s.events[-400:] if s else [])]
@@ -725,6 +725,7 @@ class Workbench:
         old, self.stepper = self.stepper, None
         if old: old.close()
         self.config, self.view, self.whatif, self._pending, self._images = cfg, None, None, None, None
+        if hasattr(self, "thresholds"): self.thresholds.extra.clear()
         self.stepper = Stepper(work, self._wake.set)
 
     def _build(self):
@@ -805,6 +806,13 @@ class Workbench:
         "Turn a threshold."
         if self.whatif is None: return
         with self.lock: self._guard(lambda: self.whatif.move(granularity, which or self.thresholds.which, float(to)))
+        self.thresholds.extra.clear() # what was measured belongs to other thresholds
+        self._later("thresholds")
+    def reset(self, granularity: str):
+        "Back to the learned thresholds."
+        if self.whatif is None: return
+        with self.lock: self.whatif.reset(granularity)
+        self.thresholds.extra.clear()
         self._later("thresholds")
     def start(self, cfg: Config, out: str|Path|None = None):
         "A new search; the one that is open stops, saved."
