@@ -143,7 +143,8 @@ class Stepper:
         if event.type == "regrow": self.regrown |= {(c, EDGES.index((a, b)), OPS.index(o)) for c, a, b, o in data["regrown"]}
         if event.type == "epoch":
             net, n = self.search.net, len(self.search.net.cells)
-            self.history.append((event.epoch + 1, torch.sigmoid(net.alpha.detach()[:n]).cpu(), net.t_alpha.detach()[:n].cpu() if net.discretising else None))
+            live = lambda v: v.detach()[:n].masked_fill(~net.op_live[:n], float("nan")).cpu()
+            self.history.append((event.epoch + 1, live(torch.sigmoid(net.alpha)), live(net.t_alpha) if net.discretising else None))
         self.changed()
     def _rest(self, event):
         now, search = time.monotonic(), self.search
@@ -459,6 +460,9 @@ export default () => {
                 self.add_traces(fig.data)
             if self.layout.to_plotly_json() != layout:
                 self.layout.shapes, self.layout.annotations = (), ()
+                for name, axis in self.layout.to_plotly_json().items(): # what the new figure leaves open
+                    if name[1:5] == "axis":
+                        for k in axis.keys() - layout.get(name, {}).keys(): self.layout[name][k] = None
                 self.update_layout(layout)
 
 def _equal(a, b): return a is b or (a is not None and b is not None and len(a) == len(b) and tuple(a) == tuple(b))
@@ -510,7 +514,7 @@ class LivePanel:
         w = WhatIf(view)
         grad, mom = float(view.grad[unit]), float(view.mom[unit])
         filters = view.count.cells[c].by_op.get((e, o), [0] * 5)
-        facts = [("σ(α)", f"{float(view.strength[unit]):.4f}"), ("threshold", "–" if view.warmup else f"{float(view.thresholds['t_alpha'][unit]):.4f}"), ("gradient of α", f"{grad:+.2e}"), ("its smoothed momentum (Eq. 6)", f"{mom:+.2e}"),
+        facts = [("σ(α)", f"{float(view.strength[unit]):.4f}"), ("threshold", "–" if view.warmup or not bool(view.live[unit]) else f"{float(view.thresholds['t_alpha'][unit]):.4f}"), ("gradient of α", f"{grad:+.2e}"), ("its smoothed momentum (Eq. 6)", f"{mom:+.2e}"),
                  ("parameters", f"{filters[4]:,}"), ("filters", f"{filters[0]} of {filters[1]}" if is_conv(o) else "–"), ("weights", f"{filters[2]:,} of {filters[3]:,}" if is_conv(o) else "–")]
         self.facts.value = '<div class="mg-line">' + "".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts) + "</div>"
         for pic, g in ((self.beta, "filter"), (self.omega, "weight")):
