@@ -22,9 +22,9 @@ from .space import *
 
 # %% auto #0
 __all__ = ['STYLE', 'Halt', 'Stepper', 'on_search', 'past_of', 'on_run', 'on_new', 'status_line', 'time_left', 'event_line',
-           'outcome_rows', 'rows_html', 'Deck', 'Picture', 'Table', 'Library', 'Plot', 'LivePanel', 'ThresholdPanel',
-           'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk', 'strongest_of', 'Workbench',
-           'demo_or_newest']
+           'outcome_rows', 'rows_html', 'Deck', 'Picture', 'Table', 'Library', 'Plot', 'Chart', 'LivePanel',
+           'ThresholdPanel', 'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk', 'strongest_of',
+           'Workbench', 'demo_or_newest']
 
 # %% ../nbs/35_workbench.ipynb #f7161702
 class Halt(Exception):
@@ -445,27 +445,41 @@ export default () => {
   return { async initialize(ctx) { inner = (await p.promise).default(); await inner.initialize?.(ctx); }, async render(ctx) { return inner.render(ctx); } };
 };
 """
-    def show_figure(self, fig: go.Figure):
-        "Become another figure, by changing no more than its numbers where that is enough."
-        def alike(a, b): return (a.type, a.name, a.mode if hasattr(a, "mode") else None) == (b.type, b.name, b.mode if hasattr(b, "mode") else None)
-        layout = fig.layout.to_plotly_json()
-        if self.layout.width: layout["width"] = self.layout.width
-        with self.batch_update():
-            if len(self.data) == len(fig.data) and all(map(alike, self.data, fig.data)):
-                for mine, new in zip(self.data, fig.data):
-                    for k in ("x", "y", "hovertext"):
-                        if k in new and not _equal(mine[k], new[k]): mine[k] = new[k]
-            else:
-                self.data = []
-                self.add_traces(fig.data)
-            if self.layout.to_plotly_json() != layout:
-                self.layout.shapes, self.layout.annotations = (), ()
-                for name, axis in self.layout.to_plotly_json().items(): # what the new figure leaves open
-                    if name[1:5] == "axis":
-                        for k in axis.keys() - layout.get(name, {}).keys(): self.layout[name][k] = None
-                self.update_layout(layout)
 
-def _equal(a, b): return a is b or (a is not None and b is not None and len(a) == len(b) and tuple(a) == tuple(b))
+class Chart:
+    "A place for figures. Other numbers go into the plot that is there; another figure is another plot, which the browser gets whole: changes that come while it is still being drawn would be lost."
+    def __init__(self):
+        self.plot, self.width, self.box = None, None, ui.VBox()
+        self.show(go.Figure())
+    @property
+    def data(self): return self.plot.data
+    @property
+    def layout(self): return self.plot.layout
+    def resize(self, width: int # pixels
+              ):
+        self.width = self.plot.layout.width = width
+    def show(self, fig: go.Figure):
+        "Show a figure."
+        alike = lambda a, b: (a.type, a.name, getattr(a, "mode", None)) == (b.type, b.name, getattr(b, "mode", None))
+        if self.width: fig.layout.width = self.width
+        if self.plot is None or not self.data or len(self.data) != len(fig.data) or not all(map(alike, self.data, fig.data)):
+            old, self.plot = self.plot, Plot(fig)
+            self.box.children = (self.plot,)
+            if old is not None: old.close()
+            return
+        layout, plot = fig.layout.to_plotly_json(), self.plot
+        with plot.batch_update():
+            for mine, new in zip(plot.data, fig.data):
+                for k, v in new.to_plotly_json().items():
+                    if k not in ("type", "name", "mode", "uid") and not _equal(mine[k], new[k]): mine[k] = new[k]
+            if plot.layout.to_plotly_json() != layout:
+                plot.layout.shapes, plot.layout.annotations = (), ()
+                for name, axis in plot.layout.to_plotly_json().items(): # what the new figure leaves open
+                    if name[1:5] == "axis":
+                        for k in axis.keys() - layout.get(name, {}).keys(): plot.layout[name][k] = None
+                plot.update_layout(layout)
+
+def _equal(a, b)->bool: return len(a) == len(b) and tuple(a) == tuple(b) if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) else a == b
 
 # %% ../nbs/35_workbench.ipynb #319b23ef
 def _label(text): return ui.HTML(f"<b>{html.escape(text)}</b>")
@@ -474,12 +488,12 @@ class LivePanel:
     "Charts over the epochs, all cells, one cell, one operation."
     def __init__(self, bench):
         self.bench, self.drawn, self.base = bench, None, None
-        self.plot = Plot()
+        self.plot = Chart()
         self.overview, self.cell = Picture(label="all cells; brackets move between them"), Picture(label="the selected cell; arrow keys move the selection", said=" ")
         self.beta, self.omega, self.history = Picture(label="filters of the selected operation"), Picture(label="weights of the selected operation"), Picture(label="strength of the selected operation over the epochs")
         self.facts = ui.HTML()
         for pic in (self.overview, self.cell): pic.on_msg(bench._message)
-        self.left = ui.VBox([self.plot])
+        self.left = ui.VBox([self.plot.box])
         self.right = ui.VBox([Picture(svg=pictures.op_legend_svg(), label="operation types"), self.overview, self.cell, self.facts, self.history, self.beta, self.omega])
         self.widget = ui.HBox([self.left, self.right], layout=ui.Layout(flex_flow="row wrap", overflow="hidden"))
 
@@ -487,7 +501,7 @@ class LivePanel:
         "Two columns where there is room, one where there is not."
         wide = width >= 900
         left = int((width - 40) * .54) if wide else width - 40
-        self.plot.layout.width = left
+        self.plot.resize(left)
         self.left.layout.width, self.right.layout.width = f"{left}px", f"{width - 48 - left if wide else width - 40}px"
 
     def charts(self):
@@ -497,11 +511,10 @@ class LivePanel:
         if stamp != self.drawn:
             self.drawn = stamp
             fig = plots.progress(list(events))
-            if self.base is None and self.bench.deck.width: fig.layout.width = self.plot.layout.width
-            self.plot.show_figure(fig)
+            self.plot.show(fig)
             self.base = (list(fig.data[0].x), list(fig.data[0].y)) if len(fig.data) else None
         if self.base and loss and loss[0] > self.base[0][-1]: # the epoch that is being done
-            with self.plot.batch_update():
+            with self.plot.plot.batch_update():
                 self.plot.data[0].x, self.plot.data[0].y = self.base[0] + [loss[0]], self.base[1] + [loss[1]]
                 if loss[0] > self.plot.layout.xaxis.range[1]: self.plot.layout.xaxis.range = (0, loss[0] * 1.02)
 
@@ -599,15 +612,16 @@ class ReplayPanel:
     "A recorded search at any moment."
     def __init__(self, bench):
         self.bench, self.rep, self.drawn = bench, None, None
-        self.plot, self.cell, self.said = Plot(), Plot(), ui.HTML()
+        self.plot, self.cell, self.said = Chart(), Chart(), ui.HTML()
         self.slider = ui.IntSlider(min=0, max=0, description="moment", readout=False, continuous_update=True, layout=ui.Layout(width="420px"))
         self.play = ui.Play(min=0, max=0, interval=400)
         ui.jslink((self.play, "value"), (self.slider, "value"))
         self.slider.observe(lambda _: bench._later("replay"), "value")
         save = ui.Button(description="Save as a page", tooltip="replay.html in the run folder: plays without a kernel", layout=ui.Layout(width="auto"))
         save.on_click(lambda _: bench.save_replay())
-        self.widget = ui.VBox([ui.HBox([self.play, self.slider, self.said, save], layout=ui.Layout(flex_flow="row wrap")), self.plot, self.cell])
-    def resize(self, width): self.plot.layout.width = self.cell.layout.width = width - 40
+        self.widget = ui.VBox([ui.HBox([self.play, self.slider, self.said, save], layout=ui.Layout(flex_flow="row wrap")), self.plot.box, self.cell.box])
+    def resize(self, width):
+        for chart in (self.plot, self.cell): chart.resize(width - 40)
     def load(self):
         "Read the record anew; the last moment is shown, unless another one was."
         folder = self.bench.stepper.folder if self.bench.stepper else None
@@ -624,12 +638,12 @@ class ReplayPanel:
         c = self.bench.selected[0] if self.bench.selected else 0
         if self.drawn == (stamp, i, c): return
         if not rep or not len(rep):
-            self.plot.show_figure(plots.empty("there is nothing to replay yet"))
-            self.cell.show_figure(plots.empty(""))
+            self.plot.show(plots.empty("there is nothing to replay yet"))
+            self.cell.show(plots.empty(""))
         else:
-            self.plot.show_figure(replay.frame_figure(rep, i))
+            self.plot.show(replay.frame_figure(rep, i))
             f = rep[i]
-            self.cell.show_figure(replay.cell_figure(f, min(c, f.cells - 1)) if f.cells else plots.empty(rep.missing or "no cell was recorded at this moment"))
+            self.cell.show(replay.cell_figure(f, min(c, f.cells - 1)) if f.cells else plots.empty(rep.missing or "no cell was recorded at this moment"))
             self.said.value = html.escape(f"{f.label} ({i + 1} of {len(rep)})")
         self.drawn = (stamp, i, c)
 
@@ -642,9 +656,10 @@ class ComparePanel:
         self.table.observe(lambda _: bench._later("compare"), "chosen")
         again = ui.Button(description="Look again", tooltip="read the folder of runs anew", layout=ui.Layout(width="auto"))
         again.on_click(lambda _: (self.load(), bench._later("compare")))
-        self.curves, self.pareto, self.difference, self.said = Plot(), Plot(), Plot(), ui.HTML()
-        self.widget = ui.VBox([self.table, ui.HBox([again, self.said]), self.curves, self.pareto, self.difference])
-    def resize(self, width): self.curves.layout.width = self.pareto.layout.width = self.difference.layout.width = width - 40
+        self.curves, self.pareto, self.difference, self.said = Chart(), Chart(), Chart(), ui.HTML()
+        self.widget = ui.VBox([self.table, ui.HBox([again, self.said]), *(c.box for c in (self.curves, self.pareto, self.difference))])
+    def resize(self, width):
+        for chart in (self.curves, self.pareto, self.difference): chart.resize(width - 40)
     def load(self):
         "Which runs there are: those beside the one that is open."
         s = self.bench.stepper
@@ -659,10 +674,10 @@ class ComparePanel:
         if self.drawn == chosen: return
         try:
             found = compare.entries([self.paths[k]["run"] for k in chosen])
-            self.curves.show_figure(compare.overlay({e.name: e.events for e in found if e.events}))
-            self.pareto.show_figure(compare.pareto([self.paths[k] for k in chosen]))
+            self.curves.show(compare.overlay({e.name: e.events for e in found if e.events}))
+            self.pareto.show(compare.pareto([self.paths[k] for k in chosen]))
             both = [e for e in found if e.arch is not None][:2]
-            self.difference.show_figure(compare.difference_figure(both[0].arch, both[1].arch) if len(both) == 2 else plots.empty("choose two finished runs to see where their architectures differ"))
+            self.difference.show(compare.difference_figure(both[0].arch, both[1].arch) if len(both) == 2 else plots.empty("choose two finished runs to see where their architectures differ"))
             self.said.value = html.escape(f"A: {both[0].name}, B: {both[1].name}" if len(both) == 2 else f"{len(chosen)} chosen")
         finally: self.drawn = chosen
 
