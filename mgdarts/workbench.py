@@ -450,7 +450,7 @@ class Chart:
     "A place for figures. Other numbers go into the plot that is there; another figure is another plot, which the browser gets whole: changes that come while it is still being drawn would be lost."
     def __init__(self):
         self.plot, self.width, self.box = None, None, ui.VBox()
-        self.show(go.Figure())
+        self.show(plots.empty(""))
     @property
     def data(self): return self.plot.data
     @property

@@ -166,7 +166,7 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
             page.keyboard.press("ArrowLeft")
         i, label, title = desk.until("[workbench.replay.slider.value, workbench.replay.rep[workbench.replay.slider.value].label, workbench.replay.plot.layout.title.text]", lambda v: v[0] <= desk.ask("len(workbench.replay.rep)") - 3 and v[1] in v[2])
         page.wait_for_function("t => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.layout?.title?.text?.includes(t))", arg=label)
-        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].every(p => p._fullLayout && p._fullLayout.plot_bgcolor.replaceAll(' ', '') === 'rgba(0,0,0,0)')")  # no figure lost its look on the way
+        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].every(p => !p._fullLayout || p._fullLayout.plot_bgcolor.replaceAll(' ', '') === 'rgba(0,0,0,0)')")  # no figure lost its look on the way
         desk.shot("light-replay")
 
         # two runs beside each other
@@ -182,7 +182,7 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         if was:
             page.locator("input[aria-label='compare other']").click()
         desk.until("[workbench.compare.drawn is not None and sorted(workbench.compare.drawn), len(workbench.compare.difference.data) > 5]", lambda v: v == [["demo", "other"], True])
-        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].every(p => p._fullLayout && p._fullLayout.plot_bgcolor.replaceAll(' ', '') === 'rgba(0,0,0,0)')")
+        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].every(p => !p._fullLayout || p._fullLayout.plot_bgcolor.replaceAll(' ', '') === 'rgba(0,0,0,0)')")
         desk.shot("light-compare")
         desk.tab("Live")
 
