@@ -675,10 +675,12 @@ class ComparePanel:
         try:
             found = compare.entries([self.paths[k]["run"] for k in chosen])
             self.curves.show(compare.overlay({e.name: e.events for e in found if e.events}))
-            self.pareto.show(compare.pareto([self.paths[k] for k in chosen]))
+            trained = [self.paths[k] for k in chosen if self.paths[k].get("test_acc") is not None]
+            self.pareto.box.layout.display = None if trained else "none"
+            if trained: self.pareto.show(compare.pareto(trained))
             both = [e for e in found if e.arch is not None][:2]
             self.difference.show(compare.difference_figure(both[0].arch, both[1].arch) if len(both) == 2 else plots.empty("choose two finished runs to see where their architectures differ"))
-            self.said.value = html.escape(f"A: {both[0].name}, B: {both[1].name}" if len(both) == 2 else f"{len(chosen)} chosen")
+            self.said.value = html.escape((f"A: {both[0].name}, B: {both[1].name}" if len(both) == 2 else f"{len(chosen)} chosen") + ("" if trained else "; none of them has been retrained yet, so there is no accuracy against size"))
         finally: self.drawn = chosen
 
 class NewPanel:
@@ -973,6 +975,7 @@ class Workbench:
                     if self.selected is None or self.selected[0] >= len(self.view.live): self.selected = strongest_of(self.view)
                     self.whatif = self.whatif.at(self.view) if self.whatif and len(self.whatif.shift["t_alpha"]) == len(self.view.thresholds["t_alpha"]) else WhatIf(self.view)
                     todo |= {"view"}
+                    self._deck() # there is something to save as pictures now
             due = force or now >= self._next
             state = (s.search.steps, s.search.rebuilds, id(s.search), len(s.events)) if s and s.search is not None else None
             if self._pending is None and state not in (None, self._drawn) and (due or waits): self._ask(state)
