@@ -29,7 +29,7 @@ test: .venv/.export
 # Fifty kills, failing system calls, rotten files, wrong inputs: under 20 minutes on two cores.
 faults: .venv/.installed
 	mkdir -p runs
-	$(BIN)/papermill --log-level WARNING --log-output -k python3 nbs/faults.ipynb runs/faults.ipynb -p out runs/faults
+	$(BIN)/papermill --log-level WARNING --no-progress-bar --stdout-file - -k python3 nbs/faults.ipynb runs/faults.ipynb -p out runs/faults
 	@echo "record:   $(CURDIR)/runs/faults/record.json"
 	@echo "notebook: $(CURDIR)/runs/faults.ipynb"
 

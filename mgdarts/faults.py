@@ -487,7 +487,7 @@ def main(out: str = "", # folder for record.json
     "Break things on purpose, and count what is lost."
     from rich.console import Console
     found = suite(kills, failures, places, workers)
-    Console(width=110).print(cli._table(f"{found['seconds']:.0f} s", ["fault", "where", "tried", "survived", "lost"], [tuple(r.values()) for r in found["rows"]]))
+    Console(width=110, force_terminal=False).print(cli._table(f"{found['seconds']:.0f} s", ["fault", "where", "tried", "survived", "lost"], [tuple(r.values()) for r in found["rows"]]))
     for line in found["lost"]: print("LOST", line)
     if out:
         Path(out).mkdir(parents=True, exist_ok=True)

@@ -30,6 +30,8 @@ def page(notebook: Path) -> str:
                 charts = True
                 figure = pio.from_json(json.dumps(data["application/vnd.plotly.v1+json"]), skip_invalid=True)
                 parts.append(f'<div class="chart">{figure.to_html(full_html=False, include_plotlyjs=False)}</div>')
+            elif "text/markdown" in data:
+                parts.append("".join(data["text/markdown"]))
             elif "text" in out or "text/plain" in data:
                 text = out.get("text") or data["text/plain"]
                 parts.append("```text\n" + "".join(text).rstrip() + "\n```")

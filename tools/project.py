@@ -4,7 +4,8 @@ usage: python tools/project.py [readme] [environment] [docs]
   readme        README.md from the prose and code of nbs/index.ipynb
   environment   environment.yml from settings.ini
   docs          the site, in _docs/, from the notebooks
-  publish RUN   figures/NAME/: the figures of a run folder, or of the benchmark notebook's folder, with the record they come from
+  publish RUN   figures/NAME/: the figures of a run folder, or of a benchmark's or fault suite's folder, with the record they come from;
+                of an executed notebook: figures/NAME.ipynb, for the site
 """
 import json
 import shlex
@@ -45,6 +46,8 @@ def environment() -> str:
 
 def publish(run: Path):
     "Figures as PNG (where a Chromium is found), and everything that says where they come from."
+    if run.suffix == ".ipynb":
+        return publish_notebook(run)
     from mgdarts import plots, runs
     folder = ROOT / "figures" / run.name
     if (run / "record.json").exists():  # of the benchmark notebook
@@ -60,6 +63,17 @@ def publish(run: Path):
     curves = {{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()}
     draw(folder, {"dynamics": plots.dynamics(data["events"]), "size": plots.size_and_lambda(data["events"]), "cells": plots.cells(data["arch"]),
                   "distribution": plots.distribution(data["arch"]), "retraining": plots.retrain_curves(curves)})
+
+
+def publish_notebook(path: Path):
+    "An executed notebook with its outputs, without what papermill notes of the machine."
+    book = json.loads(path.read_text("utf-8"))
+    book["metadata"] = {"kernelspec": book["metadata"]["kernelspec"]}
+    for cell in book["cells"]:
+        cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
+        if cell["cell_type"] == "code":
+            cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+    (ROOT / "figures" / path.name).write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
 def draw(folder: Path, figures: dict):
