@@ -861,6 +861,7 @@ d = { 'settings': { 'branch': 'main',
                                    'mgdarts.workbench.outcome_rows': ('workbench.html#outcome_rows', 'mgdarts/workbench.py'),
                                    'mgdarts.workbench.past_of': ('workbench.html#past_of', 'mgdarts/workbench.py'),
                                    'mgdarts.workbench.rows_html': ('workbench.html#rows_html', 'mgdarts/workbench.py'),
+                                   'mgdarts.workbench.short': ('workbench.html#short', 'mgdarts/workbench.py'),
                                    'mgdarts.workbench.status_line': ('workbench.html#status_line', 'mgdarts/workbench.py'),
                                    'mgdarts.workbench.strongest_of': ('workbench.html#strongest_of', 'mgdarts/workbench.py'),
                                    'mgdarts.workbench.time_left': ('workbench.html#time_left', 'mgdarts/workbench.py')}}}

@@ -21,10 +21,10 @@ from .search import Search
 from .space import *
 
 # %% auto #0
-__all__ = ['STYLE', 'Halt', 'Stepper', 'on_search', 'past_of', 'on_run', 'on_new', 'status_line', 'time_left', 'event_line',
-           'outcome_rows', 'rows_html', 'Deck', 'Picture', 'Table', 'Library', 'Plot', 'Chart', 'LivePanel',
-           'ThresholdPanel', 'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk', 'strongest_of',
-           'Workbench', 'demo_or_newest']
+__all__ = ['STYLE', 'Halt', 'Stepper', 'on_search', 'past_of', 'on_run', 'on_new', 'short', 'status_line', 'time_left',
+           'event_line', 'outcome_rows', 'rows_html', 'Deck', 'Picture', 'Table', 'Library', 'Plot', 'Chart',
+           'LivePanel', 'ThresholdPanel', 'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk',
+           'strongest_of', 'Workbench', 'demo_or_newest']
 
 # %% ../nbs/35_workbench.ipynb #f7161702
 class Halt(Exception):
@@ -222,10 +222,15 @@ def on_new(cfg: Config, out: str|Path):
     return work
 
 # %% ../nbs/35_workbench.ipynb #8f131fb7
+def short(path: Path)->str:
+    "A path as a person would say it: from the project's folder where it is in there."
+    path, home = Path(path).absolute(), runs.root().absolute()
+    return str(path.relative_to(home) if path.is_relative_to(home) else path)
+
 def status_line(stepper: Stepper|None)->tuple: # (word, explanation)
     "What is happening."
     if stepper is None: return "nothing open", "start a new search below, or open a run"
-    s, where = stepper.state, f" Its state is saved in {stepper.folder}." if stepper.folder else ""
+    s, where = stepper.state, f" Its state is saved in {short(stepper.folder)}." if stepper.folder else ""
     if s == "failed":
         message = " ".join(str(stepper.error).split())
         return "failed", f"{message if isinstance(stepper.error, (InputError, RuntimeError)) else type(stepper.error).__name__ + ': ' + message}" + (" What was saved last is there: Run goes on from it." if stepper.folder and (stepper.folder / "checkpoint").exists() else "")
@@ -793,7 +798,7 @@ class Workbench:
         elif what == "step": s.step()
         elif what == "pause": s.pause()
         elif what == "stop": s.stop(0)
-        elif what == "checkpoint": s.ask(lambda search: s.save()).add_done_callback(lambda f: self.say(f"not saved: {f.exception()}" if f.exception() else f"state saved in {s.folder / 'checkpoint'}"))
+        elif what == "checkpoint": s.ask(lambda search: s.save()).add_done_callback(lambda f: self.say(f"not saved: {f.exception()}" if f.exception() else f"state saved in {short(s.folder / 'checkpoint')}"))
         self._later("deck")
     def can(self)->tuple:
         "What can be done now."
@@ -912,7 +917,7 @@ class Workbench:
         if s is None or s.folder is None: return self.say("not done: a search without a run folder has no record")
         def do():
             path = replay.animation(s.folder, s.folder / "replay.html")
-            self.say(f"{path} is written ({path.stat().st_size / 1e6:.1f} MB)")
+            self.say(f"{short(path)} is written ({path.stat().st_size / 1e6:.1f} MB)")
         self._task("replay", do)
     def branch(self):
         "Go on from the what-if in a new run."
