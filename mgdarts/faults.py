@@ -166,7 +166,11 @@ def fail(seed: int, run: Path, whole: tuple)->tuple: # (call, what went wrong)
     n = len(times[at][{"fsync": "force to disk", "replace": "rename"}[what]]) if what in ("fsync", "replace") else writes[at]
     for i in (0, 1):
         if i == at:
-            code, err = call(steps(run)[i], fail_in(what, r.randrange(n), number))
+            code, err, k = 0, "", r.randrange(n)
+            while code == 0: # a run that saves less often than the undisturbed one may never come to its k-th call
+                shutil.rmtree(run / "train" if i else run, ignore_errors=True)
+                code, err = call(steps(run)[i], fail_in(what, k, number))
+                k //= 2
             line = one_line(err)
             if code != 1 or os.strerror(number) not in line or str(run) not in line: return what, f"exit {code}: {err[-300:]}"
         code, err = call(steps(run)[i])

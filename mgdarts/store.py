@@ -151,11 +151,15 @@ class Lines:
         self.file = open(self.path, "ab", buffering=0)
         self.file.truncate(keep)
     def write(self, line: bytes):
-        try:
+        with self._named():
             n = 0
             while n < len(line): n += self.file.write(line[n:])
+    def sync(self):
+        with self._named(): os.fsync(self.file.fileno())
+    @contextmanager
+    def _named(self): # the system does not say which file
+        try: yield
         except OSError as e: raise OSError(e.errno, e.strerror, str(self.path)) from None
-    def sync(self): os.fsync(self.file.fileno())
     def close(self): self.file.close()
 
 # %% ../nbs/05_store.ipynb #ecc9500f
