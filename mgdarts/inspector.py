@@ -4,7 +4,7 @@
 
 # %% ../nbs/31_inspector.ipynb #e8457537
 from __future__ import annotations
-import copy, json, math
+import copy, math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +13,11 @@ from torch import Tensor
 from .config import InputError
 from .space import *
 from .data import train_batch
+from .events import evaluate
 from .frames import REPLAY_FILE, FrameRecorder
 from .loss import live_thresholds
 from .prune import Candidates, candidates, commit
-from .search import Search, evaluate
+from .search import Search
 from .size import NetCount
 from .supernet import SuperNet
 
@@ -244,7 +245,7 @@ def some_images(loader, # the validation split's
 def accuracy(view: View, masks: dict, images: list # from `some_images`
             )->float: # percent
     "Accuracy of a what-if net."
-    return evaluate(pruned(view, masks), images)[0]
+    return evaluate([pruned(view, masks)], images)[0][0]
 
 # %% ../nbs/31_inspector.ipynb #d2b7dd67
 @torch.no_grad()
@@ -292,7 +293,7 @@ def branch(run: str|Path, # folder of the run
           )->Path:
     "A new run that goes on from a what-if. `InputError` if `out` is taken, or the state does not fit."
     from mgdarts import runs
-    out, cfg = runs.new_folder(out), runs.read_config(run)
+    out = runs.new_folder(out)
     if state["counters"]["finished"]: raise InputError("this search is finished: take an earlier state to go on from")
     loop = runs.bare_search(run, state)
     if [len(c.omega) for c in loop.net.cells] != [len(c.omega) for c in whatif.view.net.cells]: raise InputError("the thresholds were moved on another state of the search: look at it anew")

@@ -11,7 +11,7 @@ from torch import nn, Tensor
 from .config import Compute, InputError, Search as Settings
 from .space import *
 from .discretise import start_thresholds
-from .events import Event, Emitter, NonFiniteLoss, plain
+from .events import Event, Emitter, NonFiniteLoss, evaluate, plain
 from .loss import Lambda, live_thresholds, regulariser
 from .prune import candidates, commit, follow
 from .regrow import regrow, update_momentum
@@ -20,7 +20,7 @@ from .cell import Cell
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'evaluate', 'StagedSearch', 'SavedSearch', 'Search']
+__all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'StagedSearch', 'SavedSearch', 'Search']
 
 # %% ../nbs/10_search.ipynb #7ee0bf29
 def plan(spec: NetSpec, stages: int # 3, or 1: the whole net at once
@@ -53,22 +53,6 @@ def moving(optimisation: str, # joint, iterative-epoch, iterative-half-epoch
     if optimisation == "joint": return ("weights", "strengths", "thresholds", "fine")
     second = epoch % 2 == 1 if optimisation == "iterative-epoch" else progress >= .5
     return ("thresholds", "fine") if second else ("weights", "strengths")
-
-# %% ../nbs/10_search.ipynb #e3889a60
-@torch.no_grad()
-def evaluate(net: SuperNet, batches, # of (images, labels)
-             device: str|torch.device = "cpu"
-            )->tuple: # accuracy in percent, mean cross-entropy; NaN when there is no batch
-    "How well a net does as it is, by the running statistics of its batch norms. It is in training mode afterwards."
-    net.eval()
-    sums, n = torch.zeros(2, dtype=torch.float64, device=device), 0
-    for x, y in batches:
-        x, y, n = x.to(device), y.to(device), n + len(y)
-        logits = net(x)
-        sums += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
-    net.train()
-    hits, loss = sums.tolist()
-    return (100 * hits / n, loss / n) if n else (math.nan, math.nan)
 
 # %% ../nbs/10_search.ipynb #947347b5
 class StagedSearch:
@@ -256,7 +240,9 @@ class Search(SavedSearch):
 
     def validate(self)->tuple: # accuracy in percent, mean cross-entropy
         "The current sub-net on the validation split, with the masks as they are."
-        return evaluate(self.net, self.loaders["val"].eval(), self.device)
+        (found,) = evaluate([self.net], self.loaders["val"].eval(), self.device)
+        self.net.train()
+        return found
 
     @torch.no_grad()
     def snapshot(self)->dict:

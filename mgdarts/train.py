@@ -10,10 +10,10 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .config import InputError, Train
 from .architecture import Architecture, DerivedNet, counts, fingerprint
-from .events import Event, Emitter, NonFiniteLoss
+from .events import Event, Emitter, NonFiniteLoss, evaluate
 
 # %% auto #0
-__all__ = ['learning_rate', 'drop_path', 'total_loss', 'evaluate', 'Trainer']
+__all__ = ['learning_rate', 'drop_path', 'total_loss', 'Trainer']
 
 # %% ../nbs/12_train.ipynb #be198583
 def learning_rate(cfg: Train, epoch: int # 0-based
@@ -36,21 +36,6 @@ def total_loss(logits: Tensor, # [N, classes]
     "Cross-entropy, label-smoothed, with the auxiliary head's."
     loss = F.cross_entropy(logits, y, label_smoothing=cfg.label_smoothing)
     return loss if aux is None else loss + cfg.aux_weight * F.cross_entropy(aux, y, label_smoothing=cfg.label_smoothing)
-
-@torch.no_grad()
-def evaluate(nets: list, # networks in evaluation mode afterwards
-             loader, # with `eval()`, an iterator of (images, labels), read once for all networks
-             device: torch.device
-            )->list: # of (accuracy in percent, mean cross-entropy)
-    "Accuracy and loss of several networks."
-    for net in nets: net.eval()
-    sums, n = torch.zeros(len(nets), 2, dtype=torch.float64, device=device), 0
-    for x, y in loader.eval():
-        x, y, n = x.to(device, non_blocking=True), y.to(device, non_blocking=True), n + len(y)
-        for i, net in enumerate(nets):
-            logits = net(x)[0]
-            sums[i] += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
-    return [(100 * hits / n, loss / n) for hits, loss in sums.tolist()] if n else [(math.nan, math.nan)] * len(nets)
 
 # %% ../nbs/12_train.ipynb #4fbff06b
 def _to_cpu(tree):
@@ -134,7 +119,7 @@ class Trainer:
     def _end_epoch(self):
         "Validate, keep the best weights, go on to the next epoch or to the end."
         epoch, (loss, hits, n) = self.epoch, self.sums.tolist()
-        ((acc, val_loss),) = evaluate([self.net], self.loaders["val"], self.device)
+        ((acc, val_loss),) = evaluate([self.net], self.loaders["val"].eval(), self.device)
         if acc > self.best["val_acc"]: self.best = {"epoch": epoch, "val_acc": acc, "net": _to_cpu(self.net.state_dict())}
         row = {"train_acc": 100 * hits / n, "val_acc": acc, "val_loss": val_loss, "lr": learning_rate(self.cfg, epoch), "drop_path": drop_path(self.cfg, epoch)}
         self.history.append({"epoch": epoch, "loss": loss / n, **row})
@@ -149,7 +134,7 @@ class Trainer:
             best = DerivedNet(self.arch, self.cfg.aux_weight > 0, self.seed)
             best.load_state_dict(self.best["net"])
             nets.append(best.to(self.device, memory_format=torch.channels_last))
-        tests = evaluate(nets, self.loaders["test"], self.device)
+        tests = evaluate(nets, self.loaders["test"].eval(), self.device)
         last, size = self.history[-1], counts(self.arch)
         self.result = {"test_acc_final": tests[0][0], "test_acc_best_val": tests[-1][0], "val_acc_final": last["val_acc"], "val_acc_best": self.best["val_acc"],
                        "best_val_epoch": self.best["epoch"], "test_loss_final": tests[0][1], "train_acc_final": last["train_acc"], "train_loss_final": last["loss"],

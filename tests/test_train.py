@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest, torch
 from mgdarts.architecture import DerivedNet, random_architecture
 from mgdarts.config import InputError, Train
-from mgdarts.events import Emitter, Event, NonFiniteLoss
+from mgdarts.events import Emitter, Event, NonFiniteLoss, evaluate
 from mgdarts.space import NetSpec
 from mgdarts.train import *
 
@@ -99,7 +99,7 @@ def test_best_epoch_is_the_one_that_is_tested():
     t = Trainer(arch(), data, CFG); t.run("epoch"); first = {k: v.clone() for k, v in t.net.state_dict().items()}
     r = t.run()
     net = DerivedNet(t.arch, True); net.load_state_dict(first)
-    assert r["best_val_epoch"] == 0 and same(t.best["net"], first) and r["test_acc_best_val"] == evaluate([net], Toy(seed=2), torch.device("cpu"))[0][0]
+    assert r["best_val_epoch"] == 0 and same(t.best["net"], first) and r["test_acc_best_val"] == evaluate([net], Toy(seed=2).eval(), torch.device("cpu"))[0][0]
 
 def test_events(whole):
     t, heard = Trainer(arch(), loaders(), CFG, seed=4), []

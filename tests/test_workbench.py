@@ -17,7 +17,7 @@ from mgdarts.inspector import View, WhatIf, accuracy, branch, distribution, fixe
 from mgdarts.memory import step_memory
 from mgdarts.prune import commit
 from mgdarts.replay import replay
-from mgdarts.search import evaluate
+from mgdarts.events import evaluate
 from mgdarts.space import EDGES, GRANULARITIES, OPS, is_conv
 from pathlib import Path
 
@@ -97,7 +97,7 @@ def test_an_outcome_is_what_a_commit_does(search, granularity, which, to):
     with torch.no_grad():
         for k, v in w.thresholds().items():
             getattr(masked, k).copy_(v)
-    assert accuracy(w.view, result.masks, images) == evaluate(masked, images)[0]
+    assert accuracy(w.view, result.masks, images) == evaluate([masked], images)[0][0]
 
 
 def test_moving_thresholds(search):
