@@ -72,7 +72,10 @@ def publish_notebook(path: Path):
     for cell in book["cells"]:
         cell["metadata"] = {k: v for k, v in cell["metadata"].items() if k == "tags"}
         if cell["cell_type"] == "code":
-            cell["outputs"] = [o for o in cell["outputs"] if o.get("name") != "stderr"]
+            printed = [o for o in cell["outputs"] if o.get("name") == "stdout"]
+            if printed:  # line by line, as it came
+                printed[0]["text"] = "".join(t for o in printed for t in o["text"])
+            cell["outputs"] = printed[:1] + [o for o in cell["outputs"] if o["output_type"] != "stream"]
     (ROOT / "figures" / path.name).write_text(json.dumps(book, indent=1, ensure_ascii=False) + "\n", "utf-8")
 
 
