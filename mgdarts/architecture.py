@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_architecture.ipynb #1b0d7afd
 from __future__ import annotations
-import ast, hashlib, json, re
+import ast, hashlib, json
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -18,8 +18,8 @@ from .store import digest, parse_json, read_bytes, unpickle, write_whole
 # %% auto #0
 __all__ = ['MAX_WIDTH', 'MAX_WEIGHTS', 'CONVS', 'SCHEMA', 'JSON_FILE', 'MASK_FILE', 'KEYS', 'Op', 'halves', 'parts', 'norms',
            'ArchCell', 'Architecture', 'op_params', 'count', 'breakdown', 'counts', 'random_architecture', 'SepConv',
-           'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell', 'DerivedNet', 'to_json', 'save', 'fingerprint',
-           'load', 'read_genotypes', 'import_genotype']
+           'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell', 'DerivedNet', 'to_json', 'contents', 'save',
+           'fingerprint', 'load', 'read_genotypes', 'import_genotype']
 
 # %% ../nbs/11_architecture.ipynb #3b96abce
 @dataclass(frozen=True)
@@ -406,25 +406,27 @@ def to_json(arch: Architecture, masks_sha256: str # checksum of the masks file
             + f'\n ],\n "masks_sha256": {line(masks_sha256)},\n "provenance": {json.dumps(arch.provenance, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)}')
     return f'{text},\n "sha256": "{digest(json.loads(text + "}"))}"\n}}\n'
 
+def contents(arch: Architecture)->dict: # name -> content, in the order in which they are written
+    "The files of an architecture."
+    from safetensors.torch import save as pack
+    masks = pack({k: m.contiguous() for k, m in arch.masks.items()})
+    return {MASK_FILE: masks, JSON_FILE: to_json(arch, hashlib.sha256(masks).hexdigest()).encode()}
+
 def save(arch: Architecture,
          folder, # made if need be
          overwrite: bool = False # replace an architecture that is already there
         )->Path: # of the JSON file
     "Write an architecture. `InputError` if one is there already."
-    from safetensors.torch import save as pack
     folder = Path(folder)
     if (folder / JSON_FILE).exists() and not overwrite: raise InputError(f"{folder} already holds an architecture: choose another folder, or ask to overwrite")
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"cannot make the folder {folder}: {e.strerror}") from None
-    masks = pack({k: m.contiguous() for k, m in arch.masks.items()})
-    write_whole(folder / MASK_FILE, masks)
-    write_whole(folder / JSON_FILE, to_json(arch, hashlib.sha256(masks).hexdigest()).encode())
+    for name, content in contents(arch).items(): write_whole(folder / name, content)
     return folder / JSON_FILE
 
 def fingerprint(arch: Architecture)->str:
     "A checksum over all of an architecture, masks included."
-    from safetensors.torch import save as pack
-    return hashlib.sha256(to_json(arch, hashlib.sha256(pack({k: m.contiguous() for k, m in arch.masks.items()})).hexdigest()).encode()).hexdigest()
+    return hashlib.sha256(contents(arch)[JSON_FILE]).hexdigest()
 
 # %% ../nbs/11_architecture.ipynb #41ae44ef
 def _cell(c, d):

@@ -12,7 +12,7 @@ from . import architecture as arch_files
 from .architecture import Architecture, DerivedNet, counts
 from .config import InputError
 from .space import *
-from .store import Checkpoints, read_json, write_whole
+from .store import Checkpoints, pickled, read_json, write_whole
 
 # %% auto #0
 __all__ = ['FORMATS', 'to_python', 'plain_net', 'trained', 'export_arch', 'save_figure']
@@ -286,24 +286,16 @@ def export_arch(path: str|Path, # a run folder or an architecture
     net.load_state_dict(ours.state_dict())
     difference = float((ours.eval()(x)[0] - net.eval()(x)).abs().max())
     files = {}
-    if format == "json":
-        from safetensors.torch import save
-        import hashlib
-        masks = save({k: m.contiguous() for k, m in arch.masks.items()})
-        files = {out.with_name(arch_files.MASK_FILE): masks, out: arch_files.to_json(arch, hashlib.sha256(masks).hexdigest()).encode()}
+    if format == "json": files = {out if name == arch_files.JSON_FILE else out.with_name(name): content for name, content in arch_files.contents(arch).items()}
     elif format == "onnx": files[out] = _onnx(net, x)
     else:
         files[out.with_suffix(".py")] = to_python(arch, out.stem).encode()
-        if format == "torch" or state: files[out.with_suffix(".pt")] = _saved(net.state_dict())
+        if format == "torch" or state: files[out.with_suffix(".pt")] = pickled({k: v.clone() for k, v in net.state_dict().items()})
     if there := [f for f in files if f.exists()]: raise InputError(f"{there[0]} exists: choose another --out")
     for f, content in files.items(): write_whole(f, content)
     return {"format": format, "files": [str(f) for f in files], "bytes": sum(map(len, files.values())), "weights": "train" if state else "none", "max_difference": difference, "name": arch.name, "params_nonzero": counts(arch)["params_nonzero"]}
 
-def _saved(state)->bytes:
-    import io
-    buffer = io.BytesIO()
-    torch.save({k: v.clone() for k, v in state.items()}, buffer)
-    return buffer.getvalue()
+
 
 # %% ../nbs/34_export.ipynb #c9133725
 def save_figure(fig, # plotly figure

@@ -8,7 +8,7 @@ import builtins, contextlib, errno, hashlib, io, json, os, random, shutil, signa
 from collections import Counter
 from pathlib import Path
 import torch
-from . import architecture, cli, data, frames, plots, replay, runs, search, store, supernet, train
+from . import architecture, cli, data, frames, replay, runs, search, store, supernet, train
 from .config import InputError, preset
 
 # %% auto #0
@@ -55,12 +55,16 @@ def steps(run: Path)->tuple: # of argument lists
     trained = ["--resume"] if (run / "train/config.json").exists() else []
     return ["search", *searched, "--out", run], ["train", run, *trained]
 
+def _text(state: dict)->str:
+    "A state, tensors with their types and shapes, as text to compare."
+    return json.dumps(state, default=lambda t: [str(t.dtype), list(t.shape), t.contiguous().view(-1).numpy().tobytes().hex()])
+
 def bits(run: Path)->dict:
     "Everything that a run and its retraining leave behind and that must not depend on interruptions."
     out = {}
     for name, part in (("search", run), ("retraining", run / "train")):
         strip = lambda d: {k: v for k, v in d.items() if k not in ("record", "run", "wall_s", "events")} # paths and clocks
-        text = json.dumps(strip(store.Checkpoints(part / "checkpoint").load()), default=lambda t: [str(t.dtype), list(t.shape), t.contiguous().view(-1).numpy().tobytes().hex()])
+        text = _text(strip(store.Checkpoints(part / "checkpoint").load()))
         out[name] = ([{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(part / "events.jsonl")], text,
                      strip(store.read_json(part / "result.json", "a result")), [(part / n).read_bytes() for n in (architecture.JSON_FILE, architecture.MASK_FILE, *([frames.REPLAY_FILE] if part == run else []))])
     return out
@@ -192,7 +196,7 @@ def _newest(folder: Path):
         warnings.simplefilter("error")
         try: state = store.Checkpoints(folder).load()
         except UserWarning as e: raise InputError(str(e)) from None
-    return json.dumps(state, default=lambda t: t.contiguous().view(-1).numpy().tobytes().hex())
+    return _text(state)
 
 def _resumed(path, kept): # the events as a resumed run takes them
     runs.Recorder(path, kept).close()
@@ -266,7 +270,6 @@ def _deflated(content: bytes)->bytes:
         for i in z.infolist(): packed.writestr(i.filename, z.read(i))
     return out.getvalue()
 
-def _body(value)->bytes: torch.save(value, out := io.BytesIO()); return out.getvalue()
 def _sealed(body: bytes)->bytes: return store.STATE + b" %d " % store.STATE_VERSION + hashlib.sha256(body).hexdigest().encode() + b"\n" + body
 
 def _hand(path: Path, change, seal: bool):
@@ -322,7 +325,7 @@ def wrong_inputs(d: Path, # an empty folder
     genotype("a genotype of 1 cell", "NET = Genotype(gene=[[('skip_connect', 0, 2, [4])]], concat=range(2, 6))", "number of cells")
     genotype("a genotype by another name", GENOTYPE, "no genotype", "--name", "OTHER")
     genotype("an odd number of channels", GENOTYPE, "channels", channels=-3)
-    for what, content in (("masks that are text", b"hello"), ("masks that make a folder", _body(_Runs(hacked))), ("masks that grow from 3 kB to 4 GB", _body([[torch.zeros(1).expand(10 ** 9)]])), ("masks that are packed 1000 to 1", _deflated(_body([[torch.zeros(10 ** 6)]]))), ("masks for another genotype", _body([[torch.ones(3)]]))):
+    for what, content in (("masks that are text", b"hello"), ("masks that make a folder", store.pickled(_Runs(hacked))), ("masks that grow from 3 kB to 4 GB", store.pickled([[torch.zeros(1).expand(10 ** 9)]])), ("masks that are packed 1000 to 1", _deflated(store.pickled([[torch.zeros(10 ** 6)]]))), ("masks for another genotype", store.pickled([[torch.ones(3)]]))):
         file = d / f"m{len(out)}"; file.write_bytes(content)
         genotype(what, GENOTYPE, str(file), "--masks", file)
     # architectures
@@ -359,10 +362,10 @@ def wrong_inputs(d: Path, # an empty folder
     def both(content): return lambda f: _state(f, content=content)
     resume("no whole state", "new run", both(b"garbage"))
     resume("a state of a later version", "later mgdarts", both(store.pack_state({}).replace(b"state 1 ", b"state 9 ", 1)))
-    resume("a state that makes a folder", "new run", both(_sealed(_body({"x": _Runs(hacked)}))))
-    resume("a state that grows from 3 kB to 4 GB", "new run", both(_sealed(_body({"mom": torch.zeros(1).expand(10 ** 9)}))))
-    resume("a state that is packed 1000 to 1", "new run", both(_sealed(_deflated(_body({"mom": torch.zeros(10 ** 6)})))))
-    resume("a state that is a list", "new run", both(_sealed(_body([1]))))
+    resume("a state that makes a folder", "new run", both(_sealed(store.pickled({"x": _Runs(hacked)}))))
+    resume("a state that grows from 3 kB to 4 GB", "new run", both(_sealed(store.pickled({"mom": torch.zeros(1).expand(10 ** 9)}))))
+    resume("a state that is packed 1000 to 1", "new run", both(_sealed(_deflated(store.pickled({"mom": torch.zeros(10 ** 6)})))))
+    resume("a state that is a list", "new run", both(_sealed(store.pickled([1]))))
     resume("a state without optimizers", "does not fit", lambda f: _state(f, lambda s: s.pop("optimizer") and None))
     resume("a state with another shape", "does not fit", lambda f: _state(f, lambda s: s["net"].update(alpha=s["net"]["alpha"][:1])))
     resume("a state at stage 10^9", "does not fit", lambda f: _state(f, lambda s: s["counters"].update(stage=10 ** 9)))

@@ -12,7 +12,7 @@ from .config import InputError
 
 # %% auto #0
 __all__ = ['SCHEMA', 'STATE', 'STATE_VERSION', 'write_whole', 'read_bytes', 'parse_json', 'digest', 'write_json', 'read_json',
-           'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'Lines', 'refuse_links', 'lock']
+           'pickled', 'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'Lines', 'refuse_links', 'lock']
 
 # %% ../nbs/05_store.ipynb #05fee06c
 def write_whole(path: Path, content: bytes):
@@ -90,6 +90,11 @@ def _tensors(value):
             seen.add(id(v))
             todo += v.values() if isinstance(v, dict) else v
 
+def pickled(value)->bytes:
+    "Tensors and plain data in PyTorch's format."
+    torch.save(value, buffer := io.BytesIO())
+    return buffer.getvalue()
+
 def unpickle(content: bytes # PyTorch's zip format
             ):
     "Tensors and plain data, nothing else, and no larger than they are in the file. `ValueError` if it holds more."
@@ -105,9 +110,7 @@ STATE_VERSION = 1
 
 def pack_state(state: dict)->bytes:
     "A state as the content of a file."
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    body = buffer.getvalue()
+    body = pickled(state)
     return b"%s %d %s\n" % (STATE, STATE_VERSION, hashlib.sha256(body).hexdigest().encode()) + body
 
 def unpack_state(content: bytes)->dict:
