@@ -11,7 +11,6 @@ from torch import nn, Tensor
 from . import architecture as arch_files
 from .architecture import Architecture, DerivedNet, counts
 from .config import InputError
-from .space import *
 from .store import Checkpoints, pickled, read_json, write_whole
 
 # %% auto #0

@@ -13,7 +13,7 @@ from . import plots
 from .architecture import ArchCell, Op
 from .config import InputError
 from .frames import BINS, KINDS, Frame, read_frames
-from .plots import GRANULARITY_COLOURS, GREY, GRID, OP_STYLES, RING, RUN_COLOURS, Look
+from .plots import GRANULARITY_COLOURS, GREY, OP_STYLES, RING, RUN_COLOURS, Look
 from .runs import read_config, read_events
 from .space import *
 

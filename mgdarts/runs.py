@@ -5,7 +5,6 @@
 # %% ../nbs/14_runs.ipynb #d59cd725
 from __future__ import annotations
 import hashlib, json, os, platform, signal, subprocess, threading, time
-from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from . import __version__
@@ -14,7 +13,7 @@ from .architecture import Architecture, counts, random_architecture
 from .config import Config, InputError, from_dict, to_dict
 from .data import Augment, Loader, Splits, load_data, root
 from .derive import derive, inherited
-from .events import Emitter, Event, NonFiniteLoss, RunFailed, Stopped
+from .events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
 from .search import Search
 from .space import NetSpec
