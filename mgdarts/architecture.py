@@ -5,7 +5,7 @@
 # %% ../nbs/11_architecture.ipynb #1b0d7afd
 from __future__ import annotations
 import ast, hashlib, json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -17,9 +17,9 @@ from .store import digest, parse_json, read_bytes, unpickle, write_whole
 
 # %% auto #0
 __all__ = ['MAX_WIDTH', 'MAX_WEIGHTS', 'CONVS', 'SCHEMA', 'JSON_FILE', 'MASK_FILE', 'KEYS', 'Op', 'halves', 'parts', 'norms',
-           'ArchCell', 'Architecture', 'op_params', 'count', 'breakdown', 'counts', 'random_architecture', 'SepConv',
-           'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell', 'DerivedNet', 'to_json', 'contents', 'save',
-           'fingerprint', 'load', 'read_genotypes', 'import_genotype']
+           'ArchCell', 'Architecture', 'op_params', 'count', 'breakdown', 'counts', 'at_width', 'fitted',
+           'random_architecture', 'SepConv', 'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell', 'DerivedNet',
+           'to_json', 'contents', 'save', 'fingerprint', 'load', 'read_genotypes', 'import_genotype']
 
 # %% ../nbs/11_architecture.ipynb #3b96abce
 @dataclass(frozen=True)
@@ -222,6 +222,25 @@ def counts(arch: Architecture)->dict: # JSON-ready
     return {"params_total": net.dense + arch.aux_head.params, "params_deployable": net.dense, "params_nonzero": net.params, "macs": net.macs_dense, "macs_nonzero": net.macs,
             "ops": net.ops, "convs": sum(convs), "edges": sum(edges), "cells": rows, "retention": {**net.retention(), "conv": sum(convs) / CONVS / len(rows)},
             "by_type": types(net, arch.cells), "breakdown": breakdown(arch)}
+
+# %% ../nbs/11_architecture.ipynb #c82d9a2e
+def at_width(arch: Architecture, channels: int # C
+            )->Architecture: # without masks
+    "The operations of an architecture with the full width of every cell."
+    spec = replace(arch.spec, channels=channels)
+    cells = [ArchCell(tuple(replace(op, widths=(c.width,) * len(op.widths)) for op in cell.ops), (c.width,) * STATES) for cell, c in zip(arch.cells, spec.cell)]
+    return Architecture(arch.name, channels, arch.classes, arch.size, arch.in_channels, tuple(cells), {}, {**arch.provenance, "width": channels}, arch.stem)
+
+def fitted(arch: Architecture, params: float # deployable parameters, plain number
+          )->Architecture:
+    "The width at which an architecture has about so many parameters. `InputError` when even the narrowest has more than twice as many."
+    low, high = 2, 512 # sizes grow with the width
+    while high - low > 2:
+        middle = (low + high) // 4 * 2
+        low, high = (middle, high) if count(at_width(arch, middle)).params <= params else (low, middle)
+    out = at_width(arch, min((low, high), key=lambda c: abs(count(at_width(arch, c)).params - params)))
+    if count(out).params > 2 * params: raise InputError(f"search.target_m={params / 1e6:g} is too small for these operations: with 2 filters they have {count(out).params} parameters")
+    return out
 
 # %% ../nbs/11_architecture.ipynb #edd84928
 def random_architecture(spec: NetSpec,

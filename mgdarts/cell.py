@@ -4,11 +4,13 @@
 
 # %% ../nbs/06_cell.ipynb #729319dd
 from __future__ import annotations
+import math
 from dataclasses import dataclass, field
+from functools import cached_property
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .space import *
-from .discretise import discretise, strongest
+from .discretise import discretise, strongest, top
 from .kernels import EPS, among, native, normalise, normalise_sum, Pair, pairs, pixels, from_pixels, pointwise, spread_index, weighted_sum
 from .operations import avg_pool, even_odd, factorized_reduce, from_phases, max_pool, reset_uniform
 from .size import CellIndex, Layout, layout
@@ -90,6 +92,9 @@ class PlannedCell(nn.Module):
         skips = torch.cat([torch.full((len(i),), not g.learned) for g, i in lay.gates])
         self._hold(gate_of=gate_of, gate_len=gate_len, gate_n=self.gate_sizes, conv=conv, conv_len=conv_len, coef=coef, skips=skips, area=area)
         self.has_skips = bool(skips.any())
+        if self.scored: self._hold(kernel_sizes=self.sizes["omega"])
+        for stale in ("_levels", "outer"): self.__dict__.pop(stale, None)
+        if self.spec.rest: self._hold(shuffle=torch.arange(self.spec.width + self.spec.rest).view(-1, self.spec.width).t().flatten())
         self._plan_groups()
 
     def _hold(self, **what):
@@ -108,7 +113,7 @@ class PlannedCell(nn.Module):
         ids = lambda unit: lay.alive[unit:unit + spec.width].nonzero().flatten()
         state = [ids(spec.state_unit(s)) for s in range(STATES)]
         self.channels = [len(s) for s in state]
-        self.pre = [(kernels[-1 - s, -1], gates[-1 - s, -1][0]) for s in range(INPUTS)]
+        self.pre = [(kernels[-1 - s, -1], gates[-1 - s, -1]) for s in range(INPUTS)] # of the channels that operations see, then of the rest
         self.nodes = {node: NodePlan() for node in range(INPUTS, STATES)}
         for node, plan in self.nodes.items():
             for e in NODE_EDGES[node]:
@@ -137,7 +142,7 @@ class PlannedCell(nn.Module):
             out = torch.full((width,), gap)
             out[places[place]] = whole(i)
             return out
-        groups = [[whole(g) for _, g in self.pre]]
+        groups = [[whole(g) for _, gs in self.pre for g in gs]]
         for node, plan in self.nodes.items():
             groups.append([whole(op.gates[0]) for op in plan.sep])
             for ops in (plan.normed, plan.phased): groups.append([with_gaps(op.gates[-1], op.place, self.channels[node]) for op in ops])
@@ -160,6 +165,21 @@ class PlannedCell(nn.Module):
             self._repeated[b] = torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
         return self._repeated[b]
 
+    def levels(self, n: int)->Tensor: # [filters] int64
+        "For each filter, its operation's first of `n` widths that includes it, in a flat [98, n]; past the end for filters of one width."
+        if not hasattr(self, "_levels"):
+            self._levels = torch.cat([(g.edge * len(OPS) + g.op) * n + i * n // g.width if g.learned and g.op >= 0 else torch.full_like(i, len(EDGES) * len(OPS) * n) for g, i in self.layout.gates]).to(self.omega.device)
+        return self._levels
+
+    @cached_property
+    def outer(self)->Tensor: # [searched weights] int64
+        "The operation of each outer tap of a 5x5 depthwise kernel; 98 for all other weights."
+        rim, none = torch.ones(5, 5, dtype=torch.bool), len(EDGES) * len(OPS)
+        rim[1:4, 1:4] = False
+        parts = [torch.where(rim.flatten(), seg.edge * len(OPS) + seg.op, none).repeat(shape[0]) if shape[2] == 5 else torch.full((torch.Size(shape).numel(),), none)
+                 for seg, shape in self.layout.kernels if seg.group == "omega"]
+        return torch.cat(parts).to(self.omega.device)
+
     def spread(self, b: int)->list: # an index a group
         "Where the channels of `b` images abreast find their batch norms, for the CPU kernels."
         if b not in self._spread: self._spread[b] = [spread_index(sizes, b) for sizes in self.map_sizes]
@@ -171,12 +191,14 @@ class StoredCell(PlannedCell):
     GATES = ("scale", "shift", "beta", "mean", "var") # vectors with one entry a live filter
 
     def __init__(self, lay: Layout, # what to store
-                 generator: torch.Generator # for the initial weights
+                 generator: torch.Generator, # for the initial weights
+                 gated: bool = True, # filters have gates
+                 scored: bool = False # searched weights have scores
                 ):
         super().__init__()
-        self.spec, self.index = lay.spec, CellIndex(lay.spec)
+        self.spec, self.index, self.gated, self.scored = lay.spec, CellIndex(lay.spec), gated, scored
         empty = lambda: torch.zeros(0)
-        for name in ("omega", "plain", "scale", "shift", "beta"): setattr(self, name, nn.Parameter(empty()))
+        for name in ("omega", "plain", "scale", "shift", "beta") + ("score",) * scored: setattr(self, name, nn.Parameter(empty()))
         for name in ("mean", "var"): self.register_buffer(name, empty())
         self.register_buffer("omega_live", empty().bool())
         self.layout = Layout(lay.spec, torch.zeros_like(lay.ops), torch.zeros_like(lay.alive), {k: torch.zeros(0, dtype=torch.long) for k in lay.spec.sizes})
@@ -205,6 +227,7 @@ class StoredCell(PlannedCell):
         for name in ("omega", "plain"):
             fresh = self._fresh(lay, name, generator) if not bool(moves[name][1].all()) else 0.
             renew(name, moves[name], fresh)
+            if name == "omega" and self.scored: renew("score", moves[name], fresh) # as important as they are large, at first
         self.omega_live = carry(self.omega_live, *moves["omega"], True)
         for name, fresh in zip(self.GATES, (1., 0., 0., 0., 1.)):
             if name in ("mean", "var"): setattr(self, name, carry(getattr(self, name), *moves["gates"], fresh))
@@ -218,13 +241,15 @@ class ReferenceCell(StoredCell):
     "A cell computed operation by operation."
     def _gate(self, i: int, thresholds: Tensor|None)->Tensor: # [filters of gate i]
         g, n = torch.sigmoid(self.beta.split(self.gate_sizes)[i]), self.gate_sizes[i]
+        if not self.gated: return torch.ones_like(g)
         gate = self.layout.gates[i][0]
         if thresholds is None or not gate.learned: return g
         t = thresholds[-1 - gate.edge if gate.op < 0 else INPUTS + gate.edge * len(OPS) + gate.op]
         length = torch.tensor([n], device=g.device)
         return discretise(g, t.view(1), length, None, strongest(g, length))
 
-    def _masked(self, i: int, op: int, thresholds: Tensor|None)->Tensor: # kernel i of the searched ones, of operation `op` of 98
+    def _masked(self, i: int, op: int, thresholds: Tensor|None, omega: Tensor|None)->Tensor: # kernel i of the searched ones, of operation `op` of 98
+        if omega is not None: return omega.split(self.sizes["omega"])[i].view(self.shapes["omega"][i])
         w, live = self.omega.split(self.sizes["omega"])[i], self.omega_live.split(self.sizes["omega"])[i]
         if thresholds is not None: w = discretise(w, thresholds[op].view(1), torch.tensor([len(w)], device=w.device), live)
         else: w = w * live
@@ -232,8 +257,12 @@ class ReferenceCell(StoredCell):
 
     def reference(self, x0: Tensor, x1: Tensor, # [N, live in0, H, W], [N, live in1, H, W]
                   alpha: Tensor, # [98] M_alpha of this cell's operations
-                  t_gate: Tensor|None, t_weight: Tensor|None # from `SuperNet.thresholds`
-                 )->tuple: # ([N, live out, H', W'], means and variances [filters] of this batch)
+                  t_gate: Tensor|None, t_weight: Tensor|None, # from `SuperNet.thresholds`
+                  omega: Tensor|None = None, # kernels that are masked already
+                  edges: Tensor|None = None, # [14] weights of the edges, for channels that go round the operations
+                  chosen: Tensor|None = None, # [14, 7] bool on the CPU: the operations to compute; of the others alpha is 0
+                  gate: Tensor|None = None # [filters]: gates that are worked out already
+                 )->tuple: # ([N, live out, H', W'], means and variances [filters] of this batch; NaN for what was not computed)
         "Eq. 4 and 5, operation by operation."
         cut = {n: getattr(self, n).split(self.gate_sizes) for n in ("scale", "shift", "mean", "var")}
         plain = [w.view(s) for w, s in zip(self.plain.split(self.sizes["plain"]), self.shapes["plain"])]
@@ -243,48 +272,70 @@ class ReferenceCell(StoredCell):
             y, m, inv = torch.native_batch_norm(x, cut["scale"][i], cut["shift"][i], *running, self.training, 0., EPS)
             stats[i] = (m, inv.pow(-2) - EPS)
             return y
-        gated = lambda x, i: norm(x, i) * self._gate(i, t_gate).view(1, -1, 1, 1)
+        strength = (lambda i: self._gate(i, t_gate)) if gate is None else gate.split(self.gate_sizes).__getitem__
+        gated = lambda x, i: norm(x, i) * strength(i).view(1, -1, 1, 1)
         def reduce(x, a, b):
             x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
             return torch.cat([F.conv2d(x, a, None, 2), F.conv2d(x[:, :, 1:, 1:], b, None, 2)], 1)
-        states = []
-        for x, (k, g) in zip((x0, x1), self.pre):
-            x = F.relu(x)
-            states.append(gated(F.conv2d(x, plain[k[0]]) if len(k) == 1 else reduce(x, plain[k[0]], plain[k[1]]), g))
+        states, rest, out = [], [], []
+        for x, (k, gs) in zip((x0, x1), self.pre):
+            x, n = F.relu(x), len(k) // len(gs)
+            maps = [gated(F.conv2d(x, plain[k[j * n]]) if n == 1 else reduce(x, plain[k[j * n]], plain[k[j * n + 1]]), g) for j, g in enumerate(gs)]
+            states.append(maps[0]); rest += maps[1:]
         for node, plan in self.nodes.items():
-            total = 0
+            total = states[0].new_zeros(len(x0), self.channels[node], self.spec.side, self.spec.side)
             for op in plan.all:
+                if chosen is not None and not chosen[op.edge, op.op]:
+                    total = total + alpha[op.edge * len(OPS) + op.op] # which is 0, and has a gradient (GDAS)
+                    continue
                 x, stride = states[EDGES[op.edge][0]], self.spec.stride(op.edge)
                 at, k, g = op.edge * len(OPS) + op.op, op.kernels, op.gates
-                w = [self._masked(i, at, t_weight) for i in k] if is_conv(op.op) else [plain[i] for i in k]
+                w = [self._masked(i, at, t_weight, omega) for i in k] if is_conv(op.op) else [plain[i] for i in k]
                 depth = lambda x, w, stride=1, dil=1: F.conv2d(x, w, None, stride, dil * (w.shape[-1] // 2), dil, x.shape[1])
                 if is_sep(op.op):
                     y = gated(F.conv2d(depth(F.relu(x), w[0], stride), w[1]), g[0])
                     y = gated(F.conv2d(depth(F.relu(y), w[2]), w[3]), g[1])
                 elif is_dil(op.op): y = gated(F.conv2d(depth(F.relu(x), w[0], stride, 2), w[1]), g[0])
-                elif self.spec.reduces(op.edge, op.op): y = norm(reduce(F.relu(x), *w) * self._gate(g[0], t_gate).view(1, -1, 1, 1), g[0])
+                elif self.spec.reduces(op.edge, op.op): y = norm(reduce(F.relu(x), *w) * strength(g[0]).view(1, -1, 1, 1), g[0])
                 else: y = x if op.op == SKIP else (avg_pool if op.op == AVG else max_pool)(x, stride)
                 y = alpha[at] * y
                 if op.place is not None: # the other channels of the node get nothing from this operation
                     y = y.new_zeros(len(y), self.channels[node], *y.shape[2:]).index_copy(1, places[op.place], y)
                 total = total + y
+            out.append(total)
+            if self.spec.rest:
+                round_ = sum(edges[e] * (rest[EDGES[e][0]] if self.spec.stride(e) == 1 else F.max_pool2d(rest[EDGES[e][0]], 2, ceil_mode=True)) for e in NODE_EDGES[node])
+                out[-1] = torch.cat([total, round_], 1)[:, self.shuffle]
+                total, round_ = out[-1].split([self.spec.width, self.spec.rest], 1)
+                rest.append(round_)
             states.append(total)
-        return torch.cat(states[INPUTS:], 1), *(torch.cat(s) for s in zip(*(stats[i] for i in range(len(stats)))))
+        for i, n in enumerate(self.gate_sizes):
+            if i not in stats: stats[i] = (x0.new_full((n,), math.nan),) * 2
+        return torch.cat(out, 1), *(torch.cat(s) for s in zip(*(stats[i] for i in range(len(stats)))))
 
 # %% ../nbs/06_cell.ipynb #04ac79bb
 class Cell(ReferenceCell):
     "One cell of the super-net. Maps are channels-last, with some images abreast."
     def gates(self, thresholds: Tensor|None, # [2 + 98 + 1] or None: everything on
+              widths: Tensor|None = None # [14, 7, n] weights of n widths, for filters of several widths in one
              )->Tensor: # [filters] M_beta(sigma(beta))
         "Filter gates of the cell (Eq. 2)."
+        if widths is not None: # a filter counts for all widths that include it
+            counts = widths.flip(-1).cumsum(-1).flip(-1).flatten()
+            return torch.cat([counts, counts.new_ones(1)])[self.levels(widths.shape[-1])]
+        if not self.gated: return torch.ones_like(self.beta)
         g = torch.sigmoid(self.beta)
         if thresholds is None: return g
         m = discretise(g, thresholds[self.gate_of], self.gate_len, None, strongest(g, self.gate_n))
         return torch.where(self.skips, g, m) if self.has_skips else m # a strided skip has no threshold
 
-    def weights(self, thresholds: Tensor|None # [98] or None: every live weight on
+    def weights(self, thresholds: Tensor|None, # [98] or None: every live weight on
+                keep: float = 1., # below 1: the share that the scores keep of each kernel
+                inner: Tensor|None = None # [98] shares of the larger kernel, for kernels of two sizes in one
                )->Tensor: # [searched weights] M_omega(omega)
         "Masked kernels of the cell (Eq. 3)."
+        if keep < 1: return self.omega * top(self.score, self.kernel_sizes, keep) * self.omega_live
+        if inner is not None: return self.omega * torch.cat([inner, inner.new_ones(1)])[self.outer]
         if thresholds is None: return self.omega * self.omega_live
         return discretise(self.omega, thresholds[self.conv], self.conv_len, self.omega_live)
 
@@ -292,7 +343,9 @@ class Cell(ReferenceCell):
                 alpha: Tensor, # [98] M_alpha of this cell's operations
                 gate: Tensor, # [filters] from `gates`
                 omega: Tensor, # from `weights`
-                b: int = 1 # images abreast
+                b: int = 1, # images abreast
+                edges: Tensor|None = None, # [14] weights of the edges, for channels that go round the operations
+                drop: tuple|None = None # drop-out on skip connections: (probability, generator)
                )->tuple: # ([N/B, B live out, H', W'], means and variances [filters] of this batch)
         views = lambda v, g: [w.view(s) for w, s in zip(v.split(self.sizes[g]), self.shapes[g])]
         K, plain = views(omega, "omega"), views(self.plain, "plain")
@@ -307,8 +360,15 @@ class Cell(ReferenceCell):
         index = [None] * len(scale) if native(x0) else self.spread(b)
         def norms(i): return dict(scale=scale[i], shift=shift[i], running=(mean[i], var[i]), index=index[i], b=b, training=self.training, reuse=True)
 
-        pre = [pointwise(x, plain[k[0]], b) if len(k) == 1 else factorized_reduce(even_odd(x), plain[k[0]], plain[k[1]], b) for x, (k, _) in zip((x0, x1), self.pre)]
-        states, *s = normalise(pre, **norms(0)); stats.append(s)
+        pre = []
+        for x, (k, gs) in zip((x0, x1), self.pre):
+            n = len(k) // len(gs)
+            halves = even_odd(x) if n == 2 else None
+            pre += [pointwise(x, plain[k[j]], b) if n == 1 else factorized_reduce(halves, plain[k[j]], plain[k[j + 1]], b) for j in range(0, len(k), n)]
+        maps, *s = normalise(pre, **norms(0)); stats.append(s)
+        per = len(self.pre[0][1]) # maps of an input: 2 with partial channels
+        states, rest, whole = list(maps[::per]), list(maps[1::2]) if per == 2 else [], []
+        def skip(x): return x if drop is None or not self.training else x * ((torch.rand(x.shape, generator=drop[1]).to(x) >= drop[0]) / (1 - drop[0])).to(memory_format=torch.channels_last)
         reached = {} # (edge, operation) -> the first half of a separable convolution, the whole of a dilated one
         pools, split = {}, {}
         def reach(s): # everything that reads state s
@@ -323,7 +383,7 @@ class Cell(ReferenceCell):
         for i, (node, plan) in enumerate(self.nodes.items()):
             def put(y, op): return y if op.place is None else among(y, places[op.place], self.channels[node], b)
             got = lambda op: reached.pop((op.edge, op.op))
-            through = [put(states[EDGES[op.edge][0]] if op.op == SKIP else pool(op.op, EDGES[op.edge][0], self.spec.stride(op.edge)), op) for op in plan.through]
+            through = [put(skip(states[EDGES[op.edge][0]]) if op.op == SKIP else pool(op.op, EDGES[op.edge][0], self.spec.stride(op.edge)), op) for op in plan.through]
             total = weighted_sum(through, factors[i]) if through else None # first, so that its gradients come last, when most memory is free again
             middle, s = [got(op) for op in plan.sep], (mean[3 * i + 1], var[3 * i + 1])
             if middle: middle, *s = normalise(middle, **norms(3 * i + 1), relu=True)
@@ -343,16 +403,24 @@ class Cell(ReferenceCell):
                 y, *s = normalise_sum([got(op) for op in plan.phased], None, **norms(3 * i + 3))
                 total = from_phases(y) if total is None else total + from_phases(y)
             stats.append(s)
+            if rest:
+                round_ = sum(edges[e] * (rest[EDGES[e][0]] if self.spec.stride(e) == 1 else F.max_pool2d(rest[EDGES[e][0]], 2, ceil_mode=True)) for e in NODE_EDGES[node])
+                whole.append(torch.cat([pixels(total, b), pixels(round_, b)], 1)[:, self.shuffle])
+                total, round_ = (from_pixels(part, b) for part in whole[-1].split([self.spec.width, self.spec.rest], 1))
+                rest.append(round_)
             states.append(total)
             reach(node)
-        out = from_pixels(torch.cat([pixels(s, b) for s in states[INPUTS:]], 1), b)
+        out = from_pixels(torch.cat(whole or [pixels(s, b) for s in states[INPUTS:]], 1), b)
         return out, *(torch.cat(s)[self.where] for s in zip(*stats))
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, # [filters], of a batch
               n: int, # images of it
-              momentum: float = 0.1):
+              momentum: float = 0.1,
+              some: bool = False # NaN stands for what was not computed
+             ):
         "Move the running statistics towards those of a batch."
         count = self.area * n
-        self.mean.lerp_(mean.to(self.mean), momentum)
-        self.var.lerp_(var.to(self.var) * (count / (count - 1).clamp(min=1)), momentum)
+        for old, new in ((self.mean, mean), (self.var, var * (count / (count - 1).clamp(min=1)))):
+            new = new.to(old)
+            old.lerp_(torch.where(new.isnan(), old, new) if some else new, momentum)

@@ -8,8 +8,9 @@ import ast, dataclasses, difflib, json, math
 from dataclasses import dataclass, field, asdict
 
 # %% auto #0
-__all__ = ['PARTS', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Compute', 'Config', 'knobs',
-           'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'preset', 'settings_of', 'refuse_unknown']
+__all__ = ['PARTS', 'PRUNING', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute',
+           'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method', 'preset',
+           'settings_of', 'refuse_unknown']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -40,6 +41,7 @@ class Space:
     channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction", 2, 512)
     cells: int = knob(8, "number of cells L", 3, 64)
     aux_size: str = knob("medium", "auxiliary heads of the early stages (Table X)", choices=("small", "medium", "large"))
+    constraint: int = knob(3, "Table VI: 1: an operation an edge and two edges a node, cells of a kind alike; 2: connections free; 3: cells independent too", choices=(1, 2, 3))
     stem: str = knob("auto", "3x3 stem, or the strided ImageNet stem; auto: by image size", choices=("auto", "cifar", "imagenet"))
 
 # %% ../nbs/00_config.ipynb #99713641
@@ -71,7 +73,9 @@ class Search:
     warmup: int = knob(5, "epochs at the start of each stage that train the weights only", 0, 1000)
     prune_every: int = knob(2, "joint epochs between two commits of the masks", 1, 1000)
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
-    optimisation: str = knob("joint", "update of parameters and thresholds (Table IX)", choices=("joint", "iterative-epoch", "iterative-half-epoch"))
+    length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
+    optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns (Table IX); alpha on other images than the weights, to first or second order; or nothing",
+                             choices=("joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order", "none"))
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)", choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: just under the smallest live unit (paper), or 0 (authors' code)", choices=("min", "zero"))
     threshold_margin: float = knob(0.1, "how far under the smallest live unit thresholds start, as a share of it", 0.0, 1.0)
@@ -82,11 +86,19 @@ class Search:
     lr_threshold_weight: float = knob(0.001, "learning rate of the thresholds of weights", 0.0, 100.0)
     momentum: float = knob(0.9, "SGD momentum, all groups", 0.0, 0.9999)
     weight_decay: float = knob(3e-4, "weight decay of the weights", 0.0, 1.0)
+    lr_end: float = knob(-1.0, "learning rate of the weights at the end, on a cosine; -1: it stays", -1.0, 10.0)
+    nesterov: bool = knob(False, "Nesterov's momentum for the weights")
+    adam: bool = knob(False, "alpha by Adam instead of SGD")
+    adam_beta: float = knob(0.5, "Adam's first beta", 0.0, 0.9999)
+    arch_decay: float = knob(0.0, "weight decay of alpha", 0.0, 1.0)
+    arch_speed: float = knob(1.0, "factor on Adam's learning rate: a scaled-down search has fewer steps to move alpha in", 0.0)
     clip: float = knob(5.0, "largest gradient norm of the weights", 0.0)
     cost: str = knob("params", "resource in R_size", choices=("params", "macs"))
     reg: float = knob(1.0, "constant price of an operation in R_size", 0.0)
     mu: float = knob(0.0, "price of an operation's cost (in millions) in R_size", 0.0)
     lambda_step: float = knob(1e-5, "first step d of the lambda controller", 0.0, 1.0)
+    lambda_cap: float = knob(1.0, "lambda grows while lambda R_size is at most so many times the cross-entropy (half of it in fine-tuning)", 0.0)
+    lambda_growth: float = knob(4.0, "factor on d whenever too little is pruned", 1.0, 100.0)
     prune_high: float = knob(48 / 784, "share of a stage's operations pruned at once from which lambda is halved", 0.0, 1.0)
     prune_low: float = knob(24 / 784, "share of a stage's operations pruned at once under which lambda grows", 0.0, 1.0)
 
@@ -108,6 +120,41 @@ class Train:
     autoaugment: bool = knob(False, "AutoAugment (CIFAR-10 policy)")
     weights: str = knob("scratch", "start from fresh weights, or from the super-net's", choices=("scratch", "supernet"))
 
+# %% ../nbs/00_config.ipynb #6d5b38b4
+@dataclass
+class Rules:
+    "What a search is composed of."
+    relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
+                           choices=("sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"))
+    zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
+    edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
+    partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)", 1, 64)
+    superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)", choices=("none", "kernels", "kernels+filters"))
+    gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
+    ops: tuple = knob(("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"), "operations that the search begins with",
+                      choices=("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"))
+    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, before any training", choices=("zero", "normal", "saliency"))
+    regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing", choices=("size+threshold", "size", "none"))
+    beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
+    discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and error with a zero-cost score; the best of some random nets",
+                            choices=("thresholds", "share", "rate", "argmax", "perturbation", "sample"))
+    share_min: float = knob(0.01, "share of a node at which an operation is pruned", 0.0, 1.0)
+    share_max: float = knob(0.05, "share under which the weakest operations may be pruned", 0.0, 1.0)
+    share_n: int = knob(4, "how many of those at once", 0, 1000)
+    rate_ops: float = knob(44 / 784, "fixed rate: operations pruned at once, as a share of all there were", 0.0, 1.0)
+    rate_filters: float = knob(0.003, "fixed rate: filters pruned at once, as a share of all there were", 0.0, 1.0)
+    weights_only: float = knob(-1.0, "share of the epochs in which alpha does not move yet; -1: search.warmup epochs", -1.0, 1.0)
+    arch_every: int = knob(1, "steps between two moves of alpha, where it has images of its own", 1, 1000)
+    growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations (P-DARTS)")
+    skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)
+    max_skips: int = knob(14, "skip connections a normal cell may keep", 0, 14)
+    tau: tuple = knob((10.0, 0.1), "Gumbel's temperature, first and last epoch", 1e-3, 1000.0)
+    keep: float = knob(1.0, "share of the weights of each kernel that scores keep; 1: no scores (DASS)", 0.001, 1.0)
+    sparse: float = knob(2 / 7, "last share of the epochs, in which the scores are learned and the weights stand still", 0.0, 1.0)
+    samples: int = knob(10, "candidates: random nets, or rounds of trial and error", 1, 10000)
+    batches: int = knob(10, "batches that choose among candidates", 1, 10000)
+    fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, by the share that is kept")
+
 # %% ../nbs/00_config.ipynb #6caf45c6
 @dataclass
 class Compute:
@@ -126,14 +173,15 @@ class Config:
     data: Data = field(default_factory=Data)
     search: Search = field(default_factory=Search)
     train: Train = field(default_factory=Train)
+    rules: Rules = field(default_factory=Rules)
     compute: Compute = field(default_factory=Compute)
-    method: str = knob("mg-darts", "search method", choices=("mg-darts",))
+    method: str = knob("mg-darts", "search method: the set of rules that the run started from")
     preset: str = knob("", "name of the preset the run started from")
     seed: int = knob(0, "seed of everything random", 0, 2**31 - 1)
     threads: int = knob(0, "CPU threads of the run; 0: as many as torch takes (small nets are fastest with one)", 0, 1024)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
 
-PARTS = ("space", "data", "search", "train", "compute")
+PARTS = ("space", "data", "search", "train", "rules", "compute")
 
 # %% ../nbs/00_config.ipynb #4aae9c55
 def knobs(cfg: Config)->dict: # full name -> (owner, dataclass field)
@@ -192,6 +240,28 @@ def _check(name, f, value):
             raise InputError(f"{name}={v} is out of range: from {m['lo']} to {'any size' if m['hi'] is None else m['hi']}")
 
 # %% ../nbs/00_config.ipynb #2cad28ce
+PRUNING = ("thresholds", "share", "rate") # discretisers that prune as they go, down to a size
+
+def _check_rules(cfg):
+    "Refuse rules that do not go together."
+    s, r, own = cfg.search, cfg.rules, cfg.rules.discretiser
+    def need(good, what):
+        if not good: raise InputError(what)
+    if own not in PRUNING:
+        need(s.stages == 1 or r.growing, f"rules.discretiser={own} decides once, at the end: set search.stages=1")
+        need(own != "argmax" or s.optimisation != "none", "rules.discretiser=argmax needs a search that moves alpha: choose another search.optimisation")
+    need(cfg.space.constraint == 3 or s.stages == 1 and s.regrow == 0 or own not in PRUNING, f"space.constraint={cfg.space.constraint} has cells that are alike, which are searched together: set search.stages=1 and search.regrow=0")
+    need(own != "thresholds" or r.relaxation == "sigmoid", f"learned thresholds cut sigma(alpha), and rules.relaxation={r.relaxation} is not that: choose another rules.discretiser")
+    need(r.gates or s.granularities == ("operation",), "without gates (rules.gates=false) filters and weights are not searched: set search.granularities=operation")
+    need(not r.growing or s.stages == 3 and own == "argmax", "rules.growing needs three stages and rules.discretiser=argmax")
+    need(r.partial == 1 or not r.gates and r.keep == 1 and r.superpose == "none", "rules.partial goes without gates, scores and superposed kernels: set rules.gates=false, rules.keep=1, rules.superpose=none")
+    need(cfg.space.channels % r.partial == 0, f"space.channels={cfg.space.channels} is no multiple of rules.partial={r.partial}")
+    need(r.superpose == "none" or not r.gates, "superposed kernels have no gates: set rules.gates=false")
+    need(r.superpose == "none" and r.partial == 1 or cfg.train.weights == "scratch", "the super-net's kernels are not those of the derived network here: set train.weights=scratch")
+    need(len(r.skip_dropout) == 3 and len(r.tau) == 2, "rules.skip_dropout has three values, rules.tau two")
+    need(len(r.ops) == len(set(r.ops)) > 0, "rules.ops needs one or more different operations")
+    need(r.share_min <= r.share_max, "rules.share_min must not be above rules.share_max")
+
 def validate(cfg: Config)->Config: # the same object
     "Check every value against its range and the values against each other. `InputError` on the first that is wrong."
     for name, (owner, f) in knobs(cfg).items(): _check(name, f, getattr(owner, f.name))
@@ -205,6 +275,7 @@ def validate(cfg: Config)->Config: # the same object
     if s.prune_low > s.prune_high: raise InputError("search.prune_low must not be above search.prune_high")
     if cfg.space.channels % 2: raise InputError(f"space.channels={cfg.space.channels} must be even: a strided skip connection halves it")
     if cfg.preset and not cfg.preset.replace("-", "").replace("_", "").isalnum(): raise InputError("preset must be a plain word: runs are named after it")
+    _check_rules(cfg)
     if cfg.data.subset == 0 or cfg.data.test_subset == 0: raise InputError("data.subset and data.test_subset must be above 0")
     return cfg
 
@@ -242,12 +313,21 @@ def configure(cfg: Config, # starting point, not changed
     return validate(new)
 
 # %% ../nbs/00_config.ipynb #1385b2e8
+@dataclass(frozen=True)
+class Method:
+    "A search method, as data."
+    name: str
+    doc: str # what it is, in a line
+    source: str # where it was published
+    settings: dict # knob -> value
+
+# %% ../nbs/00_config.ipynb #41dff0d3
 PRESETS = {
     "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
-              "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
+              "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.length": 6, "search.arch_speed": 100, "rules.samples": 2, "rules.batches": 2, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
               "train.epochs": 12, "train.batch": 32, "train.aux_weight": 0.0, "train.drop_path": 0.0},
     "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10-jpeg", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
-            "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
+            "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.length": 20, "search.arch_speed": 40, "rules.samples": 4, "rules.batches": 10, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
             "train.epochs": 60, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
     "small": {"compute.recompute": "earlier", "space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},
     "large": {"compute.recompute": "earlier", "space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.0},
@@ -257,22 +337,27 @@ PRESETS = {
 }
 
 def preset(name: str, # one of `PRESETS`
+           method: str = "mg-darts", # one of `mgdarts.methods.METHODS`
            **settings # knobs set on top
           )->Config:
-    "The configuration of a preset. `InputError` on an unknown name."
+    "The configuration of a preset: the method's rules, at the preset's scale. `InputError` on an unknown name."
+    from mgdarts.methods import METHODS # a later chapter: methods are written in the terms of this one
     if name not in PRESETS: raise InputError(f"unknown preset {name!r}: {closest(name, PRESETS)}")
+    if method not in METHODS: raise InputError(f"unknown method {method!r}: {closest(method, METHODS)}")
     if "preset" in settings: raise InputError("preset cannot be set on top of a preset: choose it by its name")
-    return configure(Config(), preset=name, **{**PRESETS[name], **settings})
+    full = lambda given: {resolve(Config(), k): v for k, v in given.items()} # the last one to say a name wins
+    return configure(Config(), preset=name, method=method, **(full(METHODS[method].settings) | full(PRESETS[name]) | full(settings)))
 
 # %% ../nbs/00_config.ipynb #1b53d11b
 _preset = preset # a parameter below has the same name
 
 def settings_of(preset: str, # name of a preset
                 dataset: str = "", data_dir: str = "", seed: int = 0,
-                settings: str = "" # more knobs: "key=value, key=value"
+                settings: str = "", # more knobs: "key=value, key=value"
+                method: str = "mg-darts"
                )->Config:
     "The configuration that a notebook's parameters describe. `InputError` names the one that is wrong."
-    for name, value, kind in (("preset", preset, str), ("dataset", dataset, str), ("data_dir", data_dir, str), ("seed", seed, int), ("settings", settings, str)):
+    for name, value, kind in (("preset", preset, str), ("dataset", dataset, str), ("data_dir", data_dir, str), ("seed", seed, int), ("settings", settings, str), ("method", method, str)):
         if not isinstance(value, kind) or isinstance(value, bool): raise InputError(f"parameter {name}={value!r} must be {'a whole number' if kind is int else 'text'}")
     more = {}
     for pair in filter(str.strip, settings.split(",")):
@@ -280,7 +365,7 @@ def settings_of(preset: str, # name of a preset
         if not eq: raise InputError(f"parameter settings: {pair.strip()!r} is not key=value")
         more[key.strip()] = value.strip()
     given = {"data.name": dataset, "data.dir": data_dir}
-    return _preset(preset, seed=seed, **{k: v for k, v in given.items() if v}, **more)
+    return _preset(preset, method, seed=seed, **{k: v for k, v in given.items() if v}, **more)
 
 # %% ../nbs/00_config.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`

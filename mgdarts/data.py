@@ -18,8 +18,8 @@ from .config import Data, InputError, closest
 __all__ = ['DEBIAN_FASHION', 'SUFFIXES', 'IN_MEMORY', 'SOURCES', 'FOLDERS', 'root', 'data_dir', 'stream', 'resize', 'fit',
            'Source', 'read_idx', 'opened', 'decode', 'parallel', 'crop_box', 'Files', 'signature', 'checksum', 'cached',
            'open_source', 'apportion', 'subset', 'hold_out', 'channel_stats', 'Split', 'Splits', 'fingerprint',
-           'load_data', 'Augment', 'crop_flip', 'autoaugment', 'normalise', 'cutout', 'epoch_order', 'train_batch',
-           'eval_batches', 'Loader']
+           'load_data', 'halves', 'Augment', 'crop_flip', 'autoaugment', 'normalise', 'cutout', 'epoch_order',
+           'train_batch', 'eval_batches', 'Loader']
 
 # %% ../nbs/01_data.ipynb #f17c1658
 def root()->Path: # MGDARTS_ROOT, else the nearest folder upwards with a settings.ini, else the current one
@@ -457,6 +457,13 @@ def load_data(cfg: Data,
     to = lambda x: x.to(device) if isinstance(x, Tensor) else x
     train, val, test = (Split(to(images), labels.to(device), mean, std) for images, labels in parts)
     return Splits(train, val, test, source.classes, size, cfg.name, fingerprint(parts), source.skipped)
+
+# %% ../nbs/01_data.ipynb #333e070d
+def halves(splits: Splits, seed: int)->tuple: # (Splits, Splits), which differ in their training images
+    "The training images in two halves."
+    t = splits.train
+    take = lambda i: t.images[i.to(t.images.device)] if isinstance(t.images, Tensor) else t.images.pick(i)
+    return tuple(replace(splits, train=Split(take(i), t.labels[i.to(t.labels.device)], t.mean, t.std)) for i in hold_out(t.labels.cpu(), .5, splits.num_classes, stream(seed, "halves")))
 
 # %% ../nbs/01_data.ipynb #fd5e2abd
 @dataclass(frozen=True)

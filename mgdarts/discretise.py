@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['surrogate', 'step', 'discretise', 'strongest', 'start_thresholds', 'threshold_loss']
+__all__ = ['surrogate', 'step', 'discretise', 'strongest', 'top', 'start_thresholds', 'threshold_loss']
 
 # %% ../nbs/04_discretise.ipynb #8a07793e
 def surrogate(x: Tensor)->Tensor: # same shape
@@ -79,6 +79,26 @@ def strongest(g: Tensor, # [n]
     first = torch.segment_reduce(at.masked_fill(a != best, float("inf")), "min", lengths=lengths, unsafe=True)
     out = at == first.repeat_interleave(lengths, output_size=g.numel())
     return out if live is None else out & live
+
+# %% ../nbs/04_discretise.ipynb #914461e6
+class _Top(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, score, lengths, keep):
+        of = torch.arange(len(lengths), device=score.device).repeat_interleave(lengths, output_size=len(score))
+        order = score.abs().argsort(descending=True, stable=True)
+        order = order[of[order].argsort(stable=True)] # kernel by kernel, the most important first
+        rank = torch.arange(len(score), device=score.device) - (lengths.cumsum(0) - lengths)[of]
+        ctx.save_for_backward(score)
+        return torch.zeros_like(score).index_put_((order,), (rank < (keep * lengths).ceil()[of]).to(score))
+    @staticmethod
+    def backward(ctx, grad): return grad * ctx.saved_tensors[0].sign(), None, None
+
+def top(score: Tensor, # [n]
+        lengths: Tensor, # [m] int64, weights of consecutive kernels
+        keep: float # share that stays, rounded up
+       )->Tensor: # [n], 0 or 1
+    "The most important weights of each kernel."
+    return _Top.apply(score, lengths, keep)
 
 # %% ../nbs/04_discretise.ipynb #d190f71b
 @torch.no_grad()

@@ -14,7 +14,7 @@ from .cell import Cell
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['size_loss', 'cost', 'live_thresholds', 'regulariser', 'Lambda']
+__all__ = ['size_loss', 'cost', 'live_thresholds', 'regulariser', 'beta_decay', 'Lambda']
 
 # %% ../nbs/07_loss.ipynb #a38e1e41
 def size_loss(alpha: Tensor, # [cells, 14, 7]
@@ -76,11 +76,20 @@ def regulariser(net: SuperNet,
                 what: str = "params", # resource of R_size: params or macs
                 reg: float = 1.0, mu: float = 0.0
                )->tuple: # (R_size, R_thr)
-    "Both regularisers of the current sub-net."
-    n = len(net.cells)
+    "Both regularisers of the current sub-net, as far as its rules have them."
+    n, nothing = len(net.cells), net.alpha.new_zeros(())
+    if net.rules.regulariser == "none": return nothing, nothing
     costs = torch.stack([cost(c, *net.thresholds(i), what) for i, c in enumerate(net.cells)]) if mu else None
     price = size_loss(net.alpha[:n], net.op_live[:n], costs, reg, mu)
+    if net.rules.regulariser == "size": return price, nothing
     return price, sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
+
+def beta_decay(alpha: Tensor, # [cells, 14, 7]
+               live: Tensor # the same, bool
+              )->Tensor: # scalar
+    "The regulariser of beta-DARTS: the mean over edges of log-sum-exp of alpha."
+    there = live.any(-1)
+    return (alpha.masked_fill(~live, -1e30).logsumexp(-1) * there).sum() / there.sum().clamp(min=1)
 
 # %% ../nbs/07_loss.ipynb #bf377b73
 @dataclass
@@ -92,6 +101,7 @@ class Lambda:
     cap: float = 1.0 # growth stops while lambda R_size exceeds cap x CE
     value: float = 0.0
     d: float = 0.0
+    growth: float = 4.0 # of d
 
     def __post_init__(self): self.d = self.d or self.start
     def update(self, pruned: int, # operations pruned in this commit
@@ -99,6 +109,6 @@ class Lambda:
               )->float: # the new lambda
         if pruned >= self.high: self.value, self.d = self.value / 2, self.start
         elif pruned < self.low and self.value * price <= self.cap * ce:
-            self.d *= 4
+            self.d *= self.growth
             self.value += self.d
         return self.value

@@ -15,7 +15,7 @@ from .cell import carry, carry_columns
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['Candidates', 'candidates', 'choose', 'follow', 'settle', 'Commit', 'commit']
+__all__ = ['Candidates', 'units', 'bounded', 'candidates', 'choose', 'follow', 'settle', 'Commit', 'commit']
 
 # %% ../nbs/08_prune.ipynb #f25da617
 @dataclass
@@ -25,6 +25,7 @@ class Candidates:
     off: Tensor # [n] bool over all units stored
     live: Tensor # [cells * 98] bool: operations not pruned before
     values: list # (|g|, t) of each flat vector
+    kinds: Tensor # [cells] int64: cells with the same number share their operations
 
     @cached_property
     def score(self)->Tensor: # [n]
@@ -36,8 +37,9 @@ class Candidates:
              )->dict: # what `SuperNet.count` takes
         "Keep-masks in the form of the net."
         parts = (~off).split(self.sizes)
-        n = (len(parts) - 1) // 2
-        return {"ops": (parts[0] & self.live).view(n, len(EDGES), len(OPS)), "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
+        n, gone = (len(parts) - 1) // 2, ~(parts[0] & self.live).view(-1, len(EDGES), len(OPS))
+        if len(self.kinds.unique()) < n: gone = torch.zeros_like(gone, dtype=torch.int).index_add_(0, self.kinds, gone.int())[self.kinds] > 0 # one of a kind takes all with it
+        return {"ops": ~gone, "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
     def first(self, k: int)->Tensor: # [n] bool
         "The `k` least important candidates."
         out = torch.zeros_like(self.off)
@@ -45,26 +47,37 @@ class Candidates:
         return out
 
 @torch.no_grad()
+def units(net: SuperNet)->list: # of (granularity, |g|, live, never pruned), on the CPU
+    "The units that are stored, in the order of `Candidates`."
+    n = len(net.cells)
+    g, live = net.importance()[:n].flatten(), net.op_live[:n].flatten()
+    out = [("operation", g, live, strongest(g, net.node_n.repeat(n), live))]
+    for cell in net.cells:
+        g = torch.sigmoid(cell.beta)
+        out.append(("filter", g, torch.ones_like(cell.skips), strongest(g, cell.gate_n) | cell.skips))
+    out += [("weight", cell.omega, cell.omega_live, torch.zeros_like(cell.omega_live)) for cell in net.cells]
+    return [(name, g.abs().cpu(), live.cpu(), keep.cpu()) for name, g, live, keep in out]
+
+def bounded(net: SuperNet,
+            found: list, # from `units`
+            bounds: list # a bound for each of these vectors, numbers or tensors; None: nothing of it goes
+           )->Candidates:
+    "Units at or under a bound, whatever it is."
+    off = [torch.zeros_like(live) if t is None else (g <= t).logical_and_(live).logical_and_(~keep) for (_, g, live, keep), t in zip(found, bounds)]
+    values = [(g, torch.as_tensor(0. if t is None else t, dtype=g.dtype).expand_as(g)) for (_, g, _, _), t in zip(found, bounds)]
+    return Candidates([len(o) for o in off], torch.cat(off), found[0][2], values, torch.tensor(net.spec.kinds[:len(net.cells)]))
+
+@torch.no_grad()
 def candidates(net: SuperNet,
                thresholds: dict|None = None # name -> tensor like the net's own, in their place
               )->Candidates:
     "What a commit would prune, from the values of parameters and thresholds as they are now."
-    n, off, values = len(net.cells), [], []
-    def add(g, t, live, keep, searched):
-        g, t = g.abs().cpu(), t.cpu()
-        off.append((g <= t).logical_and_(live.cpu()).logical_and_(~keep.cpu()) if searched else torch.zeros_like(g, dtype=torch.bool))
-        values.append((g, t))
-    on, own = lambda g: g in net.granularities, {k: getattr(net, k) for k in net.THRESHOLDS} | (thresholds or {})
-    g, live = torch.sigmoid(net.alpha[:n]).flatten(), net.op_live[:n].flatten()
-    add(g, own["t_alpha"][:n].flatten(), live, strongest(g, net.node_n.repeat(n), live), on("operation"))
-    for c, cell in enumerate(net.cells):
-        g = torch.sigmoid(cell.beta)
-        t = torch.cat([own["t_pre"][c], own["t_beta"][c].flatten(), net.t_pre.new_zeros(1)])[cell.gate_of]
-        add(g, t.repeat_interleave(cell.gate_len), torch.ones_like(cell.skips), strongest(g, cell.gate_n) | cell.skips, on("filter"))
-    for c, cell in enumerate(net.cells):
-        t = own["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len)
-        add(cell.omega, t, cell.omega_live, torch.zeros_like(cell.omega_live), on("weight"))
-    return Candidates([len(o) for o in off], torch.cat(off), live.cpu(), values)
+    n, own = len(net.cells), {k: getattr(net, k) for k in net.THRESHOLDS} | (thresholds or {})
+    bounds = [own["t_alpha"][:n].flatten()]
+    bounds += [torch.cat([own["t_pre"][c], own["t_beta"][c].flatten(), net.t_pre.new_zeros(1)])[cell.gate_of].repeat_interleave(cell.gate_len) for c, cell in enumerate(net.cells)]
+    bounds += [own["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len) for c, cell in enumerate(net.cells)]
+    found = units(net)
+    return bounded(net, found, [t.cpu() if name in net.granularities else None for (name, *_), t in zip(found, bounds)])
 
 # %% ../nbs/08_prune.ipynb #b5c5d403
 def choose(net: SuperNet, c: Candidates,
@@ -102,8 +115,9 @@ def settle(net: SuperNet, optimizer=None):
     "Stop what is pruned: without this, momentum would go on moving the alpha an operation had just before it was pruned."
     n = len(net.cells)
     for p in (net.alpha, net.t_alpha, net.t_beta, net.t_omega):
-        buffer = optimizer.state.get(p, {}).get("momentum_buffer") if optimizer is not None else None
-        if buffer is not None: buffer[:n] *= net.op_live[:n]
+        state = optimizer.state.get(p, {}) if optimizer is not None else {}
+        for buffer in (state.get("momentum_buffer"), state.get("exp_avg")):
+            if buffer is not None: buffer[:n] *= net.op_live[:n]
 
 @dataclass
 class Commit:
@@ -115,17 +129,20 @@ class Commit:
 @torch.no_grad()
 def commit(net: SuperNet,
            target: float, # parameters, plain number: never further below it than by one unit
-           optimizer=None, # its momentum is compacted too
-           stamp: int = 0 # of this rebuilding, for fresh weights
+           optimizer=None, # its momentum is compacted too; or several
+           stamp: int = 0, # of this rebuilding, for fresh weights
+           found: Candidates|None = None # what to choose from; None: what the thresholds switch off
           )->Commit:
     "Prune what the thresholds switch off, down to the target at most, and compact the net (Algorithm 1, lines 7-14)."
     before = net.count()
-    found = candidates(net)
+    found = found or candidates(net)
     off, after = choose(net, found, target)
     masks = found.masks(off)
     for cell, keep in zip(net.cells, masks["weights"]): cell.omega_live &= keep.to(cell.omega_live.device)
     moved = net.rebuild(masks["ops"], [net.full_gates(c, g) for c, g in enumerate(masks["gates"])], stamp)
-    if optimizer is not None: follow(optimizer, moved)
-    settle(net, optimizer)
+    for one in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
+        if one is None: continue
+        follow(one, moved)
+        settle(net, one)
     gone = lambda i: sum(row[i] - new[i] for b, a in zip(before.cells, after.cells) for key, new in a.by_op.items() for row in [b.by_op[key]])
     return Commit({"operation": before.ops - after.ops, "filter": gone(0), "weight": gone(2)}, before, after)

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from . import __version__
 from . import architecture as arch_files
-from .architecture import Architecture, counts, random_architecture
+from .architecture import Architecture, counts, fitted, random_architecture
 from .config import Config, InputError, from_dict, to_dict
-from .data import Augment, Loader, Splits, load_data, root
+from .data import Augment, Loader, Splits, halves, load_data, root
 from .derive import derive, inherited
 from .events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
@@ -159,7 +159,8 @@ class Progress:
         elif e.type == "epoch" and e.stage == "train":
             self.bar.update(self.task, completed=e.epoch + 1, description=f"{self.bar.tasks[0].description.split(' ·')[0]} · epoch {e.epoch + 1} loss {e.loss:.3f} val {d['val_acc']:.1f} %")
         elif e.type == "epoch":
-            way = math.log(max(self.start or d["params"], 1) / max(d["params"], 1)) / max(math.log(max(self.start or 1, 1) / d["target"]), 1e-9) if (self.start or 0) > d["target"] else 1
+            if "progress" in d: way = d["progress"]
+            else: way = math.log(max(self.start or d["params"], 1) / max(d["params"], 1)) / max(math.log(max(self.start or 1, 1) / d["target"]), 1e-9) if (self.start or 0) > d["target"] else 1
             self.bar.update(self.task, completed=self.stage + min(max(way, 0), 1) * .99,
                             description=f"{e.stage} · epoch {e.epoch} {d['phase']} loss {e.loss:.3f} val {d['val_acc']:.1f} % size {d['params'] / 1e6:.4f} of {d['target'] / 1e6:.4f} M")
         elif e.type in ("done", "result"): self.bar.update(self.task, completed=self.bar.tasks[0].total)
@@ -167,7 +168,7 @@ class Progress:
 # %% ../nbs/14_runs.ipynb #4bc614d5
 def net_spec(cfg: Config, splits: Splits)->NetSpec:
     "The super-net that fits the data."
-    return NetSpec(cfg.space.channels, cfg.space.cells, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem)
+    return NetSpec(cfg.space.channels, cfg.space.cells, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem, cfg.space.constraint, cfg.rules.partial)
 
 def make_search(cfg: Config,
                 splits: Splits|None = None # None: load them
@@ -175,8 +176,10 @@ def make_search(cfg: Config,
     "A search as a configuration describes it, not begun."
     device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
-    train = Loader(splits, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data))
-    return Search(net_spec(cfg, splits), {"train": train, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, cfg.compute)
+    parts = {"train": splits} # two-level methods learn alpha from one half of the images, and the weights from the other
+    if cfg.search.optimisation in ("first-order", "second-order"): parts["arch"], parts["train"] = halves(splits, cfg.seed)
+    loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data)) for k, s in parts.items()}
+    return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, cfg.compute, rules=cfg.rules)
 
 def make_trainer(cfg: Config, arch: Architecture, splits: Splits, init_state: dict|None = None)->Trainer:
     "A retraining as a configuration describes it, not begun."
@@ -264,6 +267,7 @@ def _finish(cfg, out, loop, splits, start)->dict:
     content = read_bytes(out / "events.jsonl", 1 << 32)
     done = json.loads(content.splitlines()[-1])
     arch = derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
+    if cfg.rules.fit and cfg.rules.keep == 1: arch = fitted(arch, cfg.search.target_m * 1e6)
     arch_files.save(arch, out, overwrite=True)
     size = counts(arch)
     result = {"run": str(out), "reached": done["reached"], "target": int(done["target"]), "params": done["params"], "macs": done["macs"], "ops": done["ops"], "retention": done["retention"],
@@ -339,7 +343,7 @@ def bare_search(run: str|Path,
     cfg, saved = read_config(run), state or Checkpoints(Path(run) / "checkpoint").load()
     if saved is None: raise InputError(f"{run} has no checkpoint: there is nothing to look at yet")
     one = type("NoData", (), {"__len__": lambda self: 1})()
-    loop = Search(NetSpec(**saved["spec"]), {"train": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, compute=cfg.compute)
+    loop = Search(NetSpec(**saved["spec"]), {"train": one, "arch": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, compute=cfg.compute, rules=cfg.rules)
     loop.load_state_dict(saved)
     return loop
 

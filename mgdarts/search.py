@@ -5,54 +5,77 @@
 # %% ../nbs/10_search.ipynb #05101f71
 from __future__ import annotations
 import copy, math
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .config import Compute, InputError, Search as Settings
+from .config import PRUNING, Compute, InputError, Rules, Search as Settings
 from .space import *
 from .discretise import start_thresholds
 from .events import Event, Emitter, NonFiniteLoss, evaluate, plain
-from .loss import Lambda, live_thresholds, regulariser
-from .prune import candidates, commit, follow
+from .loss import Lambda, beta_decay, live_thresholds, regulariser
+from .prune import candidates, choose, commit, follow
+from .decide import all_but, by_rank, by_share, by_strength, decide_edge, decide_node, fewer_skips, fit_scored, jacobian_score, keep_scored, plan_round, standardise, strongest_two
+from .unroll import unrolled
 from .regrow import regrow, update_momentum
 from .size import Layout, layout
 from .cell import Cell
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'StagedSearch', 'SavedSearch', 'Search']
+__all__ = ['GROWTH', 'SURVIVORS', 'plan', 'groups', 'make_optimizer', 'make_adam', 'turns', 'StagedSearch', 'SavedSearch',
+           'Search']
 
 # %% ../nbs/10_search.ipynb #7ee0bf29
-def plan(spec: NetSpec, stages: int # 3, or 1: the whole net at once
-        )->list: # (name, last cell, index of the head) of each stage, fine-tuning last
+GROWTH = (5 / 17, 11 / 17, 1.) # depth of P-DARTS's nets
+SURVIVORS = (len(OPS), 5, 3) # operations of an edge in each of them
+
+def plan(spec: NetSpec, stages: int, # 3, or 1: the whole net at once
+         growing: bool = False, # nets that grow
+         fine_tune: bool = True # prune on, once all stages have reached their share
+        )->list: # (name, last cell, index of the head) of each stage
     "The stages of a search."
+    if growing: return [(f"stage {i + 1}", max(3, round(share * spec.cells)) - 1, 2) for i, share in enumerate(GROWTH)]
     ends = list(enumerate(spec.ends))[-stages:] if stages == 1 else list(enumerate(spec.ends))
-    return [(f"stage {i + 1}", end, head) for i, (head, end) in enumerate(ends)] + [("fine-tune", ends[-1][1], ends[-1][0])]
+    return [(f"stage {i + 1}", end, head) for i, (head, end) in enumerate(ends)] + [("fine-tune", ends[-1][1], ends[-1][0])] * fine_tune
 
 # %% ../nbs/10_search.ipynb #669d4d98
 def groups(net: SuperNet)->dict: # name -> parameters
     "The net's parameters by how they are trained."
-    strengths = [net.alpha] + [c.beta for c in net.cells]
-    thresholds, fine = [net.t_alpha, net.t_beta, net.t_pre], [net.t_omega]
-    rest = {id(p) for p in strengths + thresholds + fine}
-    return {"weights": [p for p in net.parameters() if id(p) not in rest], "strengths": strengths, "thresholds": thresholds, "fine": fine}
+    gates = [c.beta for c in net.cells]
+    strengths = [net.alpha] + [getattr(net, n) for n in ("zero", "edge", "widths") if hasattr(net, n)]
+    thresholds, fine, scores = [net.t_alpha, net.t_beta, net.t_pre], [net.t_omega], [c.score for c in net.cells if c.scored]
+    fixed = [] if net.rules.gates else gates + [p for c in net.cells for p in (c.scale, c.shift)]
+    if net.rules.gates: strengths += gates
+    rest = {id(p) for p in strengths + thresholds + fine + scores + fixed}
+    out = {"weights": [p for p in net.parameters() if id(p) not in rest], "strengths": strengths, "thresholds": thresholds, "fine": fine}
+    return out | ({"scores": scores} if scores else {})
 
 def make_optimizer(net: SuperNet, cfg: Settings)->torch.optim.SGD:
     "SGD with the search's learning rates."
-    rates = {"weights": cfg.lr_weights, "strengths": cfg.lr_arch, "thresholds": cfg.lr_threshold, "fine": cfg.lr_threshold_weight}
-    return torch.optim.SGD([{"params": ps, "lr": rates[name], "weight_decay": cfg.weight_decay if name == "weights" else 0., "name": name}
-                            for name, ps in groups(net).items()], lr=cfg.lr_weights, momentum=cfg.momentum, foreach=True)
+    rates = {"weights": cfg.lr_weights, "strengths": cfg.lr_arch, "thresholds": cfg.lr_threshold, "fine": cfg.lr_threshold_weight, "scores": cfg.lr_weights}
+    decay = {"weights": cfg.weight_decay, "strengths": cfg.arch_decay}
+    return torch.optim.SGD([{"params": ps, "lr": rates[name], "weight_decay": decay.get(name, 0.), "nesterov": cfg.nesterov and name == "weights", "name": name}
+                            for name, ps in groups(net).items() if not (cfg.adam and name == "strengths")], lr=cfg.lr_weights, momentum=cfg.momentum, foreach=True)
+
+def make_adam(net: SuperNet, cfg: Settings)->torch.optim.Adam|None:
+    "Adam for the strengths, where the search asks for it."
+    if not cfg.adam: return None
+    return torch.optim.Adam(groups(net)["strengths"], cfg.lr_arch * cfg.arch_speed, (cfg.adam_beta, .999), weight_decay=cfg.arch_decay, foreach=True)
 
 # %% ../nbs/10_search.ipynb #90b81f95
-def moving(optimisation: str, # joint, iterative-epoch, iterative-half-epoch
-           warmup: bool, epoch: int, # of this phase
-           progress: float # share of the epoch that is done
-          )->tuple: # names of groups
-    "The groups that are updated."
-    if warmup: return ("weights",)
-    if optimisation == "joint": return ("weights", "strengths", "thresholds", "fine")
+def turns(optimisation: str, # see `Search.optimisation` in the configuration
+          warmup: bool, epoch: int, # of this phase
+          progress: float, # share of the epoch that is done
+          alpha: bool = True, # whether alpha is due, where it has images of its own
+          sparse: bool = False # whether scores are learned in place of weights
+         )->list: # of (images, names of groups)
+    "The updates of a step."
+    if warmup: return [("train", ("weights",))]
+    if optimisation in ("first-order", "second-order"): return [("arch", ("strengths",))] * alpha + [("train", ("scores",) if sparse else ("weights",))]
+    if optimisation == "joint": return [("train", ("weights", "strengths", "thresholds", "fine"))]
     second = epoch % 2 == 1 if optimisation == "iterative-epoch" else progress >= .5
-    return ("thresholds", "fine") if second else ("weights", "strengths")
+    return [("train", ("thresholds", "fine") if second else ("weights", "strengths"))]
 
 # %% ../nbs/10_search.ipynb #947347b5
 class StagedSearch:
@@ -66,26 +89,54 @@ class StagedSearch:
                  device: str|torch.device = "cpu",
                  compute: Compute|None = None, # how the super-net is computed
                  events: Emitter|None = None,
-                 check_every: int = 50 # steps between two looks at whether the loss is finite
+                 check_every: int = 50, # steps between two looks at whether the loss is finite
+                 rules: Rules|None = None # what the search is composed of
                 ):
-        full = count_supernet(spec)["main"]
-        if cfg.target_m * 1e6 >= full: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {full / 1e6:.4g} million: lower it, or widen the super-net")
+        self.rules = rules or Rules()
+        full, self.by_size = count_supernet(spec)["main"], self.rules.discretiser in PRUNING
+        if cfg.target_m * 1e6 >= full and self.by_size: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {full / 1e6:.4g} million: lower it, or widen the super-net")
         if len(loaders["train"]) < 1: raise InputError("the search needs at least one step an epoch: give more training images or a smaller search.batch")
-        self.spec, self.loaders, self.cfg, self.seed, self.device = spec, loaders, cfg, seed, torch.device(device)
-        self.events, self.check_every, self.stages = events or Emitter(), check_every, plan(spec, cfg.stages)
-        self.net = SuperNet(spec, aux_size, cfg.granularities, seed, compute).to(self.device)
-        self.optimizer = None
+        self.spec, self.whole, self.loaders, self.cfg, self.seed, self.device = spec, spec, loaders, cfg, seed, torch.device(device)
+        self.events, self.check_every, self.stages = events or Emitter(), check_every, plan(spec, cfg.stages, self.rules.growing, self.by_size and cfg.stage_keep[-1] > 0)
+        self.aux_size, self.compute, self.settled = aux_size, compute, False
+        self.optimizer, self.adam, self.trial = None, None, None
         # where it stands: stage, phase (warm-up or joint), epochs of the phase, steps of the epoch; -1: not begun
         self.stage, self.warmup, self.phase_epoch, self.epoch, self.epoch_step, self.steps = -1, True, 0, 0, 0, 0
         self.lam, self.target, self.start, self.pruned, self.rebuilds, self.finished, self.reached = None, 0., 0, 0, 0, False, []
-        self.mom = torch.zeros_like(self.net.alpha)
+        self._make_net()
         self.sums = torch.zeros(5, dtype=torch.float64, device=self.device) # CE, R_size, R_thr, hits, images of this epoch
         self.safe_state, self._last = None, set()
 
     @property
     def stage_name(self)->str: return self.stages[max(self.stage, 0)][0]
     @property
-    def fine_tuning(self)->bool: return self.stage == len(self.stages) - 1
+    def fine_tuning(self)->bool: return self.stage_name == "fine-tune"
+    @property
+    def length(self)->int:
+        "Epochs of a stage that ends by the clock. P-DARTS: half of the 50 for each of its nets."
+        return max(1, self.cfg.length // 2) if self.rules.growing else self.cfg.length
+    @property
+    def warm_epochs(self)->int:
+        "Epochs that train the weights only."
+        return self.cfg.warmup if self.rules.weights_only < 0 else round(self.rules.weights_only * self.length)
+    @property
+    def clock(self)->float:
+        "Share of the stage that is done, by the clock."
+        return (self.phase_epoch + (0 if self.warmup else self.warm_epochs) + self.epoch_step / len(self.loaders["train"])) / max(self.length, 1)
+    @property
+    def sparse(self)->bool: return self.rules.keep < 1 and self.clock >= 1 - self.rules.sparse - 1e-9
+
+    def _make_net(self):
+        "A fresh net for this stage, or the one that is left once all is decided."
+        rules = self.rules
+        if rules.growing:
+            stage = max(self.stage, 0)
+            self.spec = replace(self.whole, cells=self.stages[stage][1] + 1)
+            rules = replace(rules, zero=rules.zero and stage < 2)
+        if self.settled: self.spec, rules = replace(self.spec, partial=1), replace(rules, partial=1, superpose="none", edge_norm=False)
+        self.net = SuperNet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.compute, rules).to(self.device)
+        if rules.init == "normal": self.net.alpha.data.copy_((1e-3 * torch.randn(self.net.alpha.shape, generator=self.net._generator(6)))[self.spec.kinds])
+        self.mom = torch.zeros_like(self.net.alpha)
 
     def _emit(self, type, loss=None, epoch=None, **data):
         self._last.add(type)
@@ -94,26 +145,54 @@ class StagedSearch:
     # stages
     def _open(self):
         "Begin the next stage: more cells, a new head, new optimizers, lambda from 0."
+        left = self._survivors() if self.rules.growing and self.stage >= 0 else None
         self.stage += 1
         _, end, head = self.stages[self.stage]
         cfg = self.cfg
-        if not self.fine_tuning: self.net.open(end, head)
-        self.optimizer = make_optimizer(self.net, cfg)
+        if self.rules.growing: self._make_net()
+        if not self.fine_tuning:
+            self.net.open(end, head)
+            if self.rules.init == "saliency": self._look()
+        if left is not None: self.net.rebuild(torch.stack([left[c.reduction] for c in self.spec.cell]), [self.net.full_gates(c) for c in range(len(self.net.cells))], self.stage)
+        self.optimizer, self.adam = make_optimizer(self.net, cfg), make_adam(self.net, cfg)
         count = self.net.count()
         self.start, self.pruned, self.warmup, self.phase_epoch, self.epoch_step = count.params, 0, True, 0, 0
         final = cfg.target_m * 1e6
         # the last stage must not undershoot what fine-tuning is to reach
         keep = final if self.fine_tuning else cfg.stage_keep[self.stage] * self.start
-        self.target = max(keep, final) if end == self.spec.cells - 1 else keep
-        self.lam = Lambda(cfg.lambda_step, cfg.prune_high * count.ops, cfg.prune_low * count.ops, .5 if self.fine_tuning else 1.)
+        self.target = final if not self.by_size else max(keep, final) if end == self.spec.cells - 1 else keep
+        self.lam = Lambda(cfg.lambda_step, cfg.prune_high * count.ops, cfg.prune_low * count.ops, cfg.lambda_cap * (.5 if self.fine_tuning else 1.), growth=cfg.lambda_growth)
         self._emit("stage", status="open", params=self.start, target=self.target, ops=count.ops, cells=len(self.net.cells))
-        if cfg.warmup == 0: self._begin_joint()
+        if self.warm_epochs == 0: self._begin_joint()
+        if not self.by_size and self.length == 0: self._begin_deciding()
+
+    def _survivors(self)->dict: # whether cells are reductions -> [14, 7] bool
+        "The operations that P-DARTS keeps: the strongest of each edge."
+        strength = (self.net.importance() * self.net.op_live).cpu()
+        best = strength.argsort(dim=-1, descending=True, stable=True)[..., :SURVIVORS[self.stage + 1]]
+        keep = torch.zeros_like(strength, dtype=torch.bool).scatter_(-1, best, True) & self.net.op_live.cpu()
+        return {c.reduction: keep[self.spec.kinds[c.index]] for c in self.spec.cell}
+
+    def _look(self):
+        "Alpha and beta by what one batch says of an untrained net: the saliency |sigma dL/dsigma| of each unit (SNIP), standardised over a cell and over a gate."
+        net, x = self.net, [t.to(self.device) for t in self.loaders["train"].batch(0, 0)]
+        net.train()
+        names = [net.alpha] + [c.beta for c in net.cells if self.rules.gates]
+        grads = torch.autograd.grad(F.cross_entropy(net(x[0]), x[1]), names)
+        with torch.no_grad():
+            new = slice(net.first, len(net.cells))
+            seen = lambda g, p: (g / (1 - torch.sigmoid(p))).abs() # sigma dL/dsigma
+            net.alpha[new] = .5 * standardise(seen(grads[0], net.alpha)[new], net.op_live[new], (1, 2))
+            net.alpha.copy_(net.alpha[self.spec.kinds])
+            for c, g in list(zip(net.cells, grads[1:]))[new]:
+                for at in torch.arange(len(g), device=g.device).split(c.gate_sizes): c.beta[at] = .5 * standardise(seen(g, c.beta)[at], torch.ones_like(at, dtype=torch.bool), (0,))
 
     @torch.no_grad()
     def _begin_joint(self):
         "Warm-up is over: thresholds start and take effect."
         net, cfg = self.net, self.cfg
-        self.warmup, self.phase_epoch, net.discretising = False, 0, True
+        self.warmup, self.phase_epoch, net.discretising = False, 0, self.rules.discretiser == "thresholds"
+        if not net.discretising: return
         for name in net.THRESHOLDS: getattr(net, name).zero_()
         self.mom.zero_()
         if cfg.threshold_init == "zero": return
@@ -131,11 +210,11 @@ class StagedSearch:
         count = self.net.count()
         self.reached.append(status == "reached")
         self._emit("stage", status=status, params=count.params, target=self.target, ops=count.ops, pruned=self.pruned)
-        if self.fine_tuning:
+        if self.stage == len(self.stages) - 1:
             self.finished = True
-            self._emit("done", reached=count.params <= self.target, stages_reached=list(self.reached), target=self.target, **count.summary())
+            self._emit("done", reached=count.params <= self.target or not self.by_size, stages_reached=list(self.reached), target=self.target, **count.summary())
             return
-        num = math.floor(self.cfg.regrow * self.pruned)
+        num = math.floor(self.cfg.regrow * self.pruned) if self.by_size else 0
         if num:
             self.rebuilds += 1
             back, moved = regrow(self.net, num, self.mom, self.rebuilds, self.cfg.regrow_cells)
@@ -148,26 +227,29 @@ class StagedSearch:
 # %% ../nbs/10_search.ipynb #a361e455
 class SavedSearch(StagedSearch):
     "A search's state, out and in."
-    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "finished", "reached")
+    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "finished", "reached", "settled")
 
     def state_dict(self)->dict:
         "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."
         net = self.net
         tensors = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
         cells = [{"ops": c.layout.ops.clone(), "alive": c.layout.alive.clone()} for c in net.cells]
-        optimizer = copy.deepcopy(self.optimizer.state_dict()) if self.optimizer else None
+        state = lambda optimizer: copy.deepcopy(optimizer.state_dict()) if optimizer else None
         return {"version": 1, "counters": {k: copy.copy(getattr(self, k)) for k in self.COUNTERS}, "net": tensors, "cells": cells, "discretising": net.discretising, "first": net.first,
-                "optimizer": optimizer, "lambda": asdict(self.lam) if self.lam else None, "mom": self.mom.cpu().clone(), "sums": self.sums.cpu().clone(),
-                "config": plain(asdict(self.cfg)), "spec": asdict(self.spec), "seed": self.seed}
+                "optimizer": state(self.optimizer), "adam": state(self.adam), "trial": copy.deepcopy(self.trial), "lambda": asdict(self.lam) if self.lam else None, "mom": self.mom.cpu().clone(), "sums": self.sums.cpu().clone(),
+                "config": plain(asdict(self.cfg)), "rules": plain(asdict(self.rules)), "spec": asdict(self.whole), "seed": self.seed}
 
     def load_state_dict(self, state: dict):
         "Go back to a saved state. `InputError` if it belongs to another search."
         if not isinstance(state, dict) or state.get("version") != 1: raise InputError("this is not the state of a search, or one of another version")
-        if (state["config"], state["spec"], state["seed"]) != (plain(asdict(self.cfg)), asdict(self.spec), self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
+        own = lambda what, given: {**plain(asdict(type(what)())), **given} == plain(asdict(what)) # settings that are younger than the state have their defaults
+        if not (own(self.cfg, state["config"]) and own(self.rules, state.get("rules", {})) and NetSpec(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
         for k, v in state["counters"].items(): setattr(self, k, copy.copy(v))
-        net = self.net = SuperNet(self.spec, self.net.aux_size, self.cfg.granularities, self.seed, self.net.compute)
+        self.spec = self.whole
+        self._make_net()
+        net = self.net
         if self.stage >= 0:
-            for c, saved in enumerate(state["cells"]): net.cells.append(Cell(layout(self.spec.cell[c], saved["ops"], saved["alive"]), net._generator(2, c)))
+            for saved in state["cells"]: net.add(saved["ops"], saved["alive"])
             net.open(*self.stages[self.stage][1:])
         net.load_state_dict(state["net"])
         net.discretising, net.first = state["discretising"], state["first"]
@@ -175,6 +257,9 @@ class SavedSearch(StagedSearch):
         if state["optimizer"] is not None:
             self.optimizer = make_optimizer(net, self.cfg)
             self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self.adam = make_adam(net, self.cfg) if state.get("adam") is not None else None
+        if self.adam: self.adam.load_state_dict(copy.deepcopy(state["adam"]))
+        self.trial = copy.deepcopy(state.get("trial"))
         self.lam = Lambda(**state["lambda"]) if state["lambda"] else None
         self.mom, self.sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
         self.safe_state = state
@@ -190,44 +275,86 @@ class Search(SavedSearch):
         self._last = set()
         if self.stage < 0: self._open()
         steps = len(self.loaders["train"])
-        if self.epoch_step < steps: self._optimise(steps)
-        if self.epoch_step == steps: self._end_epoch()
+        if self.trial is not None: self._try()
+        elif self.epoch_step < steps: self._optimise(steps)
+        if self.epoch_step == steps and not self.finished: self._end_epoch()
         if self.events.wants("rest"): self._emit("rest")
 
+    def _fading(self)->float:
+        "P-DARTS's drop-out fades: linearly in warm-up, then exponentially."
+        return max(0., 1 - self.phase_epoch / max(self.warm_epochs, 1)) if self.warmup else math.exp(-.2 * self.phase_epoch)
+
     # the parts of a step are methods of their own, so that they can be timed
-    def _batch(self): return tuple(t.to(self.device, non_blocking=True) for t in self.loaders["train"].batch(self.epoch, self.epoch_step))
+    def _batch(self, images="train"):
+        loader = self.loaders[images]
+        return tuple(t.to(self.device, non_blocking=True) for t in loader.batch(self.epoch, self.epoch_step % len(loader)))
 
     def _forward(self, x, y)->tuple: # loss, and what the epoch's means are made of
         logits = self.net(x)
         ce = F.cross_entropy(logits, y)
         price, pressure = regulariser(self.net, self.cfg.cost, self.cfg.reg, self.cfg.mu)
         loss = ce + (0. if self.warmup else self.lam.value) * (price + pressure)
+        if self.rules.beta_decay: loss = loss + self._decay(self.net.alpha)
         with torch.no_grad(): seen = torch.stack([ce.double() * len(y), price.double() * len(y), pressure.double() * len(y), (logits.argmax(1) == y).sum().double(), self.sums.new_full((), len(y))])
         return loss, seen
 
+    def _decay(self, alpha)->Tensor:
+        "What beta-DARTS adds, a larger part of it with every step."
+        n = len(self.net.cells)
+        return self.rules.beta_decay * min(self.clock, 1.) * beta_decay(alpha[:n], self.net.op_live[:n])
+
     def _backward(self, loss):
-        self.optimizer.zero_grad(set_to_none=True)
+        self.net.zero_grad(set_to_none=True)
         loss.backward()
 
-    def _update(self, progress):
+    def _ahead(self):
+        "The gradient of the strengths for weights that have taken one step."
+        net, cfg = self.net, self.cfg
+        names = {id(p): name for name, p in net.named_parameters()}
+        of = {k: [names[id(p)] for p in ps] for k, ps in groups(net).items()}
+        (sgd,) = (g for g in self.optimizer.param_groups if g["name"] == "weights")
+        buffers = {names[id(p)]: self.optimizer.state[p]["momentum_buffer"] for p in sgd["params"] if self.optimizer.state.get(p, {}).get("momentum_buffer") is not None}
+        def loss(f, x, y, regularised, values): return F.cross_entropy(f(x), y) + (self._decay(values["alpha"]) if regularised and self.rules.beta_decay else 0.)
+        found = unrolled(net, loss, self._batch(), self._batch("arch"), of["weights"], of["strengths"], sgd["lr"], cfg.momentum, cfg.weight_decay, buffers)
+        net.zero_grad(set_to_none=True)
+        for name, g in found.items(): net.get_parameter(name).grad = g
+
+    def _update(self, move):
         "Move what moves now."
-        cfg = self.cfg
-        if not self.warmup: update_momentum(self.mom, self.net.alpha, cfg.regrow_gamma)
-        move = moving(cfg.optimisation, self.warmup, self.phase_epoch, progress)
+        cfg, net = self.cfg, self.net
+        if not self.warmup and cfg.regrow and self.by_size: update_momentum(self.mom, net.alpha, cfg.regrow_gamma)
+        net.tie()
         for group in self.optimizer.param_groups:
             if group["name"] not in move:
                 for p in group["params"]: p.grad = None
-            elif group["name"] == "weights" and cfg.clip: nn.utils.clip_grad_norm_(group["params"], cfg.clip)
+            elif group["name"] == "weights":
+                if cfg.clip: nn.utils.clip_grad_norm_(group["params"], cfg.clip)
+                if cfg.lr_end >= 0: group["lr"] = cfg.lr_end + (cfg.lr_weights - cfg.lr_end) * (1 + math.cos(math.pi * math.floor(min(self.clock, 1.) * self.length) / max(self.length, 1))) / 2
         self.optimizer.step()
-        if not self.warmup:
-            with torch.no_grad(): torch._foreach_clamp_min_([getattr(self.net, n) for n in self.net.THRESHOLDS], 0.)
+        if self.adam and "strengths" in move: self.adam.step()
+        if net.discretising:
+            with torch.no_grad(): torch._foreach_clamp_min_([getattr(net, n) for n in net.THRESHOLDS], 0.)
 
     def _optimise(self, steps):
         if self.epoch_step == 0: self.safe_state = self.state_dict()
-        self.net.train()
-        loss, seen = self._forward(*self._batch())
-        self._backward(loss)
-        self._update(self.epoch_step / steps)
+        net, rules, cfg = self.net, self.rules, self.cfg
+        net.train()
+        due = turns(cfg.optimisation, self.warmup, self.phase_epoch, self.epoch_step / steps, self.steps % rules.arch_every == 0, self.sparse)
+        net.sparse = self.sparse
+        if rules.relaxation == "gumbel": net.tau = rules.tau[0] + (rules.tau[1] - rules.tau[0]) * min(self.clock, 1.)
+        net.skip_dropout = rules.skip_dropout[min(self.stage, 2)] * self._fading()
+        for i, (images, move) in enumerate(due):
+            net.noise = net._generator(7, self.epoch, self.epoch_step, i)
+            net.paths = images == "train" or rules.relaxation == "gumbel" # binary gates ask alpha's gradient of all operations
+            if images == "arch" and cfg.optimisation == "second-order": self._ahead()
+            else:
+                if len(due) > 1: # gradients are made for what moves
+                    for name, ps in groups(net).items():
+                        for p in ps: p.requires_grad_(name in move)
+                loss, seen = self._forward(*self._batch(images))
+                self._backward(loss)
+            if len(due) > 1: net.requires_grad_()
+            self._update(move)
         self.sums += seen
         self.epoch_step += 1
         self.steps += 1
@@ -265,10 +392,12 @@ class Search(SavedSearch):
         self.sums.zero_()
         self.epoch, self.epoch_step, self.phase_epoch = epoch + 1, 0, self.phase_epoch + 1
         self._emit("epoch", ce + lam * (price + pressure), epoch, phase="warm-up" if warm else "joint", ce=ce, r_size=price, r_threshold=pressure, train_acc=100 * hits / n,
-                   val_acc=acc, val_loss=val_loss, target=self.target, **{"lambda": lam}, **data)
-        if warm:
-            if self.phase_epoch >= cfg.warmup: self._begin_joint()
+                   val_acc=acc, val_loss=val_loss, target=self.target, **{"lambda": lam}, **data, **({} if self.by_size else {"progress": min(self.clock, 1.)}))
+        if warm and self.phase_epoch >= self.warm_epochs and (self.by_size or self.clock < 1): self._begin_joint()
+        if not self.by_size:
+            if self.clock >= 1 - 1e-9: self._begin_deciding()
             return
+        if warm: return
         due = self.phase_epoch % cfg.prune_every == 0
         if due: self._commit(ce, price, epoch)
         params = self.net.count().params if due else math.inf
@@ -277,10 +406,94 @@ class Search(SavedSearch):
 
     def _commit(self, ce, price, epoch):
         self.rebuilds += 1
-        done = commit(self.net, self.target, self.optimizer, self.rebuilds)
+        done = commit(self.net, self.target, [self.optimizer, self.adam], self.rebuilds, self._found())
         self.pruned += done.pruned["operation"]
         lam = self.lam.update(done.pruned["operation"], ce, price)
         self._emit("commit", None, epoch, pruned=done.pruned, params_before=done.before.params, target=self.target, **{"lambda": lam}, **done.after.summary())
+
+    def _found(self):
+        "What a commit chooses from."
+        net, r = self.net, self.rules
+        if r.discretiser == "share": return by_share(net, r.share_min, r.share_max, r.share_n)
+        if r.discretiser == "rate":
+            all_ = [c for c in self.spec.cell[:len(net.cells)]]
+            return by_rank(net, round(r.rate_ops * len(all_) * len(EDGES) * len(r.ops)), round(r.rate_filters * sum(g.width for c in all_ for g in c.gates if g.learned)))
+        return candidates(net)
+
+    # the end of a search that ends by the clock
+    def _begin_deciding(self):
+        "The clock is up: decide at once, by trial and error, or open the next net."
+        own, kinds = self.rules.discretiser, sorted(set(self.spec.kinds))
+        if self.stage < len(self.stages) - 1: self._close("reached")
+        elif own == "argmax": self._decide(self._strongest())
+        else: self.trial = {"todo": [], "now": self.net.op_live[kinds].cpu(), "found": [], "scores": []}
+
+    def _strongest(self)->Tensor: # [cells, 14, 7]
+        net = self.net
+        s = net.importance()[:len(net.cells)] * net.op_live[:len(net.cells)]
+        return (s if net.edges() is None else s * net.edges().detach()[..., None]).cpu()
+
+    def _spread(self, ops)->Tensor: # [kinds, 14, 7] -> [cells, 14, 7]
+        "Kinds of cells to cells."
+        kinds = self.spec.kinds
+        return ops[[sorted(set(kinds)).index(k) for k in kinds]]
+
+    @torch.no_grad()
+    def _among(self, ops, score):
+        "A score of the net with some operations only. The net is as before afterwards."
+        net, live, statistics = self.net, self.net.op_live.clone(), [(c.mean.clone(), c.var.clone()) for c in self.net.cells]
+        net.op_live[:len(net.cells)] = self._spread(ops).to(live.device)
+        with torch.enable_grad(): found = score(net)
+        net.op_live.copy_(live)
+        for c, (mean, var) in zip(net.cells, statistics): c.mean.copy_(mean); c.var.copy_(var)
+        return found
+
+    def _try(self):
+        "One step of trial and error: one decision, or one candidate."
+        t, r, net = self.trial, self.rules, self.net
+        self.steps += 1
+        i, whole = len(t["found"]), net.op_live[sorted(set(self.spec.kinds))].cpu()
+        def jacobian(ops, of): return self._among(ops, lambda net: jacobian_score(net.train(), self.loaders["train"].batch(*of)[0].to(self.device)))
+        if i < r.samples and r.discretiser == "sample":
+            strength = torch.rand(whole.shape, generator=net._generator(8, i)) * whole
+            if self.spec.constraint == 1: ops = strongest_two(strength)
+            else:
+                found = by_strength(net, self._spread(strength))
+                ops = found.masks(choose(net, found, self.target)[0])["ops"][sorted(set(self.spec.kinds))]
+            t["found"].append(ops)
+            t["scores"].append(self._among(ops, lambda net: evaluate([net], islice(self.loaders["val"].eval(), r.batches), self.device)[0][0]))
+        elif i < r.samples:
+            if not t["todo"]: t["todo"], t["now"] = plan_round(len(whole), net._generator(8, i)), whole
+            kind, what, at = t["todo"].pop(0)
+            decide = decide_edge if what == "edge" else decide_node
+            t["now"] = decide(t["now"], kind, at, lambda ops: jacobian(ops, (0, i % len(self.loaders["train"]))))
+            if not t["todo"]: t["found"].append(t["now"])
+        elif len(t["scores"]) < i: # the candidates, on other images
+            n = len(t["scores"])
+            t["scores"].append(sum(jacobian(t["found"][n], (1 + b // len(self.loaders["train"]), b % len(self.loaders["train"]))) for b in range(r.batches)))
+        if len(t["scores"]) == r.samples: self._decide(keep=self._spread(t["found"][max(range(r.samples), key=t["scores"].__getitem__)]))
+
+    @torch.no_grad()
+    def _decide(self, strength=None, keep=None):
+        "Prune whatever does not stay; that is the end."
+        net, r = self.net, self.rules
+        if keep is None and self.spec.constraint == 1: keep = fewer_skips(strength, r.max_skips, [c.index for c in self.spec.cell if not c.reduction])
+        if r.partial > 1 or r.superpose != "none": # from here on the whole channels, and each kernel for itself
+            self.settled, old = True, net
+            self._make_net()
+            net = self.net
+            net.alpha.copy_(old.alpha)
+            if r.zero: net.zero.copy_(old.zero)
+            net.open(*self.stages[self.stage][1:])
+            self.optimizer = self.adam = None
+        self.rebuilds += 1
+        if r.keep < 1:
+            for c in net.cells: keep_scored(c, r.keep)
+        done = commit(net, 0. if keep is not None else self.target, [self.optimizer, self.adam], self.rebuilds, all_but(net, keep) if keep is not None else by_strength(net, strength))
+        if r.keep < 1 and r.fit: fit_scored(net, self.target)
+        self.pruned, self.trial = done.pruned["operation"], None
+        self._emit("commit", None, max(self.epoch - 1, 0), pruned=done.pruned, params_before=done.before.params, target=self.target, **{"lambda": 0.}, **net.count().summary())
+        self._close("reached")
 
     def run(self, until: str = "end" # step, epoch, commit, stage or end
            )->bool: # whether the search is finished

@@ -16,10 +16,10 @@ __all__ = ['UNITS', 'CellIndex', 'Layout', 'layout', 'CellCount', 'count_cell', 
 class CellIndex:
     "Where gates, thresholds and operations of a `CellSpec` lie in the flat vectors, as tensors."
     def __init__(self, spec: CellSpec):
-        self.spec, width = spec, spec.width
-        self.gate_unit = torch.cat([torch.arange(g.unit0, g.unit0 + width) for g in spec.gates])
+        self.spec = spec
+        self.gate_unit = torch.cat([torch.arange(g.unit0, g.unit0 + g.width) for g in spec.gates])
         n = len(EDGES) * len(OPS) # the last entry of the 99 stands for "no operation": preprocessing is always live
-        self.gate_op = torch.tensor([g.edge * len(OPS) + g.op if g.op >= 0 else n for g in spec.gates]).repeat_interleave(width)
+        self.gate_op = torch.tensor([g.edge * len(OPS) + g.op if g.op >= 0 else n for g in spec.gates]).repeat_interleave(torch.tensor([g.width for g in spec.gates]))
 
     def alive(self, ops: Tensor, # [14, 7] bool, live operations
               gates: Tensor, # [gates * width] bool, live filters of the full cell, in storage order
@@ -44,6 +44,7 @@ class CellIndex:
     def out(self, unit: Tensor # [units] bool
            )->Tensor: # [4 * width] bool
         "Live channels of the cell's output, the concatenation of its nodes."
+        if self.spec.rest: return torch.ones(self.spec.out, dtype=torch.bool) # what goes round the operations fills every node
         at = self.spec.state_unit(INPUTS)
         return unit[at:at + self.spec.out]
 

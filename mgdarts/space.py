@@ -79,6 +79,7 @@ class CellSpec:
     reduction_prev: bool # the previous cell is a reduction cell: state 0 comes from a map twice as large
     side_in: int # side of states 0 and 1, pixels
     side: int # side of the intermediate nodes, pixels
+    rest: int = 0 # channels of each state that go round the operations (partial channels)
 
     def stride(self, edge: int)->int:
         "2 for edges from the inputs of a reduction cell."
@@ -92,10 +93,11 @@ class CellSpec:
     def state_unit(self, state: int)->int: return self.in0 + self.in1 + state * self.width
     def mid_unit(self, edge: int, op: int)->int: return self.state_unit(STATES) + (edge * len(OPS) + op) * self.width
     def out_unit(self, edge: int, op: int)->int: return self.mid_unit(len(EDGES), 0) + (edge * len(OPS) + op) * self.width
+    def rest_unit(self, state: int)->int: return self.out_unit(len(EDGES), 0) + state * self.rest
     @property
-    def units(self)->int: return self.out_unit(len(EDGES), 0)
+    def units(self)->int: return self.rest_unit(INPUTS)
     @property
-    def out(self)->int: return NODES * self.width
+    def out(self)->int: return NODES * (self.width + self.rest)
 
     @cached_property
     def segments(self)->tuple:
@@ -107,11 +109,13 @@ class CellSpec:
             out.append(s)
         C = self.width
         for state, (width, unit) in enumerate(zip((self.in0, self.in1), self.in_unit)):
-            edge, row = -1 - state, self.state_unit(state)
-            if state == 0 and self.reduction_prev:
-                add("plain", edge, -1, "a", C // 2, width, 1, row, unit, self.side_in)
-                add("plain", edge, -1, "b", C // 2, width, 1, row + C // 2, unit, self.side_in)
-            else: add("plain", edge, -1, "pre", C, width, 1, row, unit, self.side_in)
+            edge = -1 - state
+            for rows, row, suffix in ((C, self.state_unit(state), ""), (self.rest, self.rest_unit(state), "_rest")):
+                if not rows: continue
+                if state == 0 and self.reduction_prev:
+                    add("plain", edge, -1, "a" + suffix, rows // 2, width, 1, row, unit, self.side_in)
+                    add("plain", edge, -1, "b" + suffix, rows - rows // 2, width, 1, row + rows // 2, unit, self.side_in)
+                else: add("plain", edge, -1, "pre" + suffix, rows, width, 1, row, unit, self.side_in)
         for e, (i, _) in enumerate(EDGES):
             src = self.state_unit(i)
             for o in range(len(OPS)):
@@ -131,8 +135,10 @@ class CellSpec:
     def gates(self)->tuple:
         "All gated maps of the cell, in storage order."
         out = []
-        def add(edge, op, role, unit, learned=True): out.append(Gate(edge, op, role, self.width, unit, len(out) * self.width, learned))
-        for state in range(INPUTS): add(-1 - state, -1, "pre", self.state_unit(state))
+        def add(edge, op, role, unit, learned=True, width=self.width): out.append(Gate(edge, op, role, width, unit, out[-1].start + out[-1].width if out else 0, learned))
+        for state in range(INPUTS):
+            add(-1 - state, -1, "pre", self.state_unit(state))
+            if self.rest: add(-1 - state, -1, "rest", self.rest_unit(state), width=self.rest)
         for e in range(len(EDGES)):
             for o in range(len(OPS)):
                 if is_sep(o): add(e, o, "mid", self.mid_unit(e, o))
@@ -145,7 +151,7 @@ class CellSpec:
         "Length of the full flat vectors."
         omega = sum(s.numel for s in self.segments if s.group == "omega")
         plain = sum(s.numel for s in self.segments if s.group == "plain")
-        return {"omega": omega, "plain": plain, "gates": len(self.gates) * self.width}
+        return {"omega": omega, "plain": plain, "gates": sum(g.width for g in self.gates)}
     @property
     def params(self)->int:
         "Weights of the whole cell: kernels, and two batch-norm values a gated channel."
@@ -183,7 +189,14 @@ class NetSpec:
     size: int = 32 # image side, pixels
     in_channels: int = 3
     stem: str = "auto" # cifar, imagenet, or auto: by size
+    constraint: int = 3 # Table VI: 1 and 2: cells of a kind are alike
+    partial: int = 1 # operations see one part in so many of the channels
 
+    @property
+    def kinds(self)->list:
+        "For each cell, the first cell that shares its operations and their strengths."
+        if self.constraint == 3: return list(range(self.cells))
+        return [next(d.index for d in self.cell if d.reduction == c.reduction) for c in self.cell]
     @property
     def stem_kind(self)->str: return self.stem if self.stem != "auto" else "cifar" if self.size <= 64 else "imagenet"
     @property
@@ -215,7 +228,8 @@ class NetSpec:
             stage = sum(c > e for e in self.ends)
             if c in reductions: width *= 2
             after = half(side) if c in reductions else side
-            out.append(CellSpec(c, stage, width, in0, in1, c in reductions, prev, side, after))
+            inner = width // self.partial
+            out.append(CellSpec(c, stage, inner, in0, in1, c in reductions, prev, side, after, width - inner))
             in0, in1, prev, side = in1, out[-1].out, c in reductions, after
         return tuple(out)
 

@@ -7,32 +7,52 @@ from __future__ import annotations
 import torch
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
-from .config import Compute
+from .config import Compute, Rules
 from .space import *
 from .discretise import discretise, strongest
+from .relax import HARD, MEANS, RELAXATIONS, edge_shares
 from .kernels import images_abreast, native, widen
 from .operations import Classifier, Stem, AuxHead
 from .size import CellIndex, NetCount, layout, count_cell
 from .cell import Cell, carry_columns, remap
 
 # %% auto #0
-__all__ = ['SuperNet']
+__all__ = ['superposed', 'SuperNet']
 
 # %% ../nbs/06_supernet.ipynb #cdcdb94f
+def superposed(w: Tensor, # [cells, 14, 7] weights of the operations
+               live: Tensor # the same, bool
+              )->tuple: # ([cells, 98] weights of what is stored, [cells, 98] shares of the larger kernels)
+    "Weights of superposed operations: the larger of a pair stands for both."
+    out, share = list(w.unbind(-1)), torch.ones_like(w)
+    share = list(share.unbind(-1))
+    for small, large in ((SEP3, SEP5), (DIL3, DIL5)):
+        both, there = w[..., small] + w[..., large], live[..., large]
+        share[large] = torch.where(there, w[..., large] / both.clamp(min=1e-12), 1.)
+        out[large], out[small] = torch.where(there, both, 0.), torch.where(there, 0., w[..., small])
+    return torch.stack(out, -1).flatten(1), torch.stack(share, -1).flatten(1)
+
+# %% ../nbs/06_supernet.ipynb #3a797fc5
 class SuperNet(nn.Module):
     "The multi-granularity super-net of a `NetSpec`. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
+    WIDTHS = 4 # of superposed filters: a quarter, a half, three quarters, all
 
     def __init__(self, spec: NetSpec,
                  aux_size: str = "medium", # small, medium or large
                  granularities: tuple = GRANULARITIES, # what is discretised; the others stay as they are
                  seed: int = 0, # of all weights
-                 compute: Compute|None = None # how: see there
+                 compute: Compute|None = None, # how: see there
+                 rules: Rules|None = None # how strong operations are
                 ):
         super().__init__()
-        self.compute = compute or Compute()
+        self.compute, self.rules = compute or Compute(), rules or Rules()
         self.spec, self.aux_size, self.granularities, self.seed = spec, aux_size, tuple(granularities), seed
-        shape = (spec.cells, len(EDGES), len(OPS))
+        shape, rules = (spec.cells, len(EDGES), len(OPS)), self.rules
+        for name, there, size in (("zero", rules.zero, shape[:2]), ("edge", rules.edge_norm, shape[:2]), ("widths", rules.superpose == "kernels+filters", shape + (self.WIDTHS,))):
+            if there: setattr(self, name, nn.Parameter(torch.zeros(size)))
+        # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether scores are in force, drop-out on skips
+        self.noise, self.tau, self.paths, self.sparse, self.skip_dropout = None, 1., False, False, 0.
         self.alpha = nn.Parameter(torch.zeros(shape))
         for name in self.THRESHOLDS: setattr(self, name, nn.Parameter(torch.zeros(shape if name != "t_pre" else (spec.cells, INPUTS))))
         self.register_buffer("op_live", torch.ones(shape, dtype=torch.bool))
@@ -48,20 +68,42 @@ class SuperNet(nn.Module):
 
     def open(self, end: int, # last cell of the sub-net
              stage: int # 0-based; the last stage ends in the classifier
-            )->list: # parameters that are new
-        "Add cells up to `end`, with everything live, and put the stage's head on top."
+            ):
+        "Add cells up to `end`, with every operation that the rules allow, and put the stage's head on top."
         device = self.alpha.device
         self._forget()
         if len(self.cells) <= end: self.first = len(self.cells) # cell of this stage
         for c in range(len(self.cells), end + 1):
             spec = self.spec.cell[c]
-            ops = torch.ones(len(EDGES), len(OPS), dtype=torch.bool)
+            ops = self._allowed().expand(len(EDGES), -1)
+            self.op_live[c] = ops.to(device)
+            if self.rules.superpose != "none": # what is a part of a larger kernel is not stored
+                ops = ops.clone()
+                for small, large in ((SEP3, SEP5), (DIL3, DIL5)): ops[:, small] &= ~ops[:, large]
             alive = CellIndex(spec).alive(ops, torch.ones(spec.sizes["gates"], dtype=torch.bool), *self._inputs(c))
-            self.cells.append(Cell(layout(spec, ops, alive), self._generator(2, c)).to(device))
+            self.add(ops, alive)
         width, last = int(self._out(end).sum()), end == self.spec.cells - 1
         g = self._generator(3, stage)
         self.head = (Classifier(width, self.spec.classes, g) if last else AuxHead(self.spec.head(stage, self.aux_size), g, width)).to(device)
         self.stage = stage
+        kinds = self.spec.kinds[:end + 1]
+        first = sorted(set(kinds))
+        for name, at in (("first_of_kind", first), ("kind", [first.index(k) for k in kinds])): self.register_buffer(name, torch.tensor(at, device=device), persistent=False)
+
+    def _allowed(self)->Tensor: return torch.tensor([o in self.rules.ops for o in OPS])
+    def add(self, ops: Tensor, alive: Tensor # [14, 7] and [units] bool: what the next cell stores
+           ):
+        "Append a cell."
+        c = len(self.cells)
+        self.cells.append(Cell(layout(self.spec.cell[c], ops, alive), self._generator(2, c), self.rules.gates, self.rules.keep < 1).to(self.alpha.device))
+
+    @torch.no_grad()
+    def tie(self):
+        "Give what cells of a kind share the sum of its gradients, in each of them."
+        if self.spec.constraint == 3: return
+        kinds = torch.tensor(self.spec.kinds, device=self.alpha.device)
+        for p in (self.alpha, self.t_alpha, *(getattr(self, n) for n in ("zero", "edge", "widths") if hasattr(self, n))):
+            if p.grad is not None: p.grad = torch.zeros_like(p.grad).index_add_(0, kinds, p.grad)[kinds]
 
     def _out(self, c: int)->Tensor: # bool
         "Live channels of what cell `c` puts out; -1 and -2 are the stem's two maps."
@@ -69,11 +111,33 @@ class SuperNet(nn.Module):
         return self.cells[c].index.out(self.cells[c].layout.alive)
     def _inputs(self, c: int)->tuple: return self._out(c - 2), self._out(c - 1)
 
-    def strengths(self)->Tensor: # [cells, 98]
-        "M_alpha(sigma(alpha)) of the cells that exist (Eq. 1)."
+    def _by(self, relaxation, noise):
         n = len(self.cells)
+        live = self.op_live[:n]
+        if relaxation == "sigmoid": return torch.sigmoid(self.alpha[:n]) * live
+        a, live = self.alpha[self.first_of_kind], live[self.first_of_kind] # one draw for all cells of a kind
+        if self.rules.zero: a, live = torch.cat([a, self.zero[self.first_of_kind][..., None]], -1), torch.cat([live, torch.ones_like(live[..., :1])], -1)
+        return RELAXATIONS[relaxation](a, live, noise, self.tau)[..., :len(OPS)][self.kind]
+    def relaxed(self)->Tensor: # [cells, 14, 7]
+        "How strong the operations of the cells that exist are, by the rules' relaxation."
+        return self._by(self.rules.relaxation, self.noise if self.training else None)
+    def edges(self)->Tensor|None: # [cells, 14]
+        "Weights of the edges; None where only channels that go round would need them, and there are none."
+        n = len(self.cells)
+        if self.rules.edge_norm: return edge_shares(self.edge[self.first_of_kind], [slice(NODE_EDGES[j][0], NODE_EDGES[j][-1] + 1) for j in range(INPUTS, STATES)])[self.kind]
+        return self.alpha.new_ones(n, len(EDGES)) if self.rules.partial > 1 else None
+    @torch.no_grad()
+    def importance(self)->Tensor: # [all cells, 14, 7]
+        "How strong operations are for those who look on or decide: what they are on average, of cells that do not exist yet sigma(alpha)."
+        out = torch.sigmoid(self.alpha.detach())
+        if self.cells and self.rules.relaxation != "sigmoid": out[:len(self.cells)] = self._by(MEANS.get(self.rules.relaxation, self.rules.relaxation), None)
+        return out
+
+    def strengths(self)->Tensor: # [cells, 98]
+        "M_alpha(sigma(alpha)) of the cells that exist (Eq. 1), or what the rules have in its place."
+        n = len(self.cells)
+        if not (self.discretising and "operation" in self.granularities): return self.relaxed().view(n, -1)
         g, live = torch.sigmoid(self.alpha[:n]).flatten(), self.op_live[:n].flatten()
-        if not (self.discretising and "operation" in self.granularities): return (g * live).view(n, -1)
         keep = strongest(g, self.node_n.repeat(n), live)
         return discretise(g, self.t_alpha[:n].flatten(), torch.ones_like(live, dtype=torch.long), live, keep).view(n, -1)
 
@@ -88,20 +152,33 @@ class SuperNet(nn.Module):
 
     def _forward(self, x):
         how, x, n = self.compute, x.contiguous(memory_format=torch.channels_last), len(x)
-        plain = how.impl == "reference"
-        b = 1 if plain or how.compile or native(x) else images_abreast(n, self.spec.channels)
+        plain, paths = how.impl == "reference", self.rules.relaxation in HARD and (self.paths or not self.training)
+        b = 1 if plain or paths or how.compile or native(x) else images_abreast(n, self.spec.channels // self.rules.partial)
         x0, x1 = self.stem(x)
         if plain: x0, x1 = x0.contiguous(), x1.contiguous() # plain NCHW maps
         if b > 1: x0, x1 = (widen(x1, b),) * 2 if x0 is x1 else (widen(x0, b), widen(x1, b))
         x0, x1 = (x0.relu(),) * 2 if x0 is x1 else (x0.relu(), x1.relu()) # two cells read each map, and both begin with a ReLU
-        alpha = self.strengths()
+        alpha, edges, rules = self.strengths(), self.edges(), self.rules
+        if edges is not None: alpha = (alpha.view(*edges.shape, -1) * edges[..., None]).flatten(1)
+        chosen = (alpha.detach() > 0).view(len(alpha), len(EDGES), len(OPS)).cpu() if paths else None
+        widths = None
+        if hasattr(self, "widths"):
+            all_ = torch.ones_like(self.widths[:1, :, :, :], dtype=torch.bool)
+            widths = RELAXATIONS[rules.relaxation](self.widths[self.first_of_kind], all_, self.noise if self.training else None, self.tau)[self.kind]
+        if rules.superpose != "none": alpha, inner = superposed(alpha.view(len(alpha), len(EDGES), len(OPS)), self.op_live[:len(alpha)])
+        drop = (self.skip_dropout, self.noise) if self.skip_dropout else None
         for c, cell in enumerate(self.cells):
             t_gate, t_weight = self.thresholds(c)
-            f, args = (cell.reference, (x0, x1, alpha[c], t_gate, t_weight)) if plain else (self._cell(c), (x0, x1, alpha[c], cell.gates(t_gate), cell.weights(t_weight), b))
+            edge = None if edges is None else edges[c]
+            # what the equations do not know of is worked out for both versions alike
+            omega = cell.weights(t_weight, rules.keep if self.sparse else 1., inner[c] if rules.superpose != "none" else None) if not plain or paths or self.sparse or rules.superpose != "none" else None
+            gate = cell.gates(t_gate, None if widths is None else widths[c]) if not plain or paths or widths is not None else None
+            if plain or paths: f, args = cell.reference, (x0, x1, alpha[c], t_gate, t_weight, omega, edge, None if chosen is None else chosen[c], gate)
+            else: f, args = self._cell(c), (x0, x1, alpha[c], gate, omega, b, edge, drop)
             if torch.is_grad_enabled() and (how.recompute == "all" or how.recompute == "earlier" and c < self.first):
                 y, mean, var = checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
             else: y, mean, var = f(*args)
-            if self.training: cell.track(mean, var, n)
+            if self.training: cell.track(mean, var, n, some=paths)
             if c + 1 < len(self.cells): x0, x1 = x1, y.relu()
         return self.head(y, b)
 
