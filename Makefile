@@ -23,8 +23,9 @@ demo: .venv/.installed
 	$(BIN)/pip install -q -e '.[export]'
 	touch $@
 
+# Two processes, one thread each: most of the time is spent in nets that a second thread would not help.
 test: .venv/.export
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Fifty kills, failing system calls, rotten files, wrong inputs: under 20 minutes on two cores.
 faults: .venv/.installed

@@ -408,7 +408,7 @@ class Search(SavedSearch):
         self.rebuilds += 1
         done = commit(self.net, self.target, [self.optimizer, self.adam], self.rebuilds, self._found())
         self.pruned += done.pruned["operation"]
-        lam = self.lam.update(done.pruned["operation"], ce, price)
+        lam = 0. if self.rules.regulariser == "none" else self.lam.update(done.pruned["operation"], ce, price)
         self._emit("commit", None, epoch, pruned=done.pruned, params_before=done.before.params, target=self.target, **{"lambda": lam}, **done.after.summary())
 
     def _found(self):
@@ -443,8 +443,9 @@ class Search(SavedSearch):
         "A score of the net with some operations only. The net is as before afterwards."
         net, live, statistics = self.net, self.net.op_live.clone(), [(c.mean.clone(), c.var.clone()) for c in self.net.cells]
         net.op_live[:len(net.cells)] = self._spread(ops).to(live.device)
+        net.requires_grad_(False) # gradients are asked of images only
         with torch.enable_grad(): found = score(net)
-        net.op_live.copy_(live)
+        net.requires_grad_().op_live.copy_(live)
         for c, (mean, var) in zip(net.cells, statistics): c.mean.copy_(mean); c.var.copy_(var)
         return found
 

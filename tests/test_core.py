@@ -315,7 +315,7 @@ class Noise:
 
 
 @given(st.data())
-@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_search_ends_with_every_node_fed_and_the_size_at_or_just_under_the_target(data):
     draw = data.draw
     spec = NetSpec(draw(st.sampled_from([2, 4])), draw(st.integers(3, 4)), draw(st.integers(2, 4)), draw(st.sampled_from([6, 8, 9])))
@@ -346,14 +346,23 @@ def test_any_search_ends_with_every_node_fed_and_the_size_at_or_just_under_the_t
         assert params > 0
 
 
-@pytest.mark.parametrize("at", [0, 5, 11, 17, 26])
-def test_resume_gives_the_same_bits(at):
+def small_search():
     spec, cfg = NetSpec(2, 3, 3, 8), Settings(target_m=0.004, warmup=1, prune_every=1, max_epochs=3, lambda_step=0.02)
     loader = Noise(8, 3, 3)
-    make = lambda: Search(spec, {"train": loader, "val": loader}, cfg, seed=1)
-    whole, events = make(), []
+    return Search(spec, {"train": loader, "val": loader}, cfg, seed=1)
+
+
+@pytest.fixture(scope="module")
+def whole_search():
+    whole, events = small_search(), []
     whole.events.listen(lambda e: events.append(e.to_dict()), "epoch", "commit", "regrow", "stage", "done")
     whole.run()
+    return whole, events
+
+
+@pytest.mark.parametrize("at", [0, 5, 17, 26])
+def test_resume_gives_the_same_bits(at, whole_search):
+    make, (whole, events) = small_search, whole_search
     part, before = make(), []
     part.events.listen(lambda e: before.append(e.to_dict()), "epoch", "commit", "regrow", "stage", "done")
     for _ in range(at):

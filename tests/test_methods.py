@@ -1,0 +1,134 @@
+"Every method, through the same loop, files and commands."
+import io
+import json
+
+import pytest
+import torch
+
+from mgdarts import architecture, cli, runs
+from mgdarts.config import InputError, Rules, configure, preset
+from mgdarts.data import load_data
+from mgdarts.methods import METHODS
+from mgdarts.relax import RELAXATIONS
+from mgdarts.space import INPUTS, NODE_EDGES, STATES, is_conv
+
+TINY = {"data.subset": 100, "search.batch": 40, "search.length": 3, "search.max_epochs": 2, "search.warmup": 1, "search.prune_every": 1, "train.epochs": 1, "rules.samples": 1, "rules.batches": 1, "search.lambda_step": .05}
+OWN = {"random": {"rules.samples": 2}, "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3}}
+
+
+def config(method, **more):
+    return preset("smoke", method, **{**TINY, **OWN.get(method, {}), **more})
+
+
+@pytest.fixture(scope="module")
+def splits():
+    return load_data(config("mg-darts").data, 0)
+
+
+def bits(search):
+    return {**search.net.state_dict(), "mom": search.mom, "steps": torch.tensor(search.steps)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_search_goes_on_to_the_same_bits(method, splits):
+    whole, heard = runs.make_search(config(method), splits), []
+    whole.events.listen(lambda e: heard.append(e.to_dict()), "stage", "epoch", "commit", "regrow", "done")
+    whole.run()
+    assert heard[-1]["type"] == "done" and whole.finished
+    first, events = runs.make_search(config(method), splits), []
+    first.events.listen(lambda e: events.append(e.to_dict()), "stage", "epoch", "commit", "regrow", "done")
+    while first.steps < .6 * whole.steps: first.step()
+    file = io.BytesIO()
+    torch.save(first.state_dict(), file)
+    file.seek(0)
+    second = runs.make_search(config(method), splits)
+    second.load_state_dict(torch.load(file, weights_only=True))
+    second.events.listen(lambda e: events.append(e.to_dict()), "stage", "epoch", "commit", "regrow", "done")
+    second.run()
+    assert events == heard
+    a, b = bits(whole), bits(second)
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_search_derive_retrain(method, tmp_path, capsys):
+    out = tmp_path / "run"
+    sets = [f"--set={k}={v}" for k, v in {**TINY, **OWN.get(method, {})}.items()]
+    assert cli.main(["search", "--preset", "smoke", "--method", method, "--out", str(out), "--json", *sets]) == 0
+    result = json.loads(capsys.readouterr().out)
+    arch = architecture.load(out)
+    assert architecture.counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"] == sum(p.numel() for p in architecture.DerivedNet(arch, aux=False).parameters()) - sum(int((~m).sum()) for m in arch.masks.values())
+    for cell in arch.cells: # every node is fed, and by two edges with an operation each where the space says so
+        for j in range(INPUTS, STATES):
+            into = [op.edge for op in cell.ops if op.dst == j]
+            assert into and (config(method).space.constraint == 3 or len(into) == len(set(into)) == 2)
+    if config(method).space.constraint < 3:
+        kinds = {}
+        for cell, spec in zip(arch.cells, arch.spec.cell): assert kinds.setdefault(spec.reduction, [(o.op, o.edge) for o in cell.ops]) == [(o.op, o.edge) for o in cell.ops]
+    if config(method).rules.fit: assert abs(result["derived"]["params_nonzero"] / 1e4 - 1) < .5 # the width moves in steps of two filters
+    assert cli.main(["train", str(out), "--json"]) == 0
+    assert 0 <= json.loads(capsys.readouterr().out)["test_acc_final"] <= 100
+    assert (out / "report.html").exists()
+    runs.bare_search(out) # and its last state can be looked at
+
+
+def test_the_registry_and_the_knobs_agree():
+    assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas", "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
+    choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
+    assert set(choices["relaxation"]) == {"sigmoid", *RELAXATIONS}
+    assert configure(preset("smoke"), init="saliency", beta_decay=5).rules.beta_decay == 5
+
+
+@pytest.mark.parametrize("settings, says", [
+    ({"method": "darts"}, "unknown method"),
+    ({"rules.discretiser": "argmax"}, "search.stages=1"),
+    ({"space.constraint": 1}, "searched together"),
+    ({"method": "darts-v1", "rules.discretiser": "thresholds"}, "rules.relaxation"),
+    ({"method": "pc-darts", "rules.partial": 3}, "multiple"),
+    ({"method": "pc-darts", "train.weights": "supernet"}, "train.weights=scratch"),
+    ({"method": "darts-v1", "search.granularities": "filter"}, "search.granularities"),
+    ({"rules.gates": False}, "search.granularities"),
+])
+def test_rules_that_do_not_go_together(settings, says):
+    with pytest.raises(InputError, match=says): preset("smoke", **settings)
+
+
+@pytest.mark.parametrize("constraint", (1, 2, 3))
+@pytest.mark.parametrize("method", ("mg-darts", "darts-v1", "pc-darts", "gdas"))
+def test_the_three_spaces(method, constraint, splits):
+    "Table VI: space 1 has two edges a node and cells that are alike, space 2 cells that are alike, space 3 neither; free connections end at the target."
+    own = {"search.stages": 1, "search.regrow": 0, "search.granularities": "operation", "search.stage_keep": 0.5, "search.max_epochs": 3} if method == "mg-darts" else {}
+    search = runs.make_search(config(method, **own, **{"space.constraint": constraint, "search.target_m": .015 if method != "mg-darts" else .03}), splits)
+    search.run()
+    live = search.net.op_live.cpu()
+    if constraint < 3: assert live[1].equal(live[2]) # the reduction cells
+    if constraint == 1 :
+        assert live.sum((1, 2)).tolist() == [8] * 3 and live.sum(-1).max() == 1
+        assert all(live[c, list(NODE_EDGES[j])].any(-1).sum() == 2 for c in range(3) for j in range(INPUTS, STATES))
+    elif method != "mg-darts": assert search.net.count().params <= 15_000
+
+
+def test_dass_keeps_the_share_it_is_asked_for(splits):
+    search = runs.make_search(config("dass", **{"rules.keep": .6}), splits)
+    search.run()
+    kept = [m for c in search.net.cells for m in c.omega_live.split(c.sizes["omega"])]
+    assert all(int(m.sum()) == -(-len(m) * 6 // 10) for m in kept)
+
+
+def test_weights_stand_still_while_scores_are_learned(splits):
+    search = runs.make_search(config("dass"), splits)
+    while not search.sparse: search.step()
+    before, scores = [c.omega.clone() for c in search.net.cells], [c.score.clone() for c in search.net.cells]
+    search.step()
+    assert all(torch.equal(a, c.omega) for a, c in zip(before, search.net.cells)) and not any(torch.equal(a, c.score) for a, c in zip(scores, search.net.cells))
+
+
+def test_second_order_leaves_the_net_alone(splits):
+    search = runs.make_search(config("darts-v2"), splits)
+    search.step()
+    before = {k: v.clone() for k, v in search.net.state_dict().items()}
+    search._ahead()
+    assert all(torch.equal(v, search.net.state_dict()[k]) for k, v in before.items())
+    first = runs.make_search(config("darts-v1"), splits)
+    first.load_state_dict({**search.state_dict(), "config": {**search.state_dict()["config"], "optimisation": "first-order"}})
+    assert first.net.alpha.grad is None or not torch.equal(first.net.alpha.grad, search.net.alpha.grad)
