@@ -8,6 +8,7 @@ import json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
+from .methods import METHODS
 from .config import Config, InputError, PRESETS, configure, preset as preset_config
 from .space import NetSpec, count_supernet
 
@@ -80,7 +81,7 @@ def _configuration(preset, method, dataset, data_dir, seed, device, sets)->Confi
 
 @app.command()
 def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")] = "smoke",
-           method: Annotated[Optional[str], typer.Option(help="Search method.")] = None,
+           method: Annotated[Optional[str], typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = None,
            dataset: Annotated[Optional[str], typer.Option(help="digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder of images under the data folder.")] = None,
            data_dir: Annotated[Optional[str], typer.Option(help="Folder of the datasets.")] = None,
            out: Annotated[Optional[Path], typer.Option(help="Run folder; a new one under runs/ if not given.")] = None,
