@@ -192,6 +192,7 @@ def run_arms(wanted: list, # of Job
     workers = min(workers or (1 if cuda else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1), len(groups))
     context = multiprocessing.get_context("spawn")
     todo, done, failed, begun = context.Queue(), context.Queue(), {}, {}
+    todo.cancel_join_thread() # after an interruption nobody reads what is left in it
     left = {i: j for g in groups.values() for i, j in g}
     for g in groups.values(): todo.put(g)
     for _ in range(workers): todo.put(None)

@@ -22,7 +22,8 @@ from .verdicts import verdicts
 # %% auto #0
 __all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'measure', 'scale_of',
            'planned_memory', 'head_sizes', 'published', 'published_shape', 'paper_rows', 'summary', 'make_record',
-           'jobs_in', 'rebuild', 'markdown', 'Study', 'draw', 'run_notebook', 'outcome', 'reproduce', 'remake']
+           'jobs_in', 'rebuild', 'markdown', 'Study', 'adaptive_and_fixed', 'draw', 'run_notebook', 'outcome',
+           'reproduce', 'remake']
 
 # %% ../nbs/40_reproduce.ipynb #3e1f37ce
 TARGETS = {
@@ -175,7 +176,7 @@ def rebuild(record: dict|str|Path, # or the file
     return make_record(target(record["item"]), jobs, folder, record["parameters"], failed, time.time() - start)
 
 # %% ../nbs/40_reproduce.ipynb #a55834e0
-SMOKE = {"data.subset": 256, "search.prune_every": 1, "search.max_epochs": 20, "train.epochs": 3}
+SMOKE = {"data.subset": 256, "search.prune_every": 1, "search.max_epochs": 20, "search.length": 4, "train.epochs": 3}
 
 def markdown(rows: list):
     "A list of dictionaries as a table."
@@ -200,16 +201,17 @@ class Study:
         self.common = {k: v for k, v in {"data.name": dataset, "data.dir": data_dir, "device": device}.items() if v} | (SMOKE if preset == "smoke" else {})
         self.parameters = {"preset": preset, "seeds": list(self.seeds), "dataset": dataset, "data_dir": "", "device": device, "arms": arms, **more}
         self.base = preset_config(preset, **self.common)
-        self.record, self.todo, self.failed, self.wall = None, [], {}, 0.
+        self.record, self.todo, self.failed, self.wall, self.known = None, [], {}, 0., []
 
     def run(self, arms: list, # of Arm
-            enough: list|None = None # labels of those that are run at preset smoke when no arms are named; None: all
+            enough: list|None = None, # labels of those that are run at preset smoke when no arms are named; None: all
+            first: bool = False # others depend on these: they are run in any case, and a later call runs the rest
            )->Study: # itself
         "Run the arms with every seed, after those of an earlier call, and make the record. `InputError` on a label that there is not."
-        labels = [a.label for a in arms]
-        for name in self.chosen:
-            if name not in labels and name != "all": raise InputError(f"parameter arms: no arm {name!r}: {closest(name, labels)}")
-        wanted = set(self.chosen or (enough if enough and self.preset == "smoke" else ["all"]))
+        self.known += [a.label for a in arms]
+        for name in () if first else self.chosen:
+            if name not in self.known and name != "all": raise InputError(f"parameter arms: no arm {name!r}: {closest(name, self.known)}")
+        wanted = set(["all"] if first else self.chosen or (enough if enough and self.preset == "smoke" else ["all"]))
         todo, start = [job(a, self.preset, s, **self.common) for a in arms if wanted & {a.label, "all"} for s in self.seeds], time.time()
         there = sum(j.finished(self.folder) for j in todo)
         print(f"{len(todo)} runs of {len(todo) // len(self.seeds)} arms" + (f", {there} of them finished before" if there else ""))
@@ -220,6 +222,14 @@ class Study:
         if self.record["rows"]: print(f"{self.record['scale']}: {self.record['dataset']}; commit {(self.record['environment']['commit'] or 'unknown')[:7]}")
         else: raise RunFailed(f"no arm of {self.item} came to an end: {self.record['failed'][0]['why']}")
         return self
+
+    def base_of(self, method: str): # Config
+        "The preset's configuration for another method."
+        return preset_config(self.preset, **self.common, method=method)
+    def share(self)->float:
+        "How much of the super-net the target leaves."
+        cfg = self.base
+        return cfg.search.target_m * 1e6 / count_supernet(NetSpec(cfg.space.channels, cfg.space.cells, size=cfg.data.size or 32))["main"]
 
     @property
     def labels(self)->list: return list(self.record["values"])
@@ -265,6 +275,19 @@ class Study:
         fig.update_yaxes(categoryorder="array", categoryarray=order)
         return plots.theme(fig, 150 + 30 * len(order), 80, "closest").update_xaxes(title=title)
 
+    def scatter(self, x: str, y: str, x_title: str, y_title: str, # metrics, and titles of the axes
+                theirs: dict # label -> (x, y), Nones where the paper has none
+               ):
+        "A figure: each arm by two of its values; the paper's rows in a panel of their own."
+        from mgdarts import plots
+        fig = plots.make_subplots(1, 2, subplot_titles=[f"ours, {self.record['scale']}", "the paper"], horizontal_spacing=.1)
+        for col, points in enumerate(({n: (self.stat(n, x)[0], self.stat(n, y)[0]) for n in self.labels}, theirs), 1):
+            points = {n: p for n, p in points.items() if None not in p}
+            mine = [n.startswith("MG-DARTS") for n in points]
+            fig.add_scatter(x=[p[0] for p in points.values()], y=[p[1] for p in points.values()], text=list(points), mode="markers+text", textposition="top center", textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{text}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
+                            marker={"size": 10, "color": [plots.RUN_COLOURS[2] if m else plots.RUN_COLOURS[0] for m in mine], "symbol": ["star" if m else "circle" for m in mine]}, row=1, col=col)
+        return plots.theme(fig, 460, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
+
     def save(self, figures: dict # name -> go.Figure
             ):
         "Write the record and the figures, and show the verdicts."
@@ -272,6 +295,18 @@ class Study:
         if self.record: write_json(self.out / "record.json", self.record)
         for note in draw(self.out, figures): print(note)
         return markdown([{"claim": v["text"], "verdict": v["verdict"], "scale": v["scale"], "values": v["why"]} for v in verdicts(self.out.parent, self.item)]) if self.record else None
+
+def adaptive_and_fixed(study: Study, sizes: list # millions of parameters
+                      )->Study:
+    "Nets of some sizes, by adaptive pruning and by two pairs of fixed rates, which stand to its average rates as in the paper (Fig. 6 and 7)."
+    said = {r["quantity"]: r["value"] for r in paper_rows("fig06")}
+    common = {"search.stages": 1, "search.granularities": "operation,filter"}
+    curve = lambda name, more, method: [Arm(f"{name} at {m:.3g} M", {**common, **more, "search.target_m": m}, method) for m in sizes]
+    study.run(curve("adaptive", {}, "mg-darts"), first=True)
+    mean = lambda metric: statistics.fmean(r[metric] for r in study.record["rows"] if r.get(metric) is not None)
+    ops, filters = mean("ops_a_commit") / (study.base.space.cells * len(EDGES) * len(OPS)), max(mean("filters_a_commit") / 100, 1e-4)
+    rate = lambda k, what: said[f"fixed rates {k}, {what} pruned every two epochs"] / said[f"adaptive, mean {what} pruned every two epochs"]
+    return study.run(sum((curve(f"fixed rates {k}", {"rules.rate_ops": ops * rate(k, "operations"), "rules.rate_filters": filters * rate(k, "filters")}, "fixed-rate") for k in (1, 2)), []))
 
 def draw(folder: Path, figures: dict)->list: # notes on what could not be written
     "Figures as HTML, PNG and SVG. Pages load the plotting library from the network; pictures need a Chromium."
@@ -311,7 +346,6 @@ def reproduce(name: str, parameters: dict # of its notebook
              )->dict: # JSON-ready
     "Run a target's notebook, and say what came of it."
     start, path = time.time(), (Path(parameters["out"]) if parameters.get("out") else root() / "figures") / name / "record.json"
-    if path.exists(): path.unlink() # what is there afterwards is this run's
     return outcome(path, notebook=str(run_notebook(name, parameters)), wall_s=round(time.time() - start, 1))
 
 def remake(path: Path, workers: int = 0)->dict: # JSON-ready
