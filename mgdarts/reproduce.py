@@ -250,7 +250,7 @@ class Study:
              ):
         "Ours, mean and standard deviation over seeds, beside the paper's."
         out = []
-        for label in dict.fromkeys([*self.labels, *(rows or {})]):
+        for label in dict.fromkeys([*(rows or {}), *self.labels]):
             if label not in self.labels and self.chosen: continue
             row = {"": label}
             for heading, metric in columns.items():
@@ -267,7 +267,7 @@ class Study:
         from mgdarts import plots
         theirs = {k: v for k, v in (theirs or {}).items() if v is not None}
         fig = plots.make_subplots(1, 2 if theirs else 1, subplot_titles=[f"ours, {self.record['scale']}"] + ["the paper"] * bool(theirs), shared_yaxes=True, horizontal_spacing=.06)
-        order = list(dict.fromkeys([*self.labels, *theirs]))[::-1]
+        order = list(dict.fromkeys([*theirs, *self.labels]))[::-1]
         found = {n: self.stat(n, metric) for n in order}
         ours = [n for n in order if found[n][0] is not None]
         fig.add_scatter(x=[found[n][0] for n in ours], y=ours, error_x={"array": [found[n][1] or 0. for n in ours], "color": plots.RUN_COLOURS[0]}, mode="markers", marker={"size": 11, "color": plots.RUN_COLOURS[0]}, name="ours, mean and standard deviation", hovertemplate="%{x:.4g}", row=1, col=1)

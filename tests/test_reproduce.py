@@ -109,7 +109,8 @@ def test_weights_taken_away_and_networks_built():
     assert found[0] == arms.built(spec, 20_000, 0.5, fit_at=0.5, seed=3)
     assert [[(op.op, op.src, op.dst) for op in c.ops] for c in found[0].cells] == [[(op.op, op.src, op.dst) for op in c.ops] for c in found[1].cells]
     whole = arms.built(spec, 20_000, 0.5, weights=1.0)
-    scores = {k: torch.rand(s, generator=torch.Generator().manual_seed(0)) for k, s in whole.mask_shapes().items()}
+    g = torch.Generator().manual_seed(0)
+    scores = {k: torch.rand(s, generator=g) for k, s in whole.mask_shapes().items()}
     masks = arms.masked(whole, scores, 0.3).masks
     kept = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
     assert 0.3 <= kept < 0.33 and all(bool(m.any()) for m in masks.values())
