@@ -11,8 +11,8 @@ from .data import root
 from .store import read_json
 
 # %% auto #0
-__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'gap', 'more', 'exactly',
-           'together', 'NotRun', 'Values', 'check', 'others', 'second', 'dass', 'sizes', 'judge', 'verdicts']
+__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'FIXED', 'gap', 'more',
+           'exactly', 'together', 'NotRun', 'Values', 'check', 'others', 'second', 'dass', 'sizes', 'judge', 'verdicts']
 
 # %% ../nbs/39_verdicts.ipynb #007eb7f2
 def gap(a: list, b: list, # a value a seed
@@ -133,7 +133,7 @@ check("three-granularities")(lambda v: together([more(f"{b} and {a}", v(b), v(a)
 check("joint-beats-iterative")(lambda v: together([more(n, v("Joint"), v(n)) for n in ("Iterative (Full Epoch)", "Iterative (Half Epoch)")]))
 check("aux-not-too-small")(lambda v: together([more("medium and small", v("Medium Aux"), v("Small Aux")), more("medium and large", v("Medium Aux"), v("Large Aux"), -MARGIN)]))
 check("on-par-in-darts-space")(lambda v: together([more(n, v("MG-DARTS space 1"), v(f"{n} space 1"), by) for n, by in (("DARTSV1", 0), ("GDAS", 0), ("PC-DARTS", -MARGIN))]))
-check("robust-in-free-spaces")(lambda v: together([more(f"{n}, spaces 1 and {k}", v(f"{n} space 1"), v(f"{n} space {k}")) for n in ("DARTSV1", "PC-DARTS", "GDAS") for k in (2, 3)]
+check("robust-in-free-spaces")(lambda v: together([more(f"{n}, spaces 1 and {k}", v(f"{n} space 1"), v(f"{n} space {k}")) for n, ks in (("DARTSV1", (2,)), ("PC-DARTS", (2, 3)), ("GDAS", (2, 3))) for k in ks]
                                                   + [more(f"MG-DARTS, spaces {k} and 1", v(f"MG-DARTS space {k}"), v("MG-DARTS space 1"), -MARGIN) for k in (2, 3)]))
 
 @check("stages-halve-memory")
@@ -163,16 +163,20 @@ def _(v):
         parts.append(more(f"{pair}: ours and {best}", v(f"{pair} adaptive"), v(best), -MARGIN, len(manual)))
     return together(parts)
 
-def sizes(v: Values, name: str)->list: # arms of a curve, by size
-    return sorted(v.starting(name + " at "), key=lambda n: statistics.fmean(v(n, "params_m")))
+def sizes(v: Values)->list: # what the names of the arms of a curve end in, by size
+    "The sizes of the adaptive nets."
+    return sorted((n.removeprefix("adaptive at ") for n in v.starting("adaptive at ")), key=lambda s: float(s.split()[0]))
+
+FIXED = ("fixed rates 1", "fixed rates 2")
 
 @check("ratios-follow-size")
 def _(v):
-    names = sizes(v, "adaptive")
-    if len(names) < 2: raise NotRun("one size")
-    return together([more("filter ratio of the smallest net and the largest", v(names[0], "ratio_filter"), v(names[-1], "ratio_filter"))])
+    if len(at := sizes(v)) < 2: raise NotRun("one size only")
+    ours = lambda size: v(f"adaptive at {size}", "ratio_filter")
+    theirs = lambda size: [statistics.fmean(pair) for pair in zip(*(v(f"{f} at {size}", "ratio_filter") for f in FIXED))]
+    return together([more(f"filter ratio at {at[-1]}, fixed rates and adaptive", theirs(at[-1]), ours(at[-1])), more(f"filter ratio at {at[0]}, adaptive and fixed rates", ours(at[0]), theirs(at[0]))])
 
-check("adaptive-beats-fixed")(lambda v: together([more(f"{a} and {b}", v(a), v(b)) for other in ("fixed rates 1", "fixed rates 2") for a, b in zip(sizes(v, "adaptive"), sizes(v, other))]))
+check("adaptive-beats-fixed")(lambda v: together([more(f"{f} at {size}", v(f"adaptive at {size}"), v(f"{f} at {size}")) for f in FIXED for size in sizes(v)]))
 check("coarse-to-fine")(lambda v: together([more(f"half-way point of the fall, weights and {g}s", v("Single-stage", "half_weight"), v("Single-stage", f"half_{g}")) for g in ("operation", "filter")]))
 check("operations-early")(lambda v: together([more("operation ratio, first and last third of the cells", v("Multi-stage", "operation_first"), v("Multi-stage", "operation_last"))]))
 check("filters-at-both-ends")(lambda v: together([more("filter ratio, ends and middle", v("Multi-stage", "filter_ends"), v("Multi-stage", "filter_middle")), more("weight ratio, middle and ends", v("Multi-stage", "weight_middle"), v("Multi-stage", "weight_ends"))]))
