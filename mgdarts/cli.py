@@ -15,7 +15,7 @@ from .space import NetSpec, count_supernet
 # %% auto #0
 __all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Sets', 'count', 'search', 'train', 'plan', 'bench_step_command',
            'bench_data_command', 'bench_search_command', 'arch_show', 'arch_import', 'arch_export', 'runs_command',
-           'compare_command', 'replay_command', 'main']
+           'compare_command', 'replay_command', 'reproduce_command', 'claims_command', 'main']
 
 # %% ../nbs/15_cli.ipynb #8861b1be
 app = typer.Typer(help="Multi-granularity differentiable architecture search.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -292,6 +292,40 @@ def replay_command(run: Annotated[Path, typer.Argument(help="Run folder; the sea
         write_report(run) # which links to it
     facts = {"page": str(page), "bytes": page.stat().st_size, "moments": len(rep), "missing": rep.missing}
     _show(facts, as_json, _table("replay", ["", ""], list(facts.items())))
+
+# %% ../nbs/15_cli.ipynb #08cfc66e
+@app.command("reproduce")
+def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help="table01 to table10, fig01 to fig09, all; or the record.json of an earlier one, to be made again from the configurations in it.")],
+                      preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")] = "smoke",
+                      seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
+                      dataset: Annotated[str, typer.Option(help="Dataset; default: the preset's own.")] = "",
+                      data_dir: Annotated[str, typer.Option(help="Folder of the datasets.")] = "",
+                      device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
+                      arms: Annotated[str, typer.Option(help="Labels of arms, comma-separated, or all.")] = "",
+                      out: Annotated[Optional[Path], typer.Option(help="Folder of records and figures; default: the project's figures/.")] = None,
+                      jobs: Annotated[int, typer.Option(help="Arms side by side; 0: one a core, one on a GPU.")] = 0, as_json: Json = False):
+    "Reproduce a table or figure of the paper, or all."
+    from mgdarts import reproduce as r
+    if what.endswith(".json"): names = [r.remake(Path(what), jobs)]
+    else:
+        names = list(r.TARGETS) if what == "all" else [r.target(what)]
+        r.Study(names[0], preset, seeds, dataset, data_dir, device, arms, jobs=jobs) # what is wrong is better known before
+        out = out.absolute() if out else None
+        given = {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device, "arms": arms, "jobs": jobs, "out": str(out or "")}
+        names = [r.reproduce(name, given) for name in names]
+    _show({"targets": names}, as_json, _table("reproduced", ["target", "arms", "failed", "scale", "seconds", "record"], [(n["item"], n["arms"], len(n["failed"]), n["scale"], n["wall_s"], n["record"]) for n in names]))
+    for n in names:
+        for f in n["failed"]: print(f"mgdarts: {n['item']}: {f['label']}, seed {f['seed']}: {f['why']}", file=sys.stderr)
+    if any(n["failed"] for n in names): raise typer.Exit(1)
+
+@app.command("claims")
+def claims_command(records: Annotated[Optional[Path], typer.Option(help="Folder of the records; default: the project's figures/.")] = None, as_json: Json = False):
+    "The paper's claims against the records so far."
+    if records is not None and not records.is_dir(): raise InputError(f"--records {records} is not a folder: give the one that mgdarts reproduce writes to")
+    from mgdarts.verdicts import verdicts
+    found = verdicts(records)
+    columns = ["id", "item", "verdict", "scale", "dataset"]
+    _show({"claims": found}, as_json, _table("claims", columns, [[c[k] for k in columns] for c in found]))
 
 # %% ../nbs/15_cli.ipynb #ab22dbbd
 def main(args: list|None = None # None: the process's own

@@ -59,7 +59,7 @@ def test_core_imports_torch_alone():
         assert found <= allowed, (name, found - allowed)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("[!.]*.ipynb")), ids=lambda p: p.stem)
 def test_notebooks_are_committed_clean(path):
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count")

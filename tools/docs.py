@@ -50,12 +50,13 @@ def build(root: Path):
         target = source / picture.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
-    nav = []
-    for notebook in sorted((root / "nbs").glob("*.ipynb"), key=lambda p: (p.stem != "index", p.stem != "quickstart", p.stem)):
+    nav, paper = [], []
+    for notebook in sorted([*(root / "nbs").glob("*.ipynb"), *(root / "nbs/repro").glob("*.ipynb")], key=lambda p: (p.stem != "index", p.stem != "quickstart", p.stem)):
         executed = root / "figures" / notebook.name
         text = page(executed if executed.exists() else notebook)
         (source / f"{notebook.stem}.md").write_text(text, "utf-8")
-        nav.append({re.search(r"^# (.+)$", text, re.M).group(1): f"{notebook.stem}.md"})
+        (paper if notebook.parent.name == "repro" else nav).append({re.search(r"^# (.+)$", text, re.M).group(1): f"{notebook.stem}.md"})
+    nav.append({"The paper, table by table": paper})
     config = {"site_name": "mgdarts", "docs_dir": str(source), "site_dir": str(site), "nav": nav,
               "theme": {"name": "material", "font": False, "palette": [
                   {"media": "(prefers-color-scheme: light)", "scheme": "default", "toggle": {"icon": "material/weather-night", "name": "dark"}},

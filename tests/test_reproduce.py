@@ -1,0 +1,234 @@
+"Arms, records, verdicts, and a reproduction notebook: nothing runs twice, nothing is lost, and noise is not called a result."
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import papermill
+import pytest
+import torch
+
+from mgdarts import arms, paper, reproduce, runs
+from mgdarts import verdicts as judged
+from mgdarts.arms import Arm, job, run_arms
+from mgdarts.cli import main
+from mgdarts.config import InputError, from_dict
+from mgdarts.reproduce import TARGETS, Study, make_record, measure, rebuild, seeds_of
+from mgdarts.space import NetSpec
+from mgdarts.store import read_json, write_json
+
+ROOT = Path(__file__).resolve().parent.parent
+FAST = {"data.subset": 200, "search.warmup": 0, "search.max_epochs": 2, "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
+
+
+def make(label="one", seed=0, how=None, **kw):
+    return job(Arm(label, how or {}, **kw), "smoke", seed, **FAST)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    "Two seeds of an arm, finished, in a folder of runs."
+    folder = tmp_path_factory.mktemp("repro")
+    pair = [make(seed=s) for s in (0, 1)]
+    assert run_arms(pair, folder) == {}
+    return folder, pair
+
+
+def test_a_finished_arm_is_not_run_again(done, monkeypatch):
+    folder, pair = done
+    assert all(j.finished(folder) for j in pair)
+    monkeypatch.setattr(arms.multiprocessing, "get_context", lambda how: pytest.fail("something was started"))
+    assert run_arms([*pair, make("the same under another name")], folder) == {}
+
+
+def test_the_key_is_of_what_is_run():
+    one = make()
+    assert one.key() == make("another name").key() == make(how={"train.epochs": 5}).key() == make(how={"search.stages": 3}).key()
+    assert len({one.key(), make(seed=1).key(), make(how={"search.regrow": 0.5}).key(), make(build={"filters": 0.5}).key()}) == 4
+    assert len({j.training(Path("r")) for j in (one, make(how={"train.epochs": 5}), make(keep=0.5), make(how={"train.weights": "supernet"}))}) == 4
+    assert from_dict(one.search).preset == "smoke"
+
+
+def test_a_killed_arm_goes_on_and_ends_the_same(done, tmp_path):
+    folder, (one, _) = done
+    code = "import json, sys; from mgdarts import arms, runs; runs.Saver.__init__.__defaults__ = (0.2, (), None); arms.do(arms.Job(**json.loads(sys.argv[1])), sys.argv[2])"
+    p = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(one)), str(tmp_path)])
+    for _ in range(1200):
+        if list(one.run(tmp_path).glob("checkpoint/*.pt")):
+            break
+        time.sleep(0.05)
+    p.kill()
+    p.wait()
+    assert not one.finished(tmp_path) and list(one.run(tmp_path).glob("checkpoint/*.pt"))
+    assert run_arms([one], tmp_path) == {}
+    same = lambda row: {k: v for k, v in row.items() if not k.endswith("_s")}
+    assert same(measure(one, tmp_path)) == same(measure(one, folder))
+
+
+def test_one_arm_fails_and_the_others_end(done, capsys):
+    folder, pair = done
+    bad, other = make("too large", how={"search.target_m": 9.0}), make("no search", build={"filters": 0.5})
+    failed = run_arms([bad, *pair, other], folder)
+    assert list(failed) == [0] and "target_m" in failed[0] and other.finished(folder)
+    assert "FAILED" in capsys.readouterr().out
+    record = make_record("table05", [bad, *pair, other], folder, {}, failed, 0.0)
+    assert [f["label"] for f in record["failed"]] == ["too large"] and len(record["rows"]) == 3
+
+
+def dies(job, folder):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_is_killed_is_noticed(tmp_path):
+    failed = run_arms([make(), make(seed=1)], tmp_path, 1, dies)
+    assert sorted(failed) == [0, 1] and "process" in failed[0]
+
+
+def test_an_interruption_keeps_what_is_finished(done, tmp_path):
+    "SIGINT to the one who waits ends the arms, and starting again runs the rest only."
+    folder, (one, two) = done
+    os.symlink(one.run(folder), one.run(tmp_path))
+    code = "import json, sys; from mgdarts import arms; arms.run_arms([arms.Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])"
+    p = subprocess.Popen([sys.executable, "-c", code, json.dumps([vars(one), vars(two)]), str(tmp_path)], stderr=subprocess.DEVNULL)
+    for _ in range(1200):
+        if (two.run(tmp_path) / "events.jsonl").exists():
+            break
+        time.sleep(0.05)
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) != 0 and one.finished(tmp_path)
+    assert run_arms([one, two], tmp_path) == {} and two.finished(tmp_path)
+
+
+def test_weights_taken_away_and_networks_built():
+    spec = NetSpec(8, 3, size=16)
+    found = [arms.built(spec, 20_000, f, fit_at=0.5, seed=3) for f in (0.5, 1.0)]
+    assert found[0] == arms.built(spec, 20_000, 0.5, fit_at=0.5, seed=3)
+    assert [[(op.op, op.src, op.dst) for op in c.ops] for c in found[0].cells] == [[(op.op, op.src, op.dst) for op in c.ops] for c in found[1].cells]
+    whole = arms.built(spec, 20_000, 0.5, weights=1.0)
+    g = torch.Generator().manual_seed(0)
+    scores = {k: torch.rand(s, generator=g) for k, s in whole.mask_shapes().items()}
+    masks = arms.masked(whole, scores, 0.3).masks
+    kept = sum(int(m.sum()) for m in masks.values()) / sum(m.numel() for m in masks.values())
+    assert 0.3 <= kept < 0.33 and all(bool(m.any()) for m in masks.values())
+    with pytest.raises(InputError, match="filter ratio"):
+        arms.built(spec, 100, 1.0)
+
+
+def test_a_record_is_rebuilt_from_the_configurations_in_it(done):
+    folder, pair = done
+    path = folder / "record.json"
+    write_json(path, make_record("table05", pair, folder, {"preset": "smoke"}, {}, 0.0))
+    record = read_json(path, "a record")
+    path.unlink()
+    for j in pair:  # nothing is left but the record
+        for f in sorted(j.run(folder).rglob("*"), reverse=True):
+            f.unlink() if f.is_file() else f.rmdir()
+        j.run(folder).rmdir()
+    new = rebuild(record, folder)
+    clockless = lambda rows: [{k: v for k, v in r.items() if k not in ("search_s", "train_s")} for r in rows]
+    assert clockless(new["rows"]) == clockless(record["rows"]) and new["arms"] == record["arms"]
+    assert new["values"]["one"]["acc"] == record["values"]["one"]["acc"] and record["values"]["one"]["acc"]["n"] == 2
+    assert record["scale"] == "scaled down" and "digits" in record["dataset"] and record["environment"]["torch"] == torch.__version__
+    assert record["paper"] == paper.table(5)
+    with pytest.raises(InputError, match="no arms"):
+        rebuild({"item": "table05", "arms": [{"label": "x"}]}, folder)
+
+
+def rows(**values):
+    return [{"label": k, "seed": s, "acc": v} for k, vs in values.items() for s, v in enumerate(vs)]
+
+
+@pytest.mark.parametrize("ours, theirs, by, verdict", [
+    ([97.1, 97.2, 97.3], [96.1, 96.2, 96.3], 0, "reproduced"),
+    ([96.1, 96.2, 96.3], [97.1, 97.2, 97.3], 0, "not reproduced"),
+    ([97.1, 97.2, 97.3], [97.0, 97.2, 97.4], 0, "inconclusive"),
+    ([99.0], [50.0], 0, "inconclusive"),  # one seed says nothing about noise
+    ([97.1, 97.2, 97.3], [97.1, 97.2, 97.3], -0.5, "reproduced"),  # no loss, within half a point
+    ([97.1, 97.2, 97.3], [97.7, 97.8, 97.9], -0.5, "inconclusive"),
+    ([97.0, 97.0], [97.0, 97.0], 0, "inconclusive"),
+])
+def test_verdicts_on_made_up_numbers(ours, theirs, by, verdict):
+    assert judged.more("", ours, theirs, by)[0] == verdict
+
+
+def test_a_claim_needs_all_of_its_parts():
+    claim = next(c for c in paper.claims() if c["id"] == "joint-beats-iterative")
+    record = lambda half: {"rows": [{"label": n, "seed": s, "acc": v} for n, vs in {"Joint": [97.1, 97.2, 97.3], "Iterative (Full Epoch)": [95.1, 95.2, 95.3], "Iterative (Half Epoch)": half}.items() for s, v in enumerate(vs)], "scale": "scaled down", "dataset": "made up"}
+    assert judged.judge(claim, record([95.0, 95.1, 95.2]))["verdict"] == "reproduced"
+    assert judged.judge(claim, record([97.0, 97.2, 97.4]))["verdict"] == "inconclusive"
+    assert judged.judge(claim, record([99.0, 99.1, 99.2]))["verdict"] == "not reproduced"
+    assert judged.judge(claim, record([])) ["verdict"] == "not run" and judged.judge(claim, None)["verdict"] == "not run"
+    assert judged.judge(claim, record([95.0, 95.1, 95.2]))["scale"] == "scaled down"
+
+
+def test_welch_is_students_where_it_can_be_looked_up():
+    diff, half = judged.gap([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
+    assert diff == -3 and half == pytest.approx(2.776445 * (2 / 3) ** 0.5, rel=1e-6)  # Student's 97.5 % point, 4 degrees of freedom
+    assert judged.gap([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], tests=10)[1] > half
+
+
+def test_every_claim_has_a_check_and_every_target_a_notebook():
+    assert {c["id"] for c in paper.claims()} == set(judged.CHECKS)
+    assert {p.stem for p in (ROOT / "nbs/repro").glob("*.ipynb")} == set(TARGETS) >= {c["item"] for c in paper.claims()}
+
+
+@pytest.mark.parametrize("args", [["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"], ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
+def test_bad_input_gets_one_line(args, capsys):
+    assert main(["reproduce", *args]) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("mgdarts: ") and "\n" not in err
+
+
+def test_claims_command(tmp_path, capsys):
+    assert main(["claims", "--records", str(tmp_path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["claims"]
+    assert len(found) == len(paper.claims()) and {c["verdict"] for c in found} == {"not run"} and {"id", "text", "verdict", "scale"} <= found[0].keys()
+    assert main(["claims", "--records", str(tmp_path / "nothing")]) == 2
+    capsys.readouterr()
+    (tmp_path / "table05").mkdir()
+    (tmp_path / "table05/record.json").write_text("{}")
+    assert main(["claims", "--records", str(tmp_path)]) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("bad", [{"seeds": "x"}, {"preset": 3}, {"arms": ["a"]}, {"jobs": True}, {"dataset": 1}])
+def test_parameters_are_checked(bad):
+    with pytest.raises(InputError):
+        Study("table05", **bad)
+
+
+def test_an_unknown_arm_is_refused(tmp_path):
+    with pytest.raises(InputError, match="r = 0.2"):
+        Study("table05", arms="r = 0.25", runs_dir=str(tmp_path)).run([Arm("r = 0.2")])
+    assert seeds_of("2, 0,2") == (2, 0) and seeds_of(1) == (1,)
+
+
+def test_a_notebook_by_command(tmp_path, capsys, monkeypatch):
+    "A table at smoke: record, figure, executed notebook; and made again from its record."
+    monkeypatch.setattr(reproduce, "root", lambda: ROOT)
+    executed = tmp_path / "runs"
+    monkeypatch.setattr(reproduce, "run_notebook", lambda name, given: run(name, given | {"runs_dir": str(executed)}, executed))
+    assert main(["reproduce", "table05", "--arms", "r = 0,r = 0.1", "--out", str(tmp_path / "figures"), "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)["targets"][0]
+    record = read_json(tmp_path / "figures/table05/record.json", "a record")
+    assert out["arms"] == 2 and [r["label"] for r in record["rows"]] == ["r = 0", "r = 0.1"] and record["scale"] == "scaled down"
+    assert any(f.endswith("accuracy.html") for f in out["figures"]) and out["verdicts"] == [{"id": "regrowing-helps", "verdict": "not run", "scale": None}]
+    nb = nbformat.read(executed / "table05.ipynb", 4)
+    assert os.path.getsize(executed / "table05.ipynb") < 1_000_000
+    shown = [o["data"] for c in nb.cells for o in c.get("outputs", []) if "data" in o]
+    assert any("| r = 0.1 |" in d.get("text/markdown", "") for d in shown) and any("application/vnd.plotly.v1+json" in d for d in shown)
+    again = rebuild(tmp_path / "figures/table05/record.json", executed)
+    assert again["rows"] == record["rows"] and again["values"] == record["values"]
+
+
+run = reproduce.run_notebook
+
+
+@pytest.mark.parametrize("bad", [{"preset": "smok"}, {"sedes": "1"}, {"seeds": "a"}])
+def test_bad_parameters_stop_a_notebook(tmp_path, bad):
+    with pytest.raises(InputError):
+        run("table09", {"out": str(tmp_path), "runs_dir": str(tmp_path / "runs"), **bad}, tmp_path)
+    assert not (tmp_path / "runs").exists()
