@@ -127,7 +127,7 @@ def do(job: Job, folder: str|Path, # of all runs
     if job.finished(folder): return
     if job.search:
         cfg = from_dict(job.search)
-        runs.search(cfg, run, runs.begun(run, cfg), quiet=quiet, prepare=MemoryWatch(run) if cfg.method == "mg-darts" else None)
+        runs.search(cfg, run, runs.begun(run, cfg), quiet=quiet, prepare=MemoryWatch(run))
         if not job.train: return
     cfg = from_dict(job.train)
     if out == run / "train": return runs.retrain(run, resume=True, quiet=quiet)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, asdict
 
 # %% auto #0
 __all__ = ['PARTS', 'PRUNING', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute',
-           'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method', 'preset',
+           'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method', 'preset', 'pairs',
            'settings_of', 'refuse_unknown']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
@@ -351,6 +351,16 @@ def preset(name: str, # one of `PRESETS`
 # %% ../nbs/00_config.ipynb #1b53d11b
 _preset = preset # a parameter below has the same name
 
+def pairs(settings: str # "key=value, key=value"
+         )->dict:
+    "Knobs as a notebook's parameter has them."
+    more = {}
+    for pair in filter(str.strip, settings.split(",")):
+        key, eq, value = pair.partition("=")
+        if not eq: raise InputError(f"parameter settings: {pair.strip()!r} is not key=value")
+        more[key.strip()] = value.strip()
+    return more
+
 def settings_of(preset: str, # name of a preset
                 dataset: str = "", data_dir: str = "", seed: int = 0,
                 settings: str = "", # more knobs: "key=value, key=value"
@@ -359,11 +369,7 @@ def settings_of(preset: str, # name of a preset
     "The configuration that a notebook's parameters describe. `InputError` names the one that is wrong."
     for name, value, kind in (("preset", preset, str), ("dataset", dataset, str), ("data_dir", data_dir, str), ("seed", seed, int), ("settings", settings, str), ("method", method, str)):
         if not isinstance(value, kind) or isinstance(value, bool): raise InputError(f"parameter {name}={value!r} must be {'a whole number' if kind is int else 'text'}")
-    more = {}
-    for pair in filter(str.strip, settings.split(",")):
-        key, eq, value = pair.partition("=")
-        if not eq: raise InputError(f"parameter settings: {pair.strip()!r} is not key=value")
-        more[key.strip()] = value.strip()
+    more = pairs(settings)
     given = {"data.name": dataset, "data.dir": data_dir}
     return _preset(preset, method, seed=seed, **{k: v for k, v in given.items() if v}, **more)
 

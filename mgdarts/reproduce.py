@@ -11,7 +11,7 @@ from . import architecture as arch_files
 from . import paper, runs
 from .architecture import Architecture, counts
 from .arms import Arm, Job, job, run_arms
-from .config import PRESETS, InputError, closest, from_dict, preset as preset_config, to_dict
+from .config import PRESETS, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve, to_dict
 from .data import root
 from .events import RunFailed
 from .memory import memory_plan
@@ -29,7 +29,7 @@ __all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'sha
 TARGETS = {
     "table01": "CIFAR-10 and CIFAR-100, DARTS-like space", "table02": "ImageNet, DARTS-like space", "table03": "ImageNet, MobileNet-like space", "table04": "single-stage and multi-stage",
     "table05": "regrowing ratios", "table06": "memory reduction in three search spaces", "table07": "DASS against MG-DARTS", "table08": "granularities", "table09": "optimisation strategies",
-    "table10": "auxiliary heads", "fig01": "retention ratios at the same size", "fig02": "the search space", "fig03": "pruning", "fig04": "stages", "fig05": "ratios set by hand",
+    "table10": "auxiliary heads", "methods": "the methods at one size", "fig01": "retention ratios at the same size", "fig02": "the search space", "fig03": "pruning", "fig04": "stages", "fig05": "ratios set by hand",
     "fig06": "fixed rates: retention ratios", "fig07": "fixed rates: accuracy against size", "fig08": "thresholds and ratios during the search", "fig09": "what is kept where"}
 
 def target(name: str)->str: # the same
@@ -81,7 +81,9 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
         if r is None: raise InputError(f"{run.name} is not finished")
         row |= {"reached": r["reached"], "searched_m": r["params"] / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": r["wall_s"],
                 **shape_of(data["arch"]), **pace_of(data["events"]), "environment": data["record"]["environment"], "dataset": data["record"]["dataset"]}
-        if (run / "memory.json").exists(): row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
+        if (run / "memory.json").exists():
+            row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
+            if row["memory_mb"]: row["peak_mb"] = max(row["memory_mb"].values())
     if job.train:
         record, r = runs.read_record(out), read_json(out / "result.json", "a result")
         row |= {"acc": r["test_acc_final"], "acc_best_val": r["test_acc_best_val"], "val_acc": r["val_acc_final"], "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
@@ -191,15 +193,16 @@ class Study:
                  arms: str = "", # labels, comma-separated; empty: all, at preset smoke those that are enough there
                  out: str = "", # folder of the records; empty: the project's figures/
                  runs_dir: str = "", # folder of all runs; empty: the project's runs/repro
-                 jobs: int = 0, **more # further parameters, for the record
+                 jobs: int = 0, settings: str = "", # more knobs for all arms
+                 **more # further parameters, for the record
                 ):
-        for name, value in {"preset": preset, "dataset": dataset, "data_dir": data_dir, "device": device, "arms": arms, "out": out, "runs_dir": runs_dir}.items():
+        for name, value in {"preset": preset, "dataset": dataset, "data_dir": data_dir, "device": device, "arms": arms, "out": out, "runs_dir": runs_dir, "settings": settings}.items():
             if not isinstance(value, str): raise InputError(f"parameter {name}={value!r} must be text")
         if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 0: raise InputError(f"parameter jobs={jobs!r} must be a whole number from 0")
         self.item, self.preset, self.seeds, self.chosen, self.workers = target(item), preset, seeds_of(seeds), [a.strip() for a in arms.split(",") if a.strip()], jobs
         self.folder, self.out = Path(runs_dir) if runs_dir else root() / "runs/repro", (Path(out) if out else root() / "figures") / item
-        self.common = {k: v for k, v in {"data.name": dataset, "data.dir": data_dir, "device": device}.items() if v} | (SMOKE if preset == "smoke" else {})
-        self.parameters = {"preset": preset, "seeds": list(self.seeds), "dataset": dataset, "data_dir": "", "device": device, "arms": arms, **more}
+        self.common = {k: v for k, v in {"data.name": dataset, "data.dir": data_dir, "device": device}.items() if v} | (SMOKE if preset == "smoke" else {}) | {resolve(Config(), k): v for k, v in pairs(settings).items()}
+        self.parameters = {"preset": preset, "seeds": list(self.seeds), "dataset": dataset, "data_dir": "", "device": device, "arms": arms, "settings": settings, **more}
         self.base = preset_config(preset, **self.common)
         self.record, self.todo, self.failed, self.wall, self.known = None, [], {}, 0., []
 
