@@ -64,11 +64,11 @@ def overlay(searches: dict, # name -> events of a search
         for row, w in enumerate(what, 1):
             x, y = plots.series(es, CURVES[w][1])
             fig.add_scatter(x=x, y=y, name=html.escape(name), legendgroup=name, showlegend=row == 1, mode="lines+markers" if len(x) <= 60 else "lines", line={"color": RUN_COLOURS[i % 5], "dash": DASHES[i // 5 % 5], "width": 2},
-                            marker={"symbol": RUN_SYMBOLS[i % 5], "size": 5}, hovertemplate=CURVES[w][2], row=row, col=1)
+                            marker={"symbol": RUN_SYMBOLS[i % 5], "size": 5}, hovertemplate=f"{CURVES[w][2]} {html.escape(name)}<extra></extra>", row=row, col=1)
     plots.theme(fig, 220 * len(what) + 60, 30 + 22 * (1 + len(epochs) // 5))
     for row, w in enumerate(what, 1): fig.update_yaxes(title_text=CURVES[w][0], rangemode="tozero", row=row, col=1)
     end = max(es[-1]["epoch"] + 1 for es in epochs.values())
-    return fig.update_xaxes(showgrid=False, range=[0, end * 1.02]).update_xaxes(title_text="epochs done", row=len(what), col=1)
+    return plots.linked(fig.update_xaxes(showgrid=False, range=[0, end * 1.02]).update_xaxes(title_text="epochs done", row=len(what), col=1))
 
 # %% ../nbs/33_compare.ipynb #7de0c179
 SIZES = {"params_nonzero": "non-zero parameters (millions)", "params_deployable": "deployable parameters (millions)", "macs": "multiply-accumulates (millions)"}
