@@ -4,7 +4,7 @@
 
 # %% ../nbs/33_compare.ipynb #35404a79
 from __future__ import annotations
-import html
+import html, json
 from dataclasses import dataclass
 from pathlib import Path
 import plotly.graph_objects as go
@@ -16,8 +16,8 @@ from .plots import GREY, OP_STYLES, RUN_COLOURS, RUN_SYMBOLS, Look
 from .space import *
 
 # %% auto #0
-__all__ = ['DASHES', 'CURVES', 'SIZES', 'ONLY', 'ROW_KEYS', 'Entry', 'entries', 'overlay', 'front', 'pareto', 'difference',
-           'difference_table', 'difference_figure', 'compare', 'page']
+__all__ = ['DASHES', 'CURVES', 'SIZES', 'ONLY', 'ROW_KEYS', 'Entry', 'entries', 'settings', 'overlay', 'front', 'pareto',
+           'difference', 'difference_table', 'difference_figure', 'compare', 'page']
 
 # %% ../nbs/33_compare.ipynb #ed3230a2
 @dataclass
@@ -45,6 +45,14 @@ def entries(paths: list # run folders, architectures
         taken = sum(name == e.name.split(" #")[0] for e in out)
         out.append(Entry(f"{name} #{taken + 1}" if taken else name, path, events, arch, row))
     return out
+
+# %% ../nbs/33_compare.ipynb #10dcd2ae
+def settings(found: list # of Entry
+            )->list: # of (key, a value for each)
+    "The settings in which runs differ; `None` where there is no such setting."
+    def flat(d, at=""): return {k: v for name, value in d.items() for k, v in (flat(value, f"{at}{name}.") if isinstance(value, dict) else {at + name: value}).items()}
+    told = [flat(runs.read_record(e.path)["config"]) if (e.path / "config.json").exists() else {} for e in found]
+    return [(k, *(t.get(k) for t in told)) for k in dict.fromkeys(k for t in told for k in t) if len({json.dumps(t.get(k)) for t in told if t}) > 1]
 
 # %% ../nbs/33_compare.ipynb #9a90579f
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")

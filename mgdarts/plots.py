@@ -40,10 +40,10 @@ def theme(fig: go.Figure,
          )->go.Figure: # the same one
     "Give a figure the project's look, for light and dark pages."
     fig.update_layout(template="none", height=height, autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": GREY, "size": 13},
-                      margin={"l": 64, "r": 64, "t": top, "b": 52}, hovermode=hover, hoverlabel={"namelength": -1}, modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": GRANULARITY_COLOURS["operation"]},
+                      margin={"l": 64, "r": 64, "t": top, "b": 52}, hovermode=hover, hoverlabel={"namelength": -1}, modebar={"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": GRANULARITY_COLOURS["operation"]},
                       legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "yref": "container", "bgcolor": "rgba(0,0,0,0)"})
     fig.update_layout(legend={"y": 1 - 4 / height, "yanchor": "top"})
-    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "automargin": True, "title": {"font": {"size": 13}}}
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "automargin": True, "title": {"font": {"size": 13}, "standoff": 8}}
     return fig.update_xaxes(**axis).update_yaxes(**axis)
 
 def empty(message: str)->go.Figure:

@@ -89,14 +89,16 @@ function render({ model, el }) {
   let tries = 0, root;
   function onkey(e) {
     const t = e.target, tag = t.tagName;
-    if (e.ctrlKey || e.metaKey || e.altKey || /INPUT|TEXTAREA|SELECT/.test(tag) || t.isContentEditable) return;
+    if (e.ctrlKey || e.metaKey || e.altKey) return;
+    e.stopPropagation(); // JupyterLab's keys are for what is :focus, whatever is around it
+    if (/INPUT|TEXTAREA|SELECT/.test(tag) || t.isContentEditable) return;
     const k = e.key;
     if (k === " ") { if (tag === "BUTTON" || t.getAttribute("role") === "tab") return; act(model.get("state").main || "run"); }
     else if (k === ".") act("step");
     else if (k === "?") act("keys");
     else if (/^Arrow|^[\\[\\]]$/.test(k)) { if (/slider|tab/.test(t.getAttribute("role") || "")) return; model.send({ key: k }); }
     else return;
-    e.preventDefault(); e.stopPropagation();
+    e.preventDefault();
   }
   function hook() {
     root = el.closest(".mgdarts-wb"); if (!root) { if (tries++ < 200) setTimeout(hook, 50); return; }
@@ -111,7 +113,8 @@ export default { render };
 class Picture(anywidget.AnyWidget):
     "SVG text, of which parts can be picked and handles dragged."
     svg = tr.Unicode("").tag(sync=True)
-    label = tr.Unicode("").tag(sync=True) # what it is, for those who cannot see it
+    label = tr.Unicode("").tag(sync=True) # what it is, for those who cannot see it, and for files
+    hint = tr.Unicode("").tag(sync=True) # what the keys do
     selected = tr.Unicode("").tag(sync=True) # `data-pick` of what is selected
     said = tr.Unicode("").tag(sync=True) # the line under it, when the pointer is elsewhere; empty: no line
     saved = tr.Bool(True).tag(sync=True) # whether there are buttons that save it
@@ -129,7 +132,7 @@ async function raster({ text, w, h }, scale = 3) {
 }
 function render({ model, el }) {
   el.classList.add("mg-pic");
-  const box = node("div", { class: "mg-box", role: "group", "aria-label": model.get("label") }), said = node("div", { class: "mg-said", "aria-live": "polite" }), now = () => still(model.get("svg"));
+  const box = node("div", { class: "mg-box", role: "group", "aria-label": model.get("label"), "aria-description": model.get("hint") }), said = node("div", { class: "mg-said", "aria-live": "polite" }), now = () => still(model.get("svg"));
   const buttons = take(() => model.get("label"), { png: () => raster(now()), svg: () => new Blob([now().text], { type: "image/svg+xml" }), html: () => page(model.get("label"), [now().text]) });
   el.append(box); if (model.get("said")) el.append(said); if (model.get("saved")) el.append(buttons);
   let drag = null, last = 0, later = null;
@@ -231,7 +234,7 @@ class Chart(anywidget.AnyWidget):
     _esm = NODE + """
 function render({ model, el }) {
   const g = globalThis; g.mgdartsPlotly ??= {}; const p = g.mgdartsPlotly; p.promise ??= new Promise((r) => { p.resolve = r; });
-  const plot = node("div", { role: "img", "aria-label": model.get("label") });
+  const plot = node("div", { role: "group", "aria-label": model.get("label") });
   let due = true, drawing = false;
   function now() { const f = JSON.parse(model.get("figure")); f.layout.width = el.clientWidth; f.layout.uirevision = f.data.length; return f; }
   async function draw() { // one at a time; whatever has come meanwhile is drawn next
@@ -239,7 +242,7 @@ function render({ model, el }) {
     drawing = true;
     try {
       const Plotly = await p.promise;
-      while (due && el.clientWidth) { due = false; const { data, layout } = now(); el.style.minHeight = `${layout.height}px`; await Plotly.react(plot, data, layout, { displaylogo: false, modeBarButtonsToRemove: ["toImage", "select2d", "lasso2d"] }); }
+      while (due && el.clientWidth) { due = false; const { data, layout } = now(); el.style.minHeight = `${layout.height}px`; await Plotly.react(plot, data, layout, { displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]] }); }
     } finally { drawing = false; }
   }
   const renew = () => { due = true; draw(); };
@@ -255,8 +258,8 @@ function render({ model, el }) {
 export default { render };
 """
     def __init__(self, label: str):
-        super().__init__(label=label)
-        self.show(plots.empty(""))
+        self.fig = plots.empty("")
+        super().__init__(label=label, figure=self.fig.to_json())
     def show(self, fig: go.Figure):
         "Show a figure."
         self.fig, self.figure = fig, fig.to_json()

@@ -35,7 +35,7 @@ class LivePanel:
     def __init__(self, bench):
         self.bench, self.drawn, self.base = bench, None, None
         self.plot = Chart("charts of the search")
-        self.overview, self.cell = Picture(label="all cells; brackets move between them"), Picture(label="the selected cell; arrow keys move the selection", said=" ")
+        self.overview, self.cell = Picture(label="all cells", hint="brackets move between them"), Picture(label="selected cell", hint="arrow keys move the selection", said=" ")
         self.beta, self.omega, self.history = Picture(label="filters of the selected operation"), Picture(label="weights of the selected operation"), Picture(label="strength of the selected operation over the epochs")
         self.facts = ui.HTML()
         for pic in (self.overview, self.cell): pic.on_msg(bench._message)
@@ -89,7 +89,7 @@ class ThresholdPanel:
             pic.on_msg(bench._message)
             field = self.fields[g] = ui.BoundedFloatText(min=0, max=1e6, step=.01, description=f"{g}s", layout=ui.Layout(width="190px"))
             field.observe(lambda change, g=g: self._typed(g, change), "value")
-            reset = ui.Button(description="as learned", tooltip=f"back to the learned thresholds of {g}s", layout=ui.Layout(width="100px"))
+            reset = ui.Button(description=f"{g}s as learned", tooltip=f"back to the learned thresholds of {g}s", layout=ui.Layout(width="auto"))
             reset.on_click(lambda _, g=g: bench.reset(g))
             rows.append(ui.VBox([pic, ui.HBox([field, reset])]))
         self.table, self.said, self.overview = ui.HTML(), ui.HTML(), Picture(label="all cells as they would be")
@@ -98,7 +98,7 @@ class ThresholdPanel:
             b = ui.Button(description=text, tooltip=tip, button_style=style, layout=ui.Layout(width="auto"))
             b.on_click(lambda _: do())
             return b
-        self.name = ui.Text(placeholder="name of the new run", layout=ui.Layout(width="190px"))
+        self.name = ui.Text(description="new run", placeholder="its name", layout=ui.Layout(width="260px"))
         self.buttons = ui.HBox([button("Validation accuracy", "of the net as it is and of the what-if net, on the same images", bench.accuracy), button("Fixed ratio", "the same size, by cutting one share everywhere", bench.compare_fixed),
                                 button("Exact memory", "of a training step, by running it on fake tensors; takes a while", bench.exact_memory)], layout=ui.Layout(flex_flow="row wrap"))
         self.go = ui.HBox([self.name, button("Continue as a new run", "commit what these thresholds prune in a copy, and go on there; this run stops, saved", bench.branch, "primary")], layout=ui.Layout(flex_flow="row wrap"))
@@ -189,7 +189,8 @@ class ComparePanel:
         again = ui.Button(description="Look again", tooltip="read the folder of runs anew", layout=ui.Layout(width="auto"))
         again.on_click(lambda _: (self.load(), bench._later("compare")))
         self.curves, self.pareto, self.difference, self.said = Chart("curves of the chosen runs"), Chart("accuracy against size"), Chart("difference of two architectures"), ui.HTML()
-        self.widget = ui.VBox([self.table, ui.HBox([again, self.said]), self.curves, self.pareto, self.difference])
+        self.settings = ui.HTML()
+        self.widget = ui.VBox([self.table, ui.HBox([again, self.said]), self.settings, self.curves, self.pareto, self.difference])
     def load(self):
         "Which runs there are: those beside the one that is open."
         s = self.bench.stepper
@@ -204,6 +205,8 @@ class ComparePanel:
         if self.drawn == chosen: return
         try:
             found = compare.entries([self.paths[k]["run"] for k in chosen])
+            rows = compare.settings(found)
+            self.settings.value = rows_html(["settings that differ", *(e.name for e in found)], rows) if rows else ""
             self.curves.show(compare.overlay({e.name: e.events for e in found if e.events}))
             trained = [self.paths[k] for k in chosen if self.paths[k].get("test_acc") is not None]
             self.pareto.layout.display = None if trained else "none"

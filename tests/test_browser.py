@@ -5,6 +5,7 @@ What is asserted is what the kernel and the charts say. Screenshots go to MGDART
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -171,11 +172,35 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         assert [y for y in desk.chart()["0 train"] if y is not None] == pytest.approx([e["ce"] for e in epochs.values()])
         desk.shot("light-finished")
 
+        # the line under the pointer goes through all charts, with the values of each
+        box = page.locator(".mgdarts-wb .js-plotly-plot .xy").first.bounding_box()
+        page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
+        page.wait_for_function("() => document.querySelectorAll('.mgdarts-wb .hovertext').length > 9 && document.querySelector('.mgdarts-wb .spikeline')")
+        assert page.locator(".mgdarts-wb .spikeline").first.bounding_box()["height"] > 700  # of 900
+        page.mouse.move(0, 0)
+
+        # charts and pictures are taken away as files, by the keyboard
+        for name, starts in (("charts of the search", {"PNG": b"\x89PNG", "SVG": b"<svg", "HTML": b"<!doctype html>"}), ("selected cell", {"PNG": b"\x89PNG", "SVG": b"<svg", "HTML": b"<!doctype html>"})):
+            for kind, start in starts.items():
+                with page.expect_download() as download:
+                    page.get_by_role("button", name=f"save {name} as {kind}").focus()
+                    page.keyboard.press("Enter")
+                assert Path(download.value.path()).read_bytes().startswith(start) and download.value.suggested_filename == f"{name.replace(' ', '-')}.{kind.lower()}"
+
+        # everything that can be used has a name
+        unnamed = []
+        for tab in ("Live", "Thresholds", "Replay", "Compare", "Log"):
+            desk.tab(tab)
+            desk.until("workbench.tabs.titles[workbench.tabs.selected_index]", lambda t: t == tab)
+            page.wait_for_selector({"Thresholds": ".handle[data-drag=operation]", "Compare": ".mg-table:has-text('other')", "Log": ".mg-log"}.get(tab, ".js-plotly-plot"))
+            unnamed += [tab + line for line in page.locator(".mgdarts-wb").aria_snapshot().splitlines() if re.match(r"\s*- (button|slider|spinbutton|textbox|searchbox|combobox|checkbox|tab|link)(?! ['\"])", line)]
+        assert not unnamed
+
         # an epoch that is past
         desk.tab("Replay")
         slider = page.get_by_role("slider", name="moment of the search")
         slider.focus()
-        desk.until("len(workbench.replay.slider.labels)", lambda n: n > 10)
+        page.wait_for_function("() => +document.activeElement.max > 10")
         for _ in range(3):  # at once, while the charts are still being drawn for the first time
             page.keyboard.press("ArrowLeft")
         moment, n = desk.until("[workbench.replay.slider.value, len(workbench.replay.slider.labels)]", lambda v: v[0] == v[1] - 4)
@@ -255,7 +280,7 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         desk.until("getattr(workbench, 'answer', None)", lambda a: a is not None and 0 <= a["whatif"] <= 100)
         page.wait_for_selector("text=/validation accuracy on/")
         desk.shot("light-thresholds")
-        page.fill(".mgdarts-wb input[placeholder='name of the new run']", "bold")
+        page.fill(".mgdarts-wb input[placeholder='its name']", "bold")
         page.keyboard.press("Enter")
         page.click(".mgdarts-wb button:has-text('Continue as a new run')")
         desk.until("workbench.stepper.folder.name", lambda n: n == "bold")
