@@ -36,7 +36,7 @@ faults: .venv/.installed
 
 lab: .venv/.installed
 	[ -e runs/demo/result.json ] || $(MAKE) demo
-	$(BIN)/jupyter lab nbs/workbench.ipynb
+	$(BIN)/mgdarts lab
 
 docs: .venv/.installed
 	$(BIN)/pip install -q -e '.[docs]'

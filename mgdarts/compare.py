@@ -4,7 +4,7 @@
 
 # %% ../nbs/33_compare.ipynb #35404a79
 from __future__ import annotations
-import html
+import html, json
 from dataclasses import dataclass
 from pathlib import Path
 import plotly.graph_objects as go
@@ -16,8 +16,8 @@ from .plots import GREY, OP_STYLES, RUN_COLOURS, RUN_SYMBOLS, Look
 from .space import *
 
 # %% auto #0
-__all__ = ['DASHES', 'CURVES', 'SIZES', 'ONLY', 'ROW_KEYS', 'Entry', 'entries', 'overlay', 'front', 'pareto', 'difference',
-           'difference_table', 'difference_figure', 'compare', 'page']
+__all__ = ['DASHES', 'CURVES', 'SIZES', 'ONLY', 'ROW_KEYS', 'Entry', 'entries', 'settings', 'overlay', 'front', 'pareto',
+           'difference', 'difference_table', 'difference_figure', 'compare', 'page']
 
 # %% ../nbs/33_compare.ipynb #ed3230a2
 @dataclass
@@ -46,6 +46,14 @@ def entries(paths: list # run folders, architectures
         out.append(Entry(f"{name} #{taken + 1}" if taken else name, path, events, arch, row))
     return out
 
+# %% ../nbs/33_compare.ipynb #10dcd2ae
+def settings(found: list # of Entry
+            )->list: # of (key, a value for each)
+    "The settings in which runs differ; `None` where there is no such setting."
+    def flat(d, at=""): return {k: v for name, value in d.items() for k, v in (flat(value, f"{at}{name}.") if isinstance(value, dict) else {at + name: value}).items()}
+    told = [flat(runs.read_record(e.path)["config"]) if (e.path / "config.json").exists() else {} for e in found]
+    return [(k, *(t.get(k) for t in told)) for k in dict.fromkeys(k for t in told for k in t) if len({json.dumps(t.get(k)) for t in told if t}) > 1]
+
 # %% ../nbs/33_compare.ipynb #9a90579f
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 CURVES = {"val_acc": ("validation accuracy (%)", lambda e: e.get("val_acc"), "%{y:.2f} %"), "params": ("parameters (millions)", lambda e: None if e.get("params") is None else e["params"] / 1e6, "%{y:.4g} M"),
@@ -64,11 +72,11 @@ def overlay(searches: dict, # name -> events of a search
         for row, w in enumerate(what, 1):
             x, y = plots.series(es, CURVES[w][1])
             fig.add_scatter(x=x, y=y, name=html.escape(name), legendgroup=name, showlegend=row == 1, mode="lines+markers" if len(x) <= 60 else "lines", line={"color": RUN_COLOURS[i % 5], "dash": DASHES[i // 5 % 5], "width": 2},
-                            marker={"symbol": RUN_SYMBOLS[i % 5], "size": 5}, hovertemplate=CURVES[w][2], row=row, col=1)
+                            marker={"symbol": RUN_SYMBOLS[i % 5], "size": 5}, hovertemplate=f"{CURVES[w][2]} {html.escape(name)}<extra></extra>", row=row, col=1)
     plots.theme(fig, 220 * len(what) + 60, 30 + 22 * (1 + len(epochs) // 5))
     for row, w in enumerate(what, 1): fig.update_yaxes(title_text=CURVES[w][0], rangemode="tozero", row=row, col=1)
     end = max(es[-1]["epoch"] + 1 for es in epochs.values())
-    return fig.update_xaxes(showgrid=False, range=[0, end * 1.02]).update_xaxes(title_text="epochs done", row=len(what), col=1)
+    return plots.linked(fig.update_xaxes(showgrid=False, range=[0, end * 1.02]).update_xaxes(title_text="epochs done", row=len(what), col=1))
 
 # %% ../nbs/33_compare.ipynb #7de0c179
 SIZES = {"params_nonzero": "non-zero parameters (millions)", "params_deployable": "deployable parameters (millions)", "macs": "multiply-accumulates (millions)"}

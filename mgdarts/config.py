@@ -4,13 +4,14 @@
 
 # %% ../nbs/00_config.ipynb #218eacef
 from __future__ import annotations
-import ast, dataclasses, difflib, json, math
+import ast, dataclasses, difflib, json, math, os
 from dataclasses import dataclass, field, asdict
+from pathlib import Path
 
 # %% auto #0
 __all__ = ['PARTS', 'PRUNING', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute',
            'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method', 'preset', 'pairs',
-           'settings_of', 'refuse_unknown']
+           'settings_of', 'refuse_unknown', 'root']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -385,3 +386,12 @@ def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`
     known = list(assigned(code[0]))
     for given in (n for c in code[1:] if c.startswith("# Parameters") for n in assigned(c)):
         if given not in known: raise InputError(f"unknown parameter {given!r}: {closest(given, known)}")
+
+# %% ../nbs/00_config.ipynb #a8af5aa9
+def root()->Path: # MGDARTS_ROOT, else the nearest folder upwards with a settings.ini, else the current one
+    "The project's folder. `InputError` when MGDARTS_ROOT is not a folder."
+    if given := os.environ.get("MGDARTS_ROOT"):
+        if not Path(given).is_dir(): raise InputError(f"MGDARTS_ROOT={given!r} is not a folder: unset it or name the project's folder")
+        return Path(given)
+    here = Path.cwd()
+    return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file()), here)

@@ -12,24 +12,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .config import Data, InputError, closest
+from .config import Data, InputError, closest, root
 
 # %% auto #0
-__all__ = ['DEBIAN_FASHION', 'SUFFIXES', 'IN_MEMORY', 'SOURCES', 'FOLDERS', 'root', 'data_dir', 'stream', 'resize', 'fit',
-           'Source', 'read_idx', 'opened', 'decode', 'parallel', 'crop_box', 'Files', 'signature', 'checksum', 'cached',
+__all__ = ['DEBIAN_FASHION', 'SUFFIXES', 'IN_MEMORY', 'SOURCES', 'FOLDERS', 'data_dir', 'stream', 'resize', 'fit', 'Source',
+           'read_idx', 'opened', 'decode', 'parallel', 'crop_box', 'Files', 'signature', 'checksum', 'cached',
            'open_source', 'apportion', 'subset', 'hold_out', 'channel_stats', 'Split', 'Splits', 'fingerprint',
            'load_data', 'halves', 'Augment', 'crop_flip', 'autoaugment', 'normalise', 'cutout', 'epoch_order',
            'train_batch', 'eval_batches', 'Loader']
 
 # %% ../nbs/01_data.ipynb #f17c1658
-def root()->Path: # MGDARTS_ROOT, else the nearest folder upwards with a settings.ini, else the current one
-    "The project's folder. `InputError` when MGDARTS_ROOT is not a folder."
-    if given := os.environ.get("MGDARTS_ROOT"):
-        if not Path(given).is_dir(): raise InputError(f"MGDARTS_ROOT={given!r} is not a folder: unset it or name the project's folder")
-        return Path(given)
-    here = Path.cwd()
-    return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file()), here)
-
 def data_dir(cfg: Data)->Path: # cfg.dir, or the project's data/
     "The folder of the datasets."
     return Path(cfg.dir).expanduser() if cfg.dir else root() / "data"

@@ -18,9 +18,9 @@ from .store import write_whole
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'RING', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS',
            'RUN_SYMBOLS', 'OP_STYLES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'epochs_of', 'stage_spans', 'series',
-           'dynamics', 'size_and_lambda', 'learning', 'progress', 'retrain_curves', 'Look', 'quarters', 'draw_cell',
-           'derived_look', 'cell_title', 'op_legend', 'cell_graph', 'cells', 'distribution', 'memory_figure', 'scaling',
-           'report', 'write_report']
+           'linked', 'dynamics', 'size_and_lambda', 'learning', 'progress', 'retrain_curves', 'Look', 'quarters',
+           'draw_cell', 'derived_look', 'cell_title', 'op_legend', 'cell_graph', 'cells', 'distribution',
+           'memory_figure', 'scaling', 'report', 'write_report']
 
 # %% ../nbs/30_plots.ipynb #2ecef2b9
 GREY, GRID, BAND, RING = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)", "#D55E00"
@@ -40,10 +40,10 @@ def theme(fig: go.Figure,
          )->go.Figure: # the same one
     "Give a figure the project's look, for light and dark pages."
     fig.update_layout(template="none", height=height, autosize=True, paper_bgcolor="rgba(0,0,0,0)", plot_bgcolor="rgba(0,0,0,0)", font={"color": GREY, "size": 13},
-                      margin={"l": 64, "r": 64, "t": top, "b": 52}, hovermode=hover, hoverlabel={"namelength": -1}, modebar={"bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": GRANULARITY_COLOURS["operation"]},
+                      margin={"l": 64, "r": 64, "t": top, "b": 52}, hovermode=hover, hoverlabel={"namelength": -1}, modebar={"orientation": "v", "bgcolor": "rgba(0,0,0,0)", "color": GREY, "activecolor": GRANULARITY_COLOURS["operation"]},
                       legend={"orientation": "h", "x": 0, "xanchor": "left", "y": 1, "yanchor": "bottom", "yref": "container", "bgcolor": "rgba(0,0,0,0)"})
     fig.update_layout(legend={"y": 1 - 4 / height, "yanchor": "top"})
-    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "automargin": True, "title": {"font": {"size": 13}}}
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "tickcolor": GRID, "automargin": True, "title": {"font": {"size": 13}, "standoff": 8}}
     return fig.update_xaxes(**axis).update_yaxes(**axis)
 
 def empty(message: str)->go.Figure:
@@ -80,6 +80,14 @@ def _panels(rows, secondary=None):
     "Panels over one epoch axis; `secondary`: the number of one that has an axis on the right too."
     return make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=.14 / rows, specs=[[{"secondary_y": r + 1 == secondary}] for r in range(rows)])
 
+def linked(fig: go.Figure # panels over each other, each with an x axis
+          )->go.Figure: # the same one, with a single x axis
+    "Panels that are read together: a line through all of them, and the values of each, follow the pointer."
+    axes = [name for name in fig.layout.to_plotly_json() if name.startswith("xaxis")]
+    foot = fig.layout[axes[-1]].to_plotly_json()
+    fig.update_traces(xaxis="x").update_yaxes(anchor="x").update_layout({name: None for name in axes[1:]}).update_layout(hovermode="x", hoversubplots="axis")
+    return fig.update_xaxes({**foot, "showticklabels": True, "showspikes": True, "spikemode": "across", "spikesnap": "hovered data", "spikethickness": 1, "spikedash": "solid", "spikecolor": GREY})
+
 def _frame(fig, events, epochs, rows):
     "Stages, warm-up and commits, for a figure of `_panels`; then the theme."
     spans = stage_spans(epochs)
@@ -99,17 +107,19 @@ def _frame(fig, events, epochs, rows):
                         marker={"symbol": "line-ns", "size": 10, "line": {"width": 1.5, "color": GREY}, "color": GREY})
     theme(fig, 260 * rows - 40, 68)
     fig.update_xaxes(range=[0, end * 1.01], showgrid=False, dtick=1 if end < 10 else None).update_yaxes(rangemode="tozero")
-    return fig.update_xaxes(title_text="epochs done", row=rows, col=1)
+    fig.update_xaxes(title_text="epochs done", row=rows, col=1)
+    return linked(fig)
 
-def _line(fig, x, y, name, colour, symbol, row=1, **kw):
+def _line(fig, x, y, name, colour, symbol, row=1, hover="%{y}", **kw):
     "A line with markers, unless there are so many points that markers would hide it."
-    fig.add_scatter(x=x, y=y, name=name, row=row, col=1, mode="lines+markers" if len(x) <= 150 else "lines", line={"color": colour, "width": 2}, marker={"symbol": symbol, "size": 5, "color": colour}, **kw)
+    fig.add_scatter(x=x, y=y, name=name, row=row, col=1, mode="lines+markers" if len(x) <= 150 else "lines", line={"color": colour, "width": 2}, marker={"symbol": symbol, "size": 5, "color": colour},
+                    hovertemplate=f"{hover} {name}<extra></extra>", **kw)
 
 # %% ../nbs/30_plots.ipynb #1a9b116b
 def _dynamics(fig, epochs, row):
     for g, colour in GRANULARITY_COLOURS.items():
-        _line(fig, *series(epochs, lambda e: (e.get("thresholds") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row, legendgroup=g, secondary_y=g == "weight", hovertemplate="%{y:.4g}")
-        _line(fig, *series(epochs, lambda e: (e.get("retention") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row + 1, legendgroup=g, showlegend=False, hovertemplate="%{y:.1%}")
+        _line(fig, *series(epochs, lambda e: (e.get("thresholds") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row, legendgroup=g, secondary_y=g == "weight", hover="%{y:.4g}")
+        _line(fig, *series(epochs, lambda e: (e.get("retention") or {}).get(g)), g, colour, GRANULARITY_SYMBOLS[g], row + 1, legendgroup=g, showlegend=False, hover="%{y:.1%}")
 
 def _dynamics_axes(fig, row):
     fig.update_yaxes(title_text="threshold on σ(α), σ(β)", row=row, col=1, secondary_y=False)
@@ -128,13 +138,13 @@ def dynamics(events: list)->go.Figure: # events of a search
 # %% ../nbs/30_plots.ipynb #f7800a43
 def _size(fig, epochs, row):
     million = lambda v: None if v is None else v / 1e6
-    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", row, hovertemplate="%{y:.4g} M")
+    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", row, hover="%{y:.4g} M")
     x, y = [], []
     for name, a, b in stage_spans(epochs):
         target = next((e["target"] for e in epochs if e["stage"] == name and e.get("target") is not None), None)
         x += [a, b, None]; y += [million(target)] * 2 + [None]
-    fig.add_scatter(x=x, y=y, name="target", mode="lines", line={"color": RUN_COLOURS[2], "width": 2, "dash": "dot"}, hovertemplate="%{y:.4g} M", row=row, col=1)
-    _line(fig, *series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", row + 1, hovertemplate="%{y:.4g}")
+    fig.add_scatter(x=x, y=y, name="target", mode="lines", line={"color": RUN_COLOURS[2], "width": 2, "dash": "dot"}, hovertemplate="%{y:.4g} M target<extra></extra>", row=row, col=1)
+    _line(fig, *series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", row + 1, hover="%{y:.4g}")
 
 def _size_axes(fig, row): return fig.update_yaxes(title_text="parameters (millions)", row=row, col=1).update_yaxes(title_text="λ", row=row + 1, col=1)
 
@@ -152,8 +162,8 @@ def _learning(fig, epochs, row):
         # the loss of a retraining is cross-entropy with label smoothing and the auxiliary head's
         loss = (lambda e: e.get("ce", e.get("loss"))) if split == "train" else lambda e: e.get("val_loss")
         symbol = "circle" if split == "train" else "square"
-        _line(fig, *series(epochs, loss), split, colour, symbol, row, legendgroup=split, hovertemplate="%{y:.3f}")
-        _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, row + 1, legendgroup=split, showlegend=False, hovertemplate="%{y:.2f} %")
+        _line(fig, *series(epochs, loss), split, colour, symbol, row, legendgroup=split, hover="%{y:.3f}")
+        _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, row + 1, legendgroup=split, showlegend=False, hover="%{y:.2f} %")
 
 def _learning_axes(fig, row): return fig.update_yaxes(title_text="cross-entropy (nats)", row=row, col=1).update_yaxes(title_text="accuracy (%)", range=[0, 102], row=row + 1, col=1)
 
@@ -186,7 +196,7 @@ def retrain_curves(runs: dict # label -> events of a retraining
     if not found: return empty("no epoch of a retraining has been done yet")
     fig, end = _panels(1), max(epochs[-1]["epoch"] + 1 for epochs in found.values())
     for i, (label, epochs) in enumerate(found.items()):
-        _line(fig, *series(epochs, lambda e: e.get("val_acc")), html.escape(label), RUN_COLOURS[i % 5], RUN_SYMBOLS[i % 5], hovertemplate="%{y:.2f} %")
+        _line(fig, *series(epochs, lambda e: e.get("val_acc")), html.escape(label), RUN_COLOURS[i % 5], RUN_SYMBOLS[i % 5], hover="%{y:.2f} %")
     theme(fig, 340, 44)
     return fig.update_xaxes(title_text="epochs done", range=[0, end * 1.02]).update_yaxes(title_text="validation accuracy (%)")
 

@@ -4,11 +4,12 @@
 
 # %% ../nbs/35_widgets.ipynb #d8f40078
 from __future__ import annotations
-import anywidget, ipywidgets as ui, plotly.graph_objects as go, traitlets as tr
+import anywidget, plotly.graph_objects as go, traitlets as tr
+from plotly.offline import get_plotlyjs
 from . import plots
 
 # %% auto #0
-__all__ = ['STYLE', 'Deck', 'Picture', 'Table', 'Library', 'Plot', 'Chart']
+__all__ = ['STYLE', 'NODE', 'Deck', 'Picture', 'Table', 'Moments', 'Library', 'Chart']
 
 # %% ../nbs/35_widgets.ipynb #9708714c
 STYLE = """
@@ -16,10 +17,15 @@ STYLE = """
 .mgdarts-wb svg text{fill:var(--jp-ui-font-color1,#7f8790)}
 .mg-title{font-size:14px;margin:2px 0 6px}.mg-title b{font-size:15px}
 .mg-buttons{display:flex;flex-wrap:wrap;gap:4px;margin-bottom:4px}
-.mg-buttons button{font:inherit;padding:4px 11px;border-radius:4px;border:1px solid var(--jp-border-color1,#bbb);background:var(--jp-layout-color2,#eee);color:inherit;cursor:pointer}
+.mg-buttons button,.mg-take button,.mg-moments button{font:inherit;padding:4px 11px;border-radius:4px;border:1px solid var(--jp-border-color1,#bbb);background:var(--jp-layout-color2,#eee);color:inherit;cursor:pointer}
 .mg-buttons button.main{background:#0072B2;border-color:#0072B2;color:#fff}
 .mg-buttons button[aria-disabled=true]{opacity:.45;cursor:default}
-.mg-buttons button:focus-visible,.mg-box:focus-visible,.mg-pic .handle:focus-visible{outline:2px solid #D55E00;outline-offset:2px}
+.mg-take{position:absolute;right:2px;bottom:0;display:flex;gap:3px;opacity:0;pointer-events:none}
+.mg-take button,.mg-moments button{padding:1px 7px}.mg-take button{font-size:11px;pointer-events:auto}
+:is(.mg-pic,.mg-plot):hover>.mg-take,.mg-take:focus-within,.mg-box:focus-visible~.mg-take{opacity:1}@media (hover:none){.mg-take{opacity:1}}
+.mg-plot,.mg-pic{position:relative;width:100%;min-width:0;overflow:hidden}
+.mg-moments{display:flex;align-items:center;gap:10px}.mg-moments button{min-width:34px}.mg-moments input{width:420px;max-width:50%;accent-color:#0072B2}.mg-moments span{min-width:220px;font-variant-numeric:tabular-nums}
+:is(.mg-buttons,.mg-take,.mg-moments) button:focus-visible,.mg-moments input:focus-visible,.mg-box:focus-visible,.mg-pic .handle:focus-visible{outline:2px solid #D55E00;outline-offset:-2px}
 .mg-line{display:flex;flex-wrap:wrap;gap:2px 18px;min-height:20px;font-variant-numeric:tabular-nums}
 .mg-line b{font-weight:600}.mg-line .word{display:inline-block;min-width:62px}
 .mg-line .word.running{color:#009E73}.mg-line .word.failed{color:#D55E00}
@@ -28,7 +34,7 @@ STYLE = """
 .mg-bar u{position:absolute;top:-3px;bottom:-3px;width:2px;background:currentColor}
 .mg-keys{margin:4px 0;padding:6px 10px;border:1px solid var(--jp-border-color1,#bbb);border-radius:4px}
 .mg-keys kbd{font:inherit;font-weight:600}
-.mg-pic{width:100%}.mg-pic .op,.mg-pic .cell{cursor:pointer}.mg-pic .handle{cursor:ew-resize}
+.mg-pic .op,.mg-pic .cell{cursor:pointer}.mg-pic .handle{cursor:ew-resize}
 .mg-pic .op:hover path:first-child{opacity:1;stroke-width:4}.mg-pic .op.sel path:first-child{opacity:1;stroke-width:5.5}
 .mg-pic .op.sel .hit{stroke:currentColor;stroke-opacity:.18;stroke-width:11}
 .mg-pic .cell:hover rect.hit,.mg-pic .cell.sel rect.hit{stroke:#D55E00;stroke-opacity:1;stroke-width:1.6}
@@ -41,15 +47,25 @@ STYLE = """
 .mgdarts-wb .widget-html-content{line-height:1.45}
 """
 
+# Shared by the widgets: an element; and the buttons that save what `how` makes, a blob or SVG text for each suffix.
+NODE = """
+function node(tag, attrs = {}, ...kids) { const n = document.createElement(tag); for (const [k, v] of Object.entries(attrs)) n.setAttribute(k, v); n.append(...kids); return n; }
+function take(label, how) {
+  const name = label().replace(/[^\\p{L}\\d]+/gu, "-").replace(/^-|-$/g, "");
+  const give = async (kind) => { const link = node("a", { href: URL.createObjectURL(await how[kind]()), download: `${name}.${kind}` }); link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 60000); };
+  return node("div", { class: "mg-take", role: "group", "aria-label": `save ${label()}` }, ...Object.keys(how).map((kind) => {
+    const b = node("button", { type: "button", "aria-label": `save ${label()} as ${kind.toUpperCase()}` }, kind.toUpperCase()); b.addEventListener("click", (e) => { e.stopPropagation(); give(kind); }); return b; }));
+}
+const page = (title, body) => new Blob([`<!doctype html><meta charset="utf-8"><title>${title}</title>`, ...body], { type: "text/html" });
+"""
+
 class Deck(anywidget.AnyWidget):
     "Buttons, state line, keys."
     state = tr.Dict().tag(sync=True) # title, can, status, facts, bar
-    width = tr.Int(0).tag(sync=True) # pixels the workbench has, told by the browser
     _css = STYLE
-    _esm = """
+    _esm = NODE + """
 const BUTTONS = [["run","Run","to the end (space)"],["pause","Pause","after this step (space)"],["step","Step","one step (.)"],["commit","to commit","run to the next commit"],["epoch","to epoch","run to the end of the epoch"],["stage","to stage","run to the end of the stage"],["stop","Stop","save and end"],["checkpoint","Checkpoint","save the state now"],["pictures","Save pictures","charts and cells as files in the run folder"],["keys","Keys","list the keys (?)"]];
 const KEYS = [["space","run, pause"],[".","one step"],["← →","edge of the selected operation"],["↑ ↓","type of operation"],["[ ]","cell"],["?","this list"]];
-function node(tag, attrs = {}, ...kids) { const n = document.createElement(tag); for (const [k, v] of Object.entries(attrs)) n.setAttribute(k, v); n.append(...kids); return n; }
 function render({ model, el }) {
   const title = node("div", { class: "mg-title" }), bar = node("div", { class: "mg-buttons", role: "toolbar", "aria-label": "search" });
   const word = node("b", { class: "word", role: "status", "aria-live": "polite" }), why = node("span"), facts = node("div", { class: "mg-line" });
@@ -70,26 +86,26 @@ function render({ model, el }) {
     if (s.bar) { const b = node("div", { class: "mg-bar", role: "img", "aria-label": s.bar.text }, node("i", { style: `width:${s.bar.at}%` }), node("u", { style: `left:${s.bar.target}%` })); size.append(b, node("span", {}, s.bar.text)); }
   }
   model.on("change:state", paint); paint();
-  let tries = 0, watch, root;
+  let tries = 0, root;
   function onkey(e) {
     const t = e.target, tag = t.tagName;
-    if (e.ctrlKey || e.metaKey || e.altKey || /INPUT|TEXTAREA|SELECT/.test(tag) || t.isContentEditable) return;
+    if (e.ctrlKey || e.metaKey || e.altKey) return;
+    e.stopPropagation(); // JupyterLab's keys are for what is :focus, whatever is around it
+    if (/INPUT|TEXTAREA|SELECT/.test(tag) || t.isContentEditable) return;
     const k = e.key;
     if (k === " ") { if (tag === "BUTTON" || t.getAttribute("role") === "tab") return; act(model.get("state").main || "run"); }
     else if (k === ".") act("step");
     else if (k === "?") act("keys");
     else if (/^Arrow|^[\\[\\]]$/.test(k)) { if (/slider|tab/.test(t.getAttribute("role") || "")) return; model.send({ key: k }); }
     else return;
-    e.preventDefault(); e.stopPropagation();
+    e.preventDefault();
   }
   function hook() {
     root = el.closest(".mgdarts-wb"); if (!root) { if (tries++ < 200) setTimeout(hook, 50); return; }
     root.setAttribute("data-lm-suppress-shortcuts", "true"); root.addEventListener("keydown", onkey);
-    watch = new ResizeObserver(() => { const w = Math.round(root.clientWidth); if (w > 200 && Math.abs(w - model.get("width")) > 6) { model.set("width", w); model.save_changes(); } });
-    watch.observe(root);
   }
   hook();
-  return () => { model.off("change:state", paint); watch?.disconnect(); root?.removeEventListener("keydown", onkey); };
+  return () => { model.off("change:state", paint); root?.removeEventListener("keydown", onkey); };
 }
 export default { render };
 """
@@ -97,15 +113,28 @@ export default { render };
 class Picture(anywidget.AnyWidget):
     "SVG text, of which parts can be picked and handles dragged."
     svg = tr.Unicode("").tag(sync=True)
-    label = tr.Unicode("").tag(sync=True) # what it is, for those who cannot see it
+    label = tr.Unicode("").tag(sync=True) # what it is, for those who cannot see it, and for files
+    hint = tr.Unicode("").tag(sync=True) # what the keys do
     selected = tr.Unicode("").tag(sync=True) # `data-pick` of what is selected
     said = tr.Unicode("").tag(sync=True) # the line under it, when the pointer is elsewhere; empty: no line
-    _esm = """
+    saved = tr.Bool(True).tag(sync=True) # whether there are buttons that save it
+    _esm = NODE + f"const GREY = '{plots.GREY}';" + """
+function still(text) { // by itself: a size, colours of its own, no page behind it
+  const svg = new DOMParser().parseFromString(text.replaceAll("currentColor", GREY), "image/svg+xml").documentElement, [, , w, h] = svg.getAttribute("viewBox").split(" ");
+  svg.removeAttribute("style"); svg.setAttribute("width", w); svg.setAttribute("height", h);
+  return { text: new XMLSerializer().serializeToString(svg), w: +w, h: +h };
+}
+async function raster({ text, w, h }, scale = 3) {
+  const image = new Image(); image.src = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" })); await image.decode();
+  const canvas = node("canvas", { width: w * scale, height: h * scale }), pen = canvas.getContext("2d");
+  pen.fillStyle = "white"; pen.fillRect(0, 0, canvas.width, canvas.height); pen.drawImage(image, 0, 0, canvas.width, canvas.height); URL.revokeObjectURL(image.src);
+  return new Promise((r) => canvas.toBlob(r, "image/png"));
+}
 function render({ model, el }) {
   el.classList.add("mg-pic");
-  const box = document.createElement("div"), said = document.createElement("div");
-  box.className = "mg-box"; box.setAttribute("aria-label", model.get("label")); said.className = "mg-said"; said.setAttribute("aria-live", "polite");
-  el.append(box); if (model.get("said")) el.append(said);
+  const box = node("div", { class: "mg-box", role: "group", "aria-label": model.get("label"), "aria-description": model.get("hint") }), said = node("div", { class: "mg-said", "aria-live": "polite" }), now = () => still(model.get("svg"));
+  const buttons = take(() => model.get("label"), { png: () => raster(now()), svg: () => new Blob([now().text], { type: "image/svg+xml" }), html: () => page(model.get("label"), [now().text]) });
+  el.append(box); if (model.get("said")) el.append(said); if (model.get("saved")) el.append(buttons);
   let drag = null, last = 0, later = null;
   const tell = (name, value) => { const now = performance.now(); clearTimeout(later); if (now - last > 60) { last = now; model.send({ drag: name, value }); } else later = setTimeout(() => tell(name, value), 65); };
   const speak = (text) => { if (said.textContent !== text) said.textContent = text; };
@@ -113,7 +142,7 @@ function render({ model, el }) {
   function place(h, value) { const d = h.dataset, x = +d.left + (+d.right - +d.left) * (value - +d.low) / (+d.high - +d.low); h.setAttribute("transform", `translate(${x} 0)`); d.value = value; h.setAttribute("aria-valuenow", value); }
   function paint() {
     const f = document.activeElement, key = box.contains(f) ? f.dataset.key : null;
-    box.innerHTML = model.get("svg");
+    box.innerHTML = model.get("svg"); buttons.hidden = !model.get("svg");
     if (box.querySelector("[data-pick]")) box.tabIndex = 0;
     if (drag) { const h = box.querySelector(`[data-drag="${drag.name}"]`); if (h) { drag.h = h; place(h, drag.value); } }
     if (key) box.querySelector(`[data-key="${key}"]`)?.focus({ preventScroll: true });
@@ -143,9 +172,8 @@ class Table(anywidget.AnyWidget):
     columns = tr.List().tag(sync=True)
     rows = tr.List().tag(sync=True) # lists of text and numbers; the first is the key
     chosen = tr.List().tag(sync=True) # keys
-    _esm = """
+    _esm = NODE + """
 function render({ model, el }) {
-  const node = (t, a = {}, ...k) => { const n = document.createElement(t); for (const [x, v] of Object.entries(a)) n.setAttribute(x, v); n.append(...k); return n; };
   const filter = node("input", { type: "search", placeholder: "filter", "aria-label": "filter the runs" }), scroll = node("div", { class: "mg-scroll" });
   let by = 0, down = false;
   const show = (v) => v === null ? "–" : typeof v === "number" ? (Number.isInteger(v) ? v.toLocaleString("en") : v.toFixed(2)) : v;
@@ -164,58 +192,74 @@ function render({ model, el }) {
 export default { render };
 """
 
+class Moments(anywidget.AnyWidget):
+    "A slider over moments that have names, and a button that plays them."
+    labels = tr.List().tag(sync=True) # a name for each moment
+    value = tr.Int(0).tag(sync=True) # place of the moment that is shown
+    _esm = NODE + """
+function render({ model, el }) {
+  el.classList.add("mg-moments");
+  const play = node("button", { type: "button", "aria-label": "play" }, "▶"), slider = node("input", { type: "range", min: 0, "aria-label": "moment of the search" }), said = node("span");
+  let timer = null;
+  const last = () => Math.max(model.get("labels").length - 1, 0), at = () => model.get("value");
+  function paint() { slider.max = last(); slider.value = at(); const t = model.get("labels")[at()]; said.textContent = t === undefined ? "" : `${t} (${at() + 1} of ${last() + 1})`; slider.setAttribute("aria-valuetext", said.textContent); }
+  function go(i) { model.set("value", i); model.save_changes(); }
+  function run(on) { clearInterval(timer); timer = on ? setInterval(() => (at() < last() ? go(at() + 1) : run(false)), 400) : null; play.textContent = on ? "❚❚" : "▶"; play.setAttribute("aria-label", on ? "pause the replay" : "play"); }
+  play.addEventListener("click", () => { if (!timer && at() >= last()) go(0); run(!timer); });
+  slider.addEventListener("input", () => { run(false); go(+slider.value); });
+  el.append(play, slider, said); model.on("change:labels change:value", paint); paint();
+  return () => { run(false); model.off("change:labels change:value", paint); };
+}
+export default { render };
+"""
+
 class Library(anywidget.AnyWidget):
-    "Plotly's code, for all plots of a page."
+    "Plotly's code, for all charts of a page."
     code = tr.Unicode("").tag(sync=True)
     _esm = """
 export default { initialize({ model }) {
   const g = globalThis; g.mgdartsPlotly ??= {}; const p = g.mgdartsPlotly;
   p.promise ??= new Promise((r) => { p.resolve = r; });
-  if (!p.loaded) { p.loaded = true; const url = URL.createObjectURL(new Blob([model.get("code")], { type: "text/javascript" })); import(url).then((m) => { p.resolve(m); URL.revokeObjectURL(url); }); }
+  if (p.code) return;
+  p.code = model.get("code");
+  const url = URL.createObjectURL(new Blob([p.code], { type: "text/javascript" })); import(url).then(() => { p.resolve(g.Plotly); URL.revokeObjectURL(url); });
 } };
 """
-    def __init__(self): super().__init__(code=str(go.FigureWidget._esm))
+    def __init__(self): super().__init__(code=get_plotlyjs())
 
-class Plot(go.FigureWidget):
-    "A figure that can be changed, without a copy of plotly of its own."
-    _esm = """
-export default () => {
-  let inner; const g = globalThis; g.mgdartsPlotly ??= {}; const p = g.mgdartsPlotly; p.promise ??= new Promise((r) => { p.resolve = r; });
-  return { async initialize(ctx) { inner = (await p.promise).default(); await inner.initialize?.(ctx); }, async render(ctx) { return inner.render(ctx); } };
-};
+class Chart(anywidget.AnyWidget):
+    "A place for figures, as wide as there is room. What the reader has zoomed into stays when other numbers come."
+    figure = tr.Unicode().tag(sync=True) # as plotly's JSON
+    label = tr.Unicode("").tag(sync=True) # what it is, for those who cannot see it, and for files
+    _esm = NODE + """
+function render({ model, el }) {
+  const g = globalThis; g.mgdartsPlotly ??= {}; const p = g.mgdartsPlotly; p.promise ??= new Promise((r) => { p.resolve = r; });
+  const plot = node("div", { role: "group", "aria-label": model.get("label") });
+  let due = true, drawing = false;
+  function now() { const f = JSON.parse(model.get("figure")); f.layout.width = el.clientWidth; f.layout.uirevision = f.data.length; return f; }
+  async function draw() { // one at a time; whatever has come meanwhile is drawn next
+    if (drawing) return;
+    drawing = true;
+    try {
+      const Plotly = await p.promise;
+      while (due && el.clientWidth) { due = false; const { data, layout } = now(); el.style.minHeight = `${layout.height}px`; await Plotly.react(plot, data, layout, { displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]] }); }
+    } finally { drawing = false; }
+  }
+  const renew = () => { due = true; draw(); };
+  const picture = async (format) => { const Plotly = await p.promise, { data, layout } = now(); if (format === "png") layout.paper_bgcolor = "white"; return (await fetch(await Plotly.toImage({ data, layout }, { format, width: layout.width, height: layout.height, scale: format === "png" ? 2 : 1 }))).blob(); };
+  const text = (v) => JSON.stringify(v).replaceAll("<", "\\u003c");
+  const whole = () => { const { data, layout } = now(); delete layout.width; return page(model.get("label"), ["<script>", p.code, `<\\/script><div id="f"></div><script>Plotly.newPlot("f", ${text(data)}, ${text(layout)}, { responsive: true })<\\/script>`]); };
+  el.classList.add("mg-plot"); el.append(plot, take(() => model.get("label"), { png: () => picture("png"), svg: () => picture("svg"), html: whole }));
+  let width = 0;
+  const watch = new ResizeObserver(() => { if (el.clientWidth && (due || el.clientWidth !== width)) { width = el.clientWidth; renew(); } });
+  watch.observe(el); model.on("change:figure", renew);
+  return async () => { watch.disconnect(); model.off("change:figure", renew); (await p.promise).purge(plot); };
+}
+export default { render };
 """
-
-class Chart:
-    "A place for figures. Other numbers go into the plot that is there; another figure is another plot, which the browser gets whole: changes that come while it is still being drawn would be lost."
-    def __init__(self):
-        self.plot, self.width, self.box = None, None, ui.VBox()
-        self.show(plots.empty(""))
-    @property
-    def data(self): return self.plot.data
-    @property
-    def layout(self): return self.plot.layout
-    def resize(self, width: int # pixels
-              ):
-        self.width = self.plot.layout.width = width
+    def __init__(self, label: str):
+        self.fig = plots.empty("")
+        super().__init__(label=label, figure=self.fig.to_json())
     def show(self, fig: go.Figure):
         "Show a figure."
-        alike = lambda a, b: (a.type, a.name, getattr(a, "mode", None)) == (b.type, b.name, getattr(b, "mode", None))
-        if self.width: fig.layout.width = self.width
-        if self.plot is None or not self.data or len(self.data) != len(fig.data) or not all(map(alike, self.data, fig.data)):
-            old, self.plot = self.plot, Plot(fig)
-            self.box.children = (self.plot,)
-            if old is not None: old.close()
-            return
-        layout, plot = fig.layout.to_plotly_json(), self.plot
-        with plot.batch_update():
-            for mine, new in zip(plot.data, fig.data):
-                for k, v in new.to_plotly_json().items():
-                    if k not in ("type", "name", "mode", "uid") and not _equal(mine[k], new[k]): mine[k] = new[k]
-            if plot.layout.to_plotly_json() != layout:
-                plot.layout.shapes, plot.layout.annotations = (), ()
-                for name, axis in plot.layout.to_plotly_json().items(): # what the new figure leaves open
-                    if name[1:5] == "axis":
-                        for k in axis.keys() - layout.get(name, {}).keys(): plot.layout[name][k] = None
-                plot.update_layout(layout)
-
-def _equal(a, b)->bool: return len(a) == len(b) and tuple(a) == tuple(b) if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) else a == b
+        self.fig, self.figure = fig, fig.to_json()

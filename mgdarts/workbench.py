@@ -21,29 +21,27 @@ from .stepper import *
 from .widgets import *
 
 # %% auto #0
-__all__ = ['LivePanel', 'ThresholdPanel', 'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk', 'strongest_of',
-           'Workbench', 'demo_or_newest']
+__all__ = ['wide', 'LivePanel', 'ThresholdPanel', 'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk',
+           'strongest_of', 'Workbench', 'demo_or_newest']
 
 # %% ../nbs/35_workbench.ipynb #319b23ef
+def wide(least: int # pixels
+        )->ui.Layout:
+    "A column that shares its row with another, as long as both have room."
+    return ui.Layout(flex=f"1 1 {least}px", min_width="0")
+
 class LivePanel:
     "Charts over the epochs, all cells, one cell, one operation."
     def __init__(self, bench):
         self.bench, self.drawn, self.base = bench, None, None
-        self.plot = Chart()
-        self.overview, self.cell = Picture(label="all cells; brackets move between them"), Picture(label="the selected cell; arrow keys move the selection", said=" ")
+        self.plot = Chart("charts of the search")
+        self.overview, self.cell = Picture(label="all cells", hint="brackets move between them"), Picture(label="selected cell", hint="arrow keys move the selection", said=" ")
         self.beta, self.omega, self.history = Picture(label="filters of the selected operation"), Picture(label="weights of the selected operation"), Picture(label="strength of the selected operation over the epochs")
         self.facts = ui.HTML()
         for pic in (self.overview, self.cell): pic.on_msg(bench._message)
-        self.left = ui.VBox([self.plot.box])
-        self.right = ui.VBox([Picture(svg=pictures.op_legend_svg(), label="operation types"), self.overview, self.cell, self.facts, self.history, self.beta, self.omega])
+        self.left = ui.VBox([self.plot], layout=wide(540))
+        self.right = ui.VBox([Picture(svg=pictures.op_legend_svg(), label="operation types", saved=False), self.overview, self.cell, self.facts, self.history, self.beta, self.omega], layout=wide(460))
         self.widget = ui.HBox([self.left, self.right], layout=ui.Layout(flex_flow="row wrap", overflow="hidden"))
-
-    def resize(self, width):
-        "Two columns where there is room, one where there is not."
-        wide = width >= 900
-        left = int((width - 40) * .54) if wide else width - 40
-        self.plot.resize(left)
-        self.left.layout.width, self.right.layout.width = f"{left}px", f"{width - 48 - left if wide else width - 40}px"
 
     def charts(self):
         s = self.bench.stepper
@@ -55,9 +53,10 @@ class LivePanel:
             self.plot.show(fig)
             self.base = (list(fig.data[0].x), list(fig.data[0].y)) if len(fig.data) else None
         if self.base and loss and loss[0] > self.base[0][-1]: # the epoch that is being done
-            with self.plot.plot.batch_update():
-                self.plot.data[0].x, self.plot.data[0].y = self.base[0] + [loss[0]], self.base[1] + [loss[1]]
-                if loss[0] > self.plot.layout.xaxis.range[1]: self.plot.layout.xaxis.range = (0, loss[0] * 1.02)
+            fig = self.plot.fig
+            fig.data[0].x, fig.data[0].y = self.base[0] + [loss[0]], self.base[1] + [loss[1]]
+            if loss[0] > fig.layout.xaxis.range[1]: fig.layout.xaxis.range = (0, loss[0] * 1.02)
+            self.plot.show(fig)
 
     def draw(self):
         view, bench = self.bench.view, self.bench
@@ -90,7 +89,7 @@ class ThresholdPanel:
             pic.on_msg(bench._message)
             field = self.fields[g] = ui.BoundedFloatText(min=0, max=1e6, step=.01, description=f"{g}s", layout=ui.Layout(width="190px"))
             field.observe(lambda change, g=g: self._typed(g, change), "value")
-            reset = ui.Button(description="as learned", tooltip=f"back to the learned thresholds of {g}s", layout=ui.Layout(width="100px"))
+            reset = ui.Button(description=f"{g}s as learned", tooltip=f"back to the learned thresholds of {g}s", layout=ui.Layout(width="auto"))
             reset.on_click(lambda _, g=g: bench.reset(g))
             rows.append(ui.VBox([pic, ui.HBox([field, reset])]))
         self.table, self.said, self.overview = ui.HTML(), ui.HTML(), Picture(label="all cells as they would be")
@@ -99,17 +98,14 @@ class ThresholdPanel:
             b = ui.Button(description=text, tooltip=tip, button_style=style, layout=ui.Layout(width="auto"))
             b.on_click(lambda _: do())
             return b
-        self.name = ui.Text(placeholder="name of the new run", layout=ui.Layout(width="190px"))
+        self.name = ui.Text(description="new run", placeholder="its name", layout=ui.Layout(width="260px"))
         self.buttons = ui.HBox([button("Validation accuracy", "of the net as it is and of the what-if net, on the same images", bench.accuracy), button("Fixed ratio", "the same size, by cutting one share everywhere", bench.compare_fixed),
                                 button("Exact memory", "of a training step, by running it on fake tensors; takes a while", bench.exact_memory)], layout=ui.Layout(flex_flow="row wrap"))
         self.go = ui.HBox([self.name, button("Continue as a new run", "commit what these thresholds prune in a copy, and go on there; this run stops, saved", bench.branch, "primary")], layout=ui.Layout(flex_flow="row wrap"))
-        self.left, self.right = ui.VBox([self.scope, *rows]), ui.VBox([self.table, self.said, self.buttons, self.go, self.overview])
+        self.left, self.right = ui.VBox([self.scope, *rows], layout=wide(460)), ui.VBox([self.table, self.said, self.buttons, self.go, self.overview], layout=wide(460))
         self.widget = ui.HBox([self.left, self.right], layout=ui.Layout(flex_flow="row wrap", overflow="hidden"))
         self._own = False
 
-    def resize(self, width):
-        half = int((width - 48) / 2) if width >= 900 else width - 40
-        self.left.layout.width = self.right.layout.width = f"{half}px"
     @property
     def which(self): return self.bench.selected if self.scope.value == "selected" else self.scope.value
     def _typed(self, g, change):
@@ -153,24 +149,20 @@ class ReplayPanel:
     "A recorded search at any moment."
     def __init__(self, bench):
         self.bench, self.rep, self.drawn = bench, None, None
-        self.plot, self.cell, self.said = Chart(), Chart(), ui.HTML()
-        self.slider = ui.IntSlider(min=0, max=0, description="moment", readout=False, continuous_update=True, layout=ui.Layout(width="420px"))
-        self.play = ui.Play(min=0, max=0, interval=400)
-        ui.jslink((self.play, "value"), (self.slider, "value"))
+        self.plot, self.cell, self.slider = Chart("the search at a moment"), Chart("the selected cell at a moment"), Moments()
         self.slider.observe(lambda _: bench._later("replay"), "value")
         save = ui.Button(description="Save as a page", tooltip="replay.html in the run folder: plays without a kernel", layout=ui.Layout(width="auto"))
         save.on_click(lambda _: bench.save_replay())
-        self.widget = ui.VBox([ui.HBox([self.play, self.slider, self.said, save], layout=ui.Layout(flex_flow="row wrap")), self.plot.box, self.cell.box])
-    def resize(self, width):
-        for chart in (self.plot, self.cell): chart.resize(width - 40)
+        self.widget = ui.VBox([ui.HBox([self.slider, save], layout=ui.Layout(flex_flow="row wrap")), self.plot, self.cell])
     def load(self):
         "Read the record anew; the last moment is shown, unless another one was."
         folder = self.bench.stepper.folder if self.bench.stepper else None
         rep = replay.replay(folder) if folder and (folder / "config.json").exists() else None
-        last = self.rep is None or self.slider.value >= self.slider.max or rep is None or rep.name != self.rep.name
-        self.rep, n = rep, max(len(rep) - 1, 0) if rep else 0
-        self.slider.max = self.play.max = n
-        if last: self.slider.value = n
+        last = self.rep is None or rep is None or rep.name != self.rep.name or self.slider.value >= len(self.rep) - 1
+        self.rep = rep
+        with self.slider.hold_sync():
+            self.slider.labels, n = rep.labels if rep else [], max(len(rep) - 1, 0) if rep else 0
+            if last or self.slider.value > n: self.slider.value = n
     def draw(self):
         s = self.bench.stepper
         stamp = (s.folder, len(s.events)) if s else None
@@ -185,7 +177,6 @@ class ReplayPanel:
             self.plot.show(replay.frame_figure(rep, i))
             f = rep[i]
             self.cell.show(replay.cell_figure(f, min(c, f.cells - 1)) if f.cells else plots.empty(rep.missing or "no cell was recorded at this moment"))
-            self.said.value = html.escape(f"{f.label} ({i + 1} of {len(rep)})")
         self.drawn = (stamp, i, c)
 
 class ComparePanel:
@@ -197,10 +188,9 @@ class ComparePanel:
         self.table.observe(lambda _: bench._later("compare"), "chosen")
         again = ui.Button(description="Look again", tooltip="read the folder of runs anew", layout=ui.Layout(width="auto"))
         again.on_click(lambda _: (self.load(), bench._later("compare")))
-        self.curves, self.pareto, self.difference, self.said = Chart(), Chart(), Chart(), ui.HTML()
-        self.widget = ui.VBox([self.table, ui.HBox([again, self.said]), *(c.box for c in (self.curves, self.pareto, self.difference))])
-    def resize(self, width):
-        for chart in (self.curves, self.pareto, self.difference): chart.resize(width - 40)
+        self.curves, self.pareto, self.difference, self.said = Chart("curves of the chosen runs"), Chart("accuracy against size"), Chart("difference of two architectures"), ui.HTML()
+        self.settings = ui.HTML()
+        self.widget = ui.VBox([self.table, ui.HBox([again, self.said]), self.settings, self.curves, self.pareto, self.difference])
     def load(self):
         "Which runs there are: those beside the one that is open."
         s = self.bench.stepper
@@ -215,9 +205,11 @@ class ComparePanel:
         if self.drawn == chosen: return
         try:
             found = compare.entries([self.paths[k]["run"] for k in chosen])
+            rows = compare.settings(found)
+            self.settings.value = rows_html(["settings that differ", *(e.name for e in found)], rows) if rows else ""
             self.curves.show(compare.overlay({e.name: e.events for e in found if e.events}))
             trained = [self.paths[k] for k in chosen if self.paths[k].get("test_acc") is not None]
-            self.pareto.box.layout.display = None if trained else "none"
+            self.pareto.layout.display = None if trained else "none"
             if trained: self.pareto.show(compare.pareto(trained))
             both = [e for e in found if e.arch is not None][:2]
             self.difference.show(compare.difference_figure(both[0].arch, both[1].arch) if len(both) == 2 else plots.empty("choose two finished runs to see where their architectures differ"))
@@ -294,7 +286,6 @@ class Workbench:
         if Workbench._library is None: Workbench._library = Library()
         self.deck = Deck()
         self.deck.on_msg(self._message)
-        self.deck.observe(lambda change: self._resize(change["new"]), "width")
         self.live, self.thresholds, self.replay, self.compare, self.log, self.new = LivePanel(self), ThresholdPanel(self), ReplayPanel(self), ComparePanel(self), LogPanel(self), NewPanel(self)
         self.panels = {"Live": self.live, "Thresholds": self.thresholds, "Replay": self.replay, "Compare": self.compare, "Log": self.log}
         self.tabs = ui.Tab([p.widget for p in self.panels.values()], titles=tuple(self.panels))
@@ -468,10 +459,6 @@ class Workbench:
         self._task("new run", do)
 
     # what it shows
-    def _resize(self, width):
-        with self.lock:
-            for p in self.panels.values():
-                if hasattr(p, "resize"): p.resize(width)
     def _deck(self):
         s = self.stepper
         word, why = status_line(s)

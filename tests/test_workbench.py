@@ -253,7 +253,7 @@ def test_the_workbench(finished, tmp_path, monkeypatch):
         until(lambda: any("pictures are in" in t for t in bench.said))
         assert {"progress.html", "cells.svg", "cell-0.svg"} <= {p.name for p in (finished / "pictures").iterdir()}
         assert len(bench.stepper.history) == len({e["epoch"] for e in bench.stepper.events if e["type"] == "epoch"}) and "dashed" in bench.live.history.svg
-        assert len(bench.live.plot.data) > 10 and bench.live.overview.svg.count('class="cell"') == 3
+        assert len(bench.live.plot.fig.data) > 10 and bench.live.overview.svg.count('class="cell"') == 3
         bench.tabs.selected_index = 1
         until(lambda: bench.thresholds.table.value)
         bench.thresholds.fields["filter"].value = 0.8
@@ -264,14 +264,14 @@ def test_the_workbench(finished, tmp_path, monkeypatch):
         until(lambda: getattr(bench, "answer", None))
         assert 0 <= bench.answer["whatif"] <= 100
         bench.tabs.selected_index = bench.tabs.titles.index("Replay")
-        until(lambda: bench.replay.rep is not None and len(bench.replay.plot.data) > 10)
+        until(lambda: bench.replay.rep is not None and len(bench.replay.plot.fig.data) > 10)
         frames = bench.replay.rep.frames
         bench.replay.slider.value = 3
         until(lambda: bench.replay.drawn and bench.replay.drawn[1] == 3)
-        assert frames[3].label in bench.replay.said.value and bench.replay.plot.layout.title.text.startswith(frames[3].stage)
+        assert bench.replay.slider.labels[3] == frames[3].label and bench.replay.plot.fig.layout.title.text.startswith(frames[3].stage)
         bench.tabs.selected_index = bench.tabs.titles.index("Compare")
         until(lambda: bench.compare.drawn == ["demo"])
-        assert bench.compare.table.rows[0][0] == "demo" and len(bench.compare.curves.data) == 3 and not bench.compare.difference.data
+        assert bench.compare.table.rows[0][0] == "demo" and len(bench.compare.curves.fig.data) == 3 and not bench.compare.difference.fig.data
         bench.start(preset("smoke", **FAST), tmp_path / "live")
         until(lambda: bench.stepper.search is not None and bench.stepper.search.steps > 2)
         bench.do("pause")
