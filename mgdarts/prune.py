@@ -23,7 +23,7 @@ class Candidates:
     "Live units at or under their thresholds. On the CPU, in the order operations, filters by cell, weights by cell."
     sizes: list # length of each flat vector
     off: Tensor # [n] bool over all units stored
-    live: Tensor # [cells * 98] bool: operations not pruned before
+    live: Tensor # [cells, 14, 7] bool: operations not pruned before
     values: list # (|g|, t) of each flat vector
 
     @cached_property
@@ -37,7 +37,7 @@ class Candidates:
         "Keep-masks in the form of the net."
         parts = (~off).split(self.sizes)
         n = (len(parts) - 1) // 2
-        return {"ops": (parts[0] & self.live).view(n, len(EDGES), len(OPS)), "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
+        return {"ops": parts[0].view_as(self.live) & self.live, "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
     def first(self, k: int)->Tensor: # [n] bool
         "The `k` least important candidates."
         out = torch.zeros_like(self.off)
@@ -64,7 +64,7 @@ def candidates(net: SuperNet,
     for c, cell in enumerate(net.cells):
         t = own["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len)
         add(cell.omega, t, cell.omega_live, torch.zeros_like(cell.omega_live), on("weight"))
-    return Candidates([len(o) for o in off], torch.cat(off), live.cpu(), values)
+    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:n].cpu(), values)
 
 # %% ../nbs/08_prune.ipynb #b5c5d403
 def choose(net: SuperNet, c: Candidates,

@@ -15,9 +15,9 @@ from .events import Event, Emitter, NonFiniteLoss, evaluate, plain
 from .loss import Lambda, live_thresholds, regulariser
 from .prune import candidates, commit, follow
 from .regrow import regrow, update_momentum
-from .size import Layout, layout
-from .cell import Cell
+from .size import layout
 from .supernet import SuperNet
+from .mobilenet import supernet
 
 # %% auto #0
 __all__ = ['plan', 'groups', 'make_optimizer', 'moving', 'StagedSearch', 'SavedSearch', 'Search']
@@ -58,7 +58,7 @@ def moving(optimisation: str, # joint, iterative-epoch, iterative-half-epoch
 class StagedSearch:
     "Where a search stands, and what happens between its stages."
 
-    def __init__(self, spec: NetSpec,
+    def __init__(self, spec: NetSpec, # or a MobileSpec
                  loaders: dict, # train: `len` and `batch(epoch, step)`; val: `eval()`
                  cfg: Settings,
                  aux_size: str = "medium", # auxiliary heads
@@ -68,12 +68,11 @@ class StagedSearch:
                  events: Emitter|None = None,
                  check_every: int = 50 # steps between two looks at whether the loss is finite
                 ):
-        full = count_supernet(spec)["main"]
-        if cfg.target_m * 1e6 >= full: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {full / 1e6:.4g} million: lower it, or widen the super-net")
+        if cfg.target_m * 1e6 >= spec.params: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {spec.params / 1e6:.4g} million: lower it, or widen the super-net")
         if len(loaders["train"]) < 1: raise InputError("the search needs at least one step an epoch: give more training images or a smaller search.batch")
         self.spec, self.loaders, self.cfg, self.seed, self.device = spec, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every, self.stages = events or Emitter(), check_every, plan(spec, cfg.stages)
-        self.net = SuperNet(spec, aux_size, cfg.granularities, seed, compute).to(self.device)
+        self.net = supernet(spec, aux_size, cfg.granularities, seed, compute).to(self.device)
         self.optimizer = None
         # where it stands: stage, phase (warm-up or joint), epochs of the phase, steps of the epoch; -1: not begun
         self.stage, self.warmup, self.phase_epoch, self.epoch, self.epoch_step, self.steps = -1, True, 0, 0, 0, 0
@@ -123,7 +122,7 @@ class StagedSearch:
         for c, cell in enumerate(net.cells):
             flat = torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)])
             flat[cell.gate_of] = start(torch.sigmoid(cell.beta), cell.gate_len)
-            net.t_pre[c], net.t_beta[c] = flat[:INPUTS], flat[INPUTS:-1].view_as(net.t_beta[c])
+            net.t_pre[c], net.t_beta[c] = flat[:cell.PRE], flat[cell.PRE:-1].view_as(net.t_beta[c])
             net.t_omega[c].view(-1)[cell.conv] = start(cell.omega, cell.conv_len, cell.omega_live)
 
     def _close(self, status: str):
@@ -141,7 +140,7 @@ class StagedSearch:
             back, moved = regrow(self.net, num, self.mom, self.rebuilds, self.cfg.regrow_cells)
             follow(self.optimizer, moved)
             after = self.net.count()
-            self._emit("regrow", regrown=[[c, *EDGES[e], OPS[o]] for c, e, o in back], asked=num, params_before=count.params, params=after.params, ops=after.ops)
+            self._emit("regrow", regrown=[[c, *self.spec.edges[e], self.spec.ops[o]] for c, e, o in back], asked=num, params_before=count.params, params=after.params, ops=after.ops)
         self.net.discretising = False
         self._open()
 
@@ -165,9 +164,9 @@ class SavedSearch(StagedSearch):
         if not isinstance(state, dict) or state.get("version") != 1: raise InputError("this is not the state of a search, or one of another version")
         if (state["config"], state["spec"], state["seed"]) != (plain(asdict(self.cfg)), asdict(self.spec), self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
         for k, v in state["counters"].items(): setattr(self, k, copy.copy(v))
-        net = self.net = SuperNet(self.spec, self.net.aux_size, self.cfg.granularities, self.seed, self.net.compute)
+        net = self.net = supernet(self.spec, self.net.aux_size, self.cfg.granularities, self.seed, self.net.compute)
         if self.stage >= 0:
-            for c, saved in enumerate(state["cells"]): net.cells.append(Cell(layout(self.spec.cell[c], saved["ops"], saved["alive"]), net._generator(2, c)))
+            for c, saved in enumerate(state["cells"]): net.cells.append(net.CELL(layout(self.spec.cell[c], saved["ops"], saved["alive"]), net._generator(2, c)))
             net.open(*self.stages[self.stage][1:])
         net.load_state_dict(state["net"])
         net.discretising, net.first = state["discretising"], state["first"]

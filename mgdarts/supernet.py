@@ -22,6 +22,7 @@ __all__ = ['SuperNet']
 class SuperNet(nn.Module):
     "The multi-granularity super-net of a `NetSpec`. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
+    STEM, CELL = Stem, Cell # what it is made of
 
     def __init__(self, spec: NetSpec,
                  aux_size: str = "medium", # small, medium or large
@@ -32,12 +33,12 @@ class SuperNet(nn.Module):
         super().__init__()
         self.compute = compute or Compute()
         self.spec, self.aux_size, self.granularities, self.seed = spec, aux_size, tuple(granularities), seed
-        shape = (spec.cells, len(EDGES), len(OPS))
+        shape = (spec.cells, len(spec.edges), len(spec.ops))
         self.alpha = nn.Parameter(torch.zeros(shape))
-        for name in self.THRESHOLDS: setattr(self, name, nn.Parameter(torch.zeros(shape if name != "t_pre" else (spec.cells, INPUTS))))
+        for name in self.THRESHOLDS: setattr(self, name, nn.Parameter(torch.zeros(shape if name != "t_pre" else (spec.cells, spec.inputs))))
         self.register_buffer("op_live", torch.ones(shape, dtype=torch.bool))
-        self.register_buffer("node_n", torch.tensor([len(NODE_EDGES[n]) * len(OPS) for n in range(INPUTS, STATES)]), persistent=False)
-        self.stem = Stem(spec, self._generator(1))
+        self.register_buffer("node_n", torch.tensor(spec.node_sizes), persistent=False)
+        self.stem = self.STEM(spec, self._generator(1))
         self.cells, self.head, self.discretising, self.first = nn.ModuleList(), None, False, 0
 
     def _generator(self, *what)->torch.Generator:
@@ -55,13 +56,15 @@ class SuperNet(nn.Module):
         if len(self.cells) <= end: self.first = len(self.cells) # cell of this stage
         for c in range(len(self.cells), end + 1):
             spec = self.spec.cell[c]
-            ops = torch.ones(len(EDGES), len(OPS), dtype=torch.bool)
-            alive = CellIndex(spec).alive(ops, torch.ones(spec.sizes["gates"], dtype=torch.bool), *self._inputs(c))
-            self.cells.append(Cell(layout(spec, ops, alive), self._generator(2, c)).to(device))
+            ops = torch.ones(self.op_live.shape[1:], dtype=torch.bool)
+            alive = self.CELL.INDEX(spec).alive(ops, torch.ones(spec.sizes["gates"], dtype=torch.bool), *self._inputs(c))
+            self.cells.append(self.CELL(layout(spec, ops, alive), self._generator(2, c)).to(device))
         width, last = int(self._out(end).sum()), end == self.spec.cells - 1
         g = self._generator(3, stage)
-        self.head = (Classifier(width, self.spec.classes, g) if last else AuxHead(self.spec.head(stage, self.aux_size), g, width)).to(device)
+        self.head = (self._top(width, g) if last else AuxHead(self.spec.head(stage, self.aux_size), g, width)).to(device)
         self.stage = stage
+
+    def _top(self, width: int, g: torch.Generator)->nn.Module: return Classifier(width, self.spec.classes, g)
 
     def _out(self, c: int)->Tensor: # bool
         "Live channels of what cell `c` puts out; -1 and -2 are the stem's two maps."
@@ -98,12 +101,16 @@ class SuperNet(nn.Module):
         for c, cell in enumerate(self.cells):
             t_gate, t_weight = self.thresholds(c)
             f, args = (cell.reference, (x0, x1, alpha[c], t_gate, t_weight)) if plain else (self._cell(c), (x0, x1, alpha[c], cell.gates(t_gate), cell.weights(t_weight), b))
-            if torch.is_grad_enabled() and (how.recompute == "all" or how.recompute == "earlier" and c < self.first):
-                y, mean, var = checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
-            else: y, mean, var = f(*args)
+            y, mean, var = self._kept(c, f, args)
             if self.training: cell.track(mean, var, n)
             if c + 1 < len(self.cells): x0, x1 = x1, y.relu()
         return self.head(y, b)
+
+    def _kept(self, c: int, f, args: tuple)->tuple:
+        "What a cell computes, its maps kept for the backward pass or computed again in it."
+        if torch.is_grad_enabled() and (self.compute.recompute == "all" or self.compute.recompute == "earlier" and c < self.first):
+            return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+        return f(*args)
 
     # Between two commits shapes stay, and a compiled cell can be used again.
     COMPILER = "inductor"
@@ -127,8 +134,8 @@ class SuperNet(nn.Module):
             alive = lay.alive if ops is None else cell.index.alive(ops[c], self.full_gates(c, gates[c]), *outs[-2:])
             parts.append(count_cell(lay, None if ops is None else ops[c], None if ops is None else alive, live if weights is None else live & weights[c]))
             outs.append(cell.index.out(alive))
-        width, last = int(outs[-1].sum()), isinstance(self.head, Classifier)
-        return NetCount(parts, self.spec.stem_params, self.spec.stem_macs, (width + 1) * self.spec.classes if last else 0, width * self.spec.classes if last else 0)
+        top = (0, 0) if isinstance(self.head, AuxHead) else self.spec.top(int(outs[-1].sum()))
+        return NetCount(parts, self.spec.stem_params, self.spec.stem_macs, *top, self.spec.ops)
 
     def full_gates(self, c: int, # cell
                    keep: Tensor|None = None # [stored filters] bool; None: all
