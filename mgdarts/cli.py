@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .config import Config, InputError, PRESETS, configure, preset as preset_config
+from .mobile import MobileSpec
 from .space import NetSpec, count_supernet
 
 # %% auto #0
@@ -60,18 +61,25 @@ def _table(title: str, columns: list, rows: list):
 # %% ../nbs/15_cli.ipynb #85e20f4a
 @app.command()
 def count(channels: Annotated[int, typer.Option(help="Filters C of the first stage.")] = 16,
-          cells: Annotated[int, typer.Option(help="Number of cells L.")] = 8,
-          space: Annotated[str, typer.Option(help="Search space.")] = "darts",
-          classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
-          size: Annotated[int, typer.Option(help="Image side in pixels.")] = 32,
+          cells: Annotated[Optional[int], typer.Option(help="Number of cells L, 8 by default; of layers in the MobileNet-like space, 17.")] = None,
+          space: Annotated[str, typer.Option(help="Search space: darts or mobilenet.")] = "darts",
+          width: Annotated[float, typer.Option(help="Multiplier of all widths in the MobileNet-like space.")] = 1.2,
+          classes: Annotated[Optional[int], typer.Option(help="Number of classes: 10 by default; 1000 in the MobileNet-like space.")] = None,
+          size: Annotated[Optional[int], typer.Option(help="Image side in pixels: 32 by default; 224 in the MobileNet-like space.")] = None,
           as_json: Json = False):
-    "Parameters of a super-net: main part, stages, auxiliary heads."
-    if space != "darts": raise InputError(f"unknown space {space!r}: choose darts")
-    cfg = _net_size(channels, cells, size, classes)
-    out = count_supernet(NetSpec(cfg.space.channels, cfg.space.cells, classes, size))
+    "Parameters of a super-net: main part, stages, auxiliary heads; of the MobileNet-like one with the published network in it."
+    mobile = space == "mobilenet"
+    cells, classes, size = (d if v is None else v for v, d in zip((cells, classes, size), (17, 1000, 224) if mobile else (8, 10, 32)))
+    cfg = _net_size(channels, cells, size, classes, kind=space, width=width)
+    out = count_supernet(MobileSpec(cells, cfg.space.width, classes, size) if mobile else NetSpec(cfg.space.channels, cells, classes, size))
+    if mobile:
+        from mgdarts.architecture import counts
+        from mgdarts.mobile_architecture import weaknas
+        found = counts(weaknas(classes, size))
+        out["weaknas"] = {"params": found["params_deployable"], "macs": found["macs"]}
     rows = [("main part", out["main"]), ("stem", out["stem"]), *((f"stage {i + 1}", n) for i, n in enumerate(out["stages"])), ("classifier", out["classifier"]),
-            *((f"aux heads, {k}", sum(v)) for k, v in out["aux"].items()), ("operations", out["ops"])]
-    _show(out, as_json, _table(f"super-net C={channels} L={cells}", ["part", "parameters"], rows))
+            *((f"aux heads, {k}", sum(v)) for k, v in out["aux"].items()), ("operations", out["ops"]), *((f"WeakNAS' network, {k}", v) for k, v in out.get("weaknas", {}).items())]
+    _show(out, as_json, _table(f"super-net width {width:g} L={cells}" if mobile else f"super-net C={channels} L={cells}", ["part", "parameters"], rows))
 
 # %% ../nbs/15_cli.ipynb #0a74068e
 def _configuration(preset, method, dataset, data_dir, seed, device, sets)->Config:
@@ -123,7 +131,7 @@ def train(what: Annotated[Path, typer.Argument(metavar="RUN-or-ARCH", help="Run 
     if is_run and out is None: result = runs.retrain(what, cfg, baseline, resume=resume, quiet=as_json)
     else:
         arch = architecture.load(what)
-        if baseline: arch = architecture.random_architecture(arch.spec, architecture.counts(arch)["params_nonzero"], cfg.seed, name="random")
+        if baseline: arch = arch.random(cfg.seed)
         folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
         result = runs.train(cfg, arch, folder, resume=resume, quiet=as_json)
     rows = [("test accuracy, final epoch, %", result["test_acc_final"]), ("test accuracy, best validation epoch, %", result["test_acc_best_val"]), ("validation accuracy, final, %", result["val_acc_final"]),
@@ -221,7 +229,7 @@ def arch_show(arch: Annotated[Path, typer.Argument(help="Architecture: its folde
     from mgdarts import architecture
     a = architecture.load(arch)
     out = architecture.counts(a)
-    rows = [(c["index"], "reduce" if c["reduction"] else "normal", a.cells[i].widths[-1], c["ops"], c["convs"], c["params"], *(c["retention"][g] for g in ("operation", "filter", "weight"))) for i, c in enumerate(out["cells"])]
+    rows = [(c["index"], "reduce" if c["reduction"] else "normal", c["widths"][-1], c["ops"], c["convs"], c["params"], *(c["retention"][g] for g in ("operation", "filter", "weight"))) for c in out["cells"]]
     title = f"{a.name}: {out['params_nonzero']:,} non-zero of {out['params_deployable']:,} parameters ({out['params_total']:,} with auxiliary head), {out['macs'] / 1e6:.1f} M MACs, {out['ops']} operations"
     _show(out, as_json, _table(title, ["cell", "kind", "width", "ops", "convs", "params", "op ratio", "filter ratio", "weight ratio"], rows))
 

@@ -8,8 +8,9 @@ import ast, dataclasses, difflib, json, math
 from dataclasses import dataclass, field, asdict
 
 # %% auto #0
-__all__ = ['PARTS', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Compute', 'Config', 'knobs',
-           'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'preset', 'settings_of', 'refuse_unknown']
+__all__ = ['PARTS', 'PRESETS', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Compute', 'Config',
+           'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'preset', 'settings_of',
+           'refuse_unknown']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -36,9 +37,11 @@ def knob(default, # value when nothing is said
 # %% ../nbs/00_config.ipynb #f3b107e7
 @dataclass
 class Space:
-    "The DARTS-like super-net: a chain of `cells` cells of `channels` filters."
-    channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction", 2, 512)
-    cells: int = knob(8, "number of cells L", 3, 64)
+    "The super-net: a chain of `cells` cells of `channels` filters (DARTS-like), or of `cells` layers as wide as `width` says (MobileNet-like)."
+    kind: str = knob("darts", "search space: DARTS-like, or MobileNet-like (Table III)", choices=("darts", "mobilenet"))
+    channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction; darts only", 2, 512)
+    cells: int = knob(8, "number of cells L, or of searched layers", 3, 64)
+    width: float = knob(1.2, "multiplier of all widths; mobilenet only", 0.05, 16.0)
     aux_size: str = knob("medium", "auxiliary heads of the early stages (Table X)", choices=("small", "medium", "large"))
     stem: str = knob("auto", "3x3 stem, or the strided ImageNet stem; auto: by image size", choices=("auto", "cifar", "imagenet"))
 
@@ -254,7 +257,12 @@ PRESETS = {
     "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 4.0,
                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
+    "mobilenet": {"compute.recompute": "earlier", "space.kind": "mobilenet", "space.cells": 17, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 7.4,
+                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
+                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
 }
+# what the scaled-down ones change in the other space, whose head alone has most of the parameters
+MOBILE = {"smoke": {"space.width": 0.25, "search.target_m": 0.115}, "cpu": {"space.width": 0.35, "search.target_m": 0.3}}
 
 def preset(name: str, # one of `PRESETS`
            **settings # knobs set on top
@@ -262,7 +270,8 @@ def preset(name: str, # one of `PRESETS`
     "The configuration of a preset. `InputError` on an unknown name."
     if name not in PRESETS: raise InputError(f"unknown preset {name!r}: {closest(name, PRESETS)}")
     if "preset" in settings: raise InputError("preset cannot be set on top of a preset: choose it by its name")
-    return configure(Config(), preset=name, **{**PRESETS[name], **settings})
+    kind = settings.get("space.kind", settings.get("kind"))
+    return configure(Config(), preset=name, **{**PRESETS[name], **(MOBILE.get(name, {}) if kind == "mobilenet" else {}), **settings})
 
 # %% ../nbs/00_config.ipynb #1b53d11b
 _preset = preset # a parameter below has the same name

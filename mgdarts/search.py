@@ -69,6 +69,7 @@ class StagedSearch:
                  check_every: int = 50 # steps between two looks at whether the loss is finite
                 ):
         if cfg.target_m * 1e6 >= spec.params: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {spec.params / 1e6:.4g} million: lower it, or widen the super-net")
+        if cfg.target_m * 1e6 <= (fixed := spec.stem_params + spec.classifier_params): raise InputError(f"search.target_m={cfg.target_m:g} leaves no room for what is searched: stem and head have {fixed / 1e6:.4g} million parameters")
         if len(loaders["train"]) < 1: raise InputError("the search needs at least one step an epoch: give more training images or a smaller search.batch")
         self.spec, self.loaders, self.cfg, self.seed, self.device = spec, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every, self.stages = events or Emitter(), check_every, plan(spec, cfg.stages)
