@@ -117,6 +117,7 @@ class MobileSpec:
     in_channels: int = 3
     stem: str = "auto" # imagenet halves the image, cifar does not; auto: by size
 
+    kind = "mobilenet"
     edges, ops, inputs = ((0, 1),), MOBILE_OPS, 0
     convs, node_sizes = (True,) * len(KERNELS), (len(KERNELS),)
 

@@ -191,6 +191,7 @@ class NetSpec:
     in_channels: int = 3
     stem: str = "auto" # cifar, imagenet, or auto: by size
 
+    kind = "darts" # as in `space.kind`
     edges, ops, inputs = EDGES, OPS, INPUTS # of a cell: operations stand on every edge, inputs are preprocessed
     convs = tuple(map(is_conv, range(len(OPS)))) # which operations have filters and weights to search
     node_sizes = tuple(len(NODE_EDGES[n]) * len(OPS) for n in range(INPUTS, STATES)) # operations into each node
