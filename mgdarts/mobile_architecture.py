@@ -126,12 +126,16 @@ def random_mobile(spec: MobileSpec,
                  )->MobileArchitecture: # without masks
     "A random architecture of about `params_target` parameters. `InputError` when there is none so small."
     g = torch.Generator().manual_seed(seed)
-    kernels, ratio = torch.randint(len(KERNELS), (spec.cells,), generator=g).tolist(), (.2 + .8 * torch.rand(spec.cells, generator=g)).tolist()
+    n, ratio = len(KERNELS), (.2 + .8 * torch.rand(spec.cells, len(KERNELS), generator=g)).tolist()
+    chosen = {(c, k) for c, k in enumerate(torch.randint(n, (spec.cells,), generator=g).tolist())}
+    more = [(i // n, i % n) for i in torch.randperm(n * spec.cells, generator=g).tolist() if (i // n, i % n) not in chosen]
     def made(scale):
-        cells = [(replace(full.branches[k], mid=max(1, min(full.branches[k].mid, round(scale * r * full.branches[k].mid)))),) for full, k, r in zip(spec.cell, kernels, ratio)]
+        mid = lambda c, k, b: replace(b, mid=max(1, min(b.mid, round(scale * ratio[c][k] * b.mid))))
+        cells = [tuple(mid(c, k, b) for k, b in enumerate(full.branches) if (c, k) in chosen) for c, full in enumerate(spec.cell)]
         return MobileArchitecture(name or f"random-{seed}", spec.width, spec.classes, spec.size, spec.in_channels, cells, provenance={"origin": "random", "seed": seed, "params_target": params_target}, stem=spec.stem)
     low, high = 0., 5. # at 5 every block has all its filters
     if (least := count(made(low)).dense) > params_target: raise InputError(f"no random architecture of this space has {params_target} parameters or fewer: the smallest tried has {least}")
+    while more and count(made(high)).dense < params_target: chosen.add(more.pop())
     for _ in range(30): low, high = (mid, high) if count(made(mid := (low + high) / 2)).dense <= params_target else (low, mid)
     return made(low)
 
