@@ -16,10 +16,10 @@ from .size import CellCount, NetCount
 from .store import digest, parse_json, read_bytes, unpickle, write_whole
 
 # %% auto #0
-__all__ = ['MAX_WIDTH', 'MAX_WEIGHTS', 'CONVS', 'SCHEMA', 'JSON_FILE', 'MASK_FILE', 'KEYS', 'Op', 'halves', 'parts', 'norms',
-           'ArchCell', 'Architecture', 'op_params', 'count', 'breakdown', 'counts', 'at_width', 'fitted',
-           'random_architecture', 'SepConv', 'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell', 'DerivedNet',
-           'to_json', 'contents', 'save', 'fingerprint', 'load', 'read_genotypes', 'import_genotype']
+__all__ = ['MAX_WIDTH', 'MAX_WEIGHTS', 'CONVS', 'SCHEMA', 'JSON_FILE', 'MASK_FILE', 'Op', 'halves', 'parts', 'norms', 'ArchCell',
+           'Discovered', 'Architecture', 'op_params', 'count', 'breakdown', 'sizes', 'counts', 'at_width', 'fitted',
+           'random_architecture', 'SepConv', 'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell', 'MaskedNet',
+           'DerivedNet', 'to_json', 'contents', 'save', 'fingerprint', 'load', 'read_genotypes', 'import_genotype']
 
 # %% ../nbs/11_architecture.ipynb #3b96abce
 @dataclass(frozen=True)
@@ -92,9 +92,38 @@ def _check_cell(cell, c):
     if unfed := set(range(INPUTS, STATES)) - {op.dst for op in cell.ops}: raise InputError(f"architecture: node {min(unfed)} of cell {c} has no operation: every node needs one")
 
 # %% ../nbs/11_architecture.ipynb #cddb4d53
+class Discovered:
+    "What architectures of all spaces have in common: checks, masks by name, equality. Fields: name, classes, size, in_channels, cells, masks, provenance, stem."
+    def _check_head(self, *more): # more: (field, smallest, largest)
+        if not isinstance(self.name, str) or not 0 < len(self.name) <= 200: raise InputError("architecture: the name must be a text of 1 to 200 characters")
+        self.cells = tuple(self.cells)
+        for what, lo, hi in (*more, ("classes", 1, 100_000), ("size", 4, 1024), ("in_channels", 1, 64)): _whole(what, getattr(self, what), lo, hi)
+        _whole("the number of cells", len(self.cells), 3, 64)
+        if self.stem not in ("auto", "cifar", "imagenet"): raise InputError(f"architecture: stem {str(self.stem)[:40]!r} is not auto, cifar or imagenet")
+        self.stem = self.spec.stem_kind # a later change of the image size must not change the stem
+
+    def _check_rest(self, dense: int # parameters
+                   ):
+        if dense > MAX_WEIGHTS: raise InputError(f"architecture: more than {MAX_WEIGHTS} weights: widths are out of hand")
+        shapes = self.mask_shapes()
+        for key, m in self.masks.items():
+            if key not in shapes: raise InputError(f"architecture: mask {str(key)[:60]!r} belongs to no kernel")
+            if not isinstance(m, Tensor) or m.dtype != torch.bool or tuple(m.shape) != shapes[key]:
+                raise InputError(f"architecture: mask {key} must be a boolean tensor of shape {list(shapes[key])}")
+        self.masks = {key: self.masks[key].detach().cpu() for key in shapes if key in self.masks and not bool(self.masks[key].all())}
+        try: json.dumps(self.provenance, allow_nan=False)
+        except (TypeError, ValueError, RecursionError): raise InputError("architecture: the provenance must be plain JSON without NaN") from None
+        if not isinstance(self.provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
+
+    def __eq__(self, other):
+        same = lambda n: getattr(self, n) == getattr(other, n)
+        return (type(other) is type(self) and all(map(same, (*self.HEAD, "cells", "provenance")))
+                and self.masks.keys() == other.masks.keys() and all(m.equal(other.masks[k]) for k, m in self.masks.items()))
+
+# %% ../nbs/11_architecture.ipynb #bf3294d7
 @dataclass(eq=False)
-class Architecture:
-    "A discrete network of the space. `InputError` if it is not a possible one."
+class Architecture(Discovered):
+    "A discrete network of the DARTS-like space. `InputError` if it is not a possible one."
     name: str
     channels: int # C: filters of the first stage's super-net cells, and a third of the stem's channels
     classes: int
@@ -105,27 +134,12 @@ class Architecture:
     provenance: dict = field(default_factory=dict) # where it comes from: plain JSON
     stem: str = "auto" # cifar, imagenet, or auto: by size
 
-    def __post_init__(self):
-        if not isinstance(self.name, str) or not 0 < len(self.name) <= 200: raise InputError("architecture: the name must be a text of 1 to 200 characters")
-        self.cells = tuple(self.cells)
-        for what, lo, hi in (("channels", 2, MAX_WIDTH), ("classes", 1, 100_000), ("size", 4, 1024), ("in_channels", 1, 64)): _whole(what, getattr(self, what), lo, hi)
-        _whole("the number of cells", len(self.cells), 3, 64)
-        if self.stem not in ("auto", "cifar", "imagenet"): raise InputError(f"architecture: stem {str(self.stem)[:40]!r} is not auto, cifar or imagenet")
-        self.stem = self.spec.stem_kind # a later change of the image size must not change the stem
-        for c, cell in enumerate(self.cells): _check_cell(cell, c)
-        self._check_masks()
-        if count(self).dense > MAX_WEIGHTS: raise InputError(f"architecture: more than {MAX_WEIGHTS} weights: widths are out of hand")
-        try: json.dumps(self.provenance, allow_nan=False)
-        except (TypeError, ValueError, RecursionError): raise InputError("architecture: the provenance must be plain JSON without NaN") from None
-        if not isinstance(self.provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
+    space, HEAD = "darts", ("name", "channels", "classes", "size", "in_channels", "stem") # HEAD: what a file begins with
 
-    def _check_masks(self):
-        shapes = self.mask_shapes()
-        for key, m in self.masks.items():
-            if key not in shapes: raise InputError(f"architecture: mask {str(key)[:60]!r} belongs to no kernel")
-            if not isinstance(m, Tensor) or m.dtype != torch.bool or tuple(m.shape) != shapes[key]:
-                raise InputError(f"architecture: mask {key} must be a boolean tensor of shape {list(shapes[key])}")
-        self.masks = {key: self.masks[key].detach().cpu() for key in shapes if key in self.masks and not bool(self.masks[key].all())}
+    def __post_init__(self):
+        self._check_head(("channels", 2, MAX_WIDTH))
+        for c, cell in enumerate(self.cells): _check_cell(cell, c)
+        self._check_rest(count(self).dense)
 
     @property
     def spec(self)->NetSpec:
@@ -149,10 +163,16 @@ class Architecture:
         "The auxiliary head of retraining. On an 8-pixel map: pooling 5 with stride 3, 1x1 to 128, 2x2 to 768, linear."
         c = self.aux_cell
         return HeadSpec(self.out(c), self.spec.cell[c].side, 128, 768, 1, self.classes)
-    def __eq__(self, other):
-        same = lambda n: getattr(self, n) == getattr(other, n)
-        return (isinstance(other, Architecture) and all(map(same, ("name", "channels", "classes", "size", "in_channels", "stem", "cells", "provenance")))
-                and self.masks.keys() == other.masks.keys() and all(m.equal(other.masks[k]) for k, m in self.masks.items()))
+    def build(self, aux: bool = False, seed: int = 0)->DerivedNet:
+        "Its network, with or without the auxiliary head, with fresh weights."
+        return DerivedNet(self, aux, seed)
+    def random(self, seed: int, name: str = "random")->Architecture:
+        "A random architecture of the same space and size."
+        return random_architecture(self.spec, counts(self)["params_nonzero"], seed, name=name)
+    def counts(self)->dict: return _counts(self)
+    def cell_json(self, cell: ArchCell, line)->str: return _cell_json(cell, line)
+    @staticmethod
+    def cell_from(c: int, d)->ArchCell: return _cell(c, d)
 
 # %% ../nbs/11_architecture.ipynb #2819a6ce
 def _preprocess(arch, c):
@@ -209,8 +229,12 @@ def breakdown(arch: Architecture)->dict:
             out["op_norm"] += bn; out["op_conv"] += op_params(op, spec.stride(op.edge)) - bn
     return out
 
-def counts(arch: Architecture)->dict: # JSON-ready
-    "All sizes of an architecture. Parameters and MACs (of one image, without auxiliary head) are plain integers."
+def sizes(net: NetCount, aux: HeadSpec # of retraining
+         )->dict:
+    "The sizes that architectures of all spaces have."
+    return {"params_total": net.dense + aux.params, "params_deployable": net.dense, "params_nonzero": net.params, "macs": net.macs_dense, "macs_nonzero": net.macs, "ops": net.ops}
+
+def _counts(arch):
     net, rows = count(arch), []
     convs, edges = [sum(op.is_conv for op in cell.ops) for cell in arch.cells], [len({op.edge for op in cell.ops}) for cell in arch.cells]
     def types(n, cells): # retention by operation type, with the number of operations
@@ -219,9 +243,12 @@ def counts(arch: Architecture)->dict: # JSON-ready
         rows.append({"index": c, "channels": arch.spec.cell[c].width, "widths": list(cell.widths), "reduction": arch.spec.cell[c].reduction,
                      "ops": n.ops, "convs": convs[c], "edges": edges[c], "params": n.dense, "nonzero": n.params, "macs": n.macs_dense, "macs_nonzero": n.macs,
                      "retention": {**r, "conv": convs[c] / CONVS}, "by_type": types(NetCount([n]), [cell])})
-    return {"params_total": net.dense + arch.aux_head.params, "params_deployable": net.dense, "params_nonzero": net.params, "macs": net.macs_dense, "macs_nonzero": net.macs,
-            "ops": net.ops, "convs": sum(convs), "edges": sum(edges), "cells": rows, "retention": {**net.retention(), "conv": sum(convs) / CONVS / len(rows)},
+    return {**sizes(net, arch.aux_head), "convs": sum(convs), "edges": sum(edges), "cells": rows, "retention": {**net.retention(), "conv": sum(convs) / CONVS / len(rows)},
             "by_type": types(net, arch.cells), "breakdown": breakdown(arch)}
+
+def counts(arch: Discovered)->dict: # JSON-ready
+    "All sizes of an architecture of any space. Parameters and MACs (of one image, without auxiliary head) are plain integers."
+    return arch.counts()
 
 # %% ../nbs/11_architecture.ipynb #c82d9a2e
 def at_width(arch: Architecture, channels: int # C
@@ -353,18 +380,10 @@ class DerivedCell(nn.Module):
         return torch.cat(states[INPUTS:], 1)
 
 # %% ../nbs/11_architecture.ipynb #dd5abd24
-class DerivedNet(nn.Module):
-    "The network of an `Architecture`. Input [N, in_channels, size, size]; output (logits [N, classes], auxiliary logits or None)."
-    def __init__(self, arch: Architecture,
-                 aux: bool = False, # with the auxiliary head; it speaks in training mode only
-                 seed: int = 0 # of the initial weights
-                ):
-        super().__init__()
-        g = torch.Generator().manual_seed(seed)
-        self.stem = Stem(arch.spec, g)
-        self.cells = nn.ModuleList(DerivedCell(arch, c, g) for c in range(len(arch.cells)))
-        self.classifier = Classifier(arch.out(len(arch.cells) - 1), arch.classes, g)
-        self.aux_cell, self.aux = arch.aux_cell, AuxHead(arch.aux_head, g) if aux else None
+class MaskedNet(nn.Module):
+    "A discrete network of cells, some of whose weights are masked."
+    def _mask(self, arch: Discovered):
+        "Last part of the construction."
         self.drop_path_prob, self.drop_path_generator = 0.0, None # set both before each training step that drops paths
         self.masked = tuple(arch.masks) # names of the kernels with masks
         for key in self.masked: self.register_buffer(self._buffer(key), ~arch.masks[key], persistent=False)
@@ -401,6 +420,20 @@ class DerivedNet(nn.Module):
         kept = torch.rand(sum(sizes), n, generator=self.drop_path_generator) >= p # on the CPU: the same on every device
         return (kept.to(x) / (1 - p)).split(sizes)
 
+class DerivedNet(MaskedNet):
+    "The network of an `Architecture`. Input [N, in_channels, size, size]; output (logits [N, classes], auxiliary logits or None)."
+    def __init__(self, arch: Architecture,
+                 aux: bool = False, # with the auxiliary head; it speaks in training mode only
+                 seed: int = 0 # of the initial weights
+                ):
+        super().__init__()
+        g = torch.Generator().manual_seed(seed)
+        self.stem = Stem(arch.spec, g)
+        self.cells = nn.ModuleList(DerivedCell(arch, c, g) for c in range(len(arch.cells)))
+        self.classifier = Classifier(arch.out(len(arch.cells) - 1), arch.classes, g)
+        self.aux_cell, self.aux = arch.aux_cell, AuxHead(arch.aux_head, g) if aux else None
+        self._mask(arch)
+
     def forward(self, x: Tensor)->tuple:
         x = x.contiguous(memory_format=torch.channels_last)
         keep, aux = self._keep(len(x), x), None
@@ -413,25 +446,23 @@ class DerivedNet(nn.Module):
 # %% ../nbs/11_architecture.ipynb #9e11b241
 SCHEMA, JSON_FILE, MASK_FILE = 2, "architecture.json", "masks.safetensors"
 # schema 1 had no sha256
-KEYS = ("schema", "name", "channels", "classes", "size", "in_channels", "stem", "cells", "masks_sha256", "provenance")
 
-def to_json(arch: Architecture, masks_sha256: str # checksum of the masks file
+def to_json(arch: Discovered, masks_sha256: str # checksum of the masks file
            )->str:
     "The text of `architecture.json`: one operation a line."
     line = lambda v: json.dumps(v, ensure_ascii=False, allow_nan=False)
-    cell = lambda c: f'  {{"widths": {line(c.widths)}, "ops": [\n' + ",\n".join(f"    {line([op.op, op.src, op.dst, op.widths])}" for op in c.ops) + "\n  ]}"
-    head = {"schema": SCHEMA, **{k: getattr(arch, k) for k in KEYS[1:7]}}
-    text = ("{\n" + "".join(f' {line(k)}: {line(v)},\n' for k, v in head.items()) + ' "cells": [\n' + ",\n".join(map(cell, arch.cells))
+    head = {"schema": SCHEMA, **({} if arch.space == "darts" else {"space": arch.space}), **{k: getattr(arch, k) for k in arch.HEAD}}
+    text = ("{\n" + "".join(f' {line(k)}: {line(v)},\n' for k, v in head.items()) + ' "cells": [\n' + ",\n".join(arch.cell_json(c, line) for c in arch.cells)
             + f'\n ],\n "masks_sha256": {line(masks_sha256)},\n "provenance": {json.dumps(arch.provenance, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)}')
     return f'{text},\n "sha256": "{digest(json.loads(text + "}"))}"\n}}\n'
 
-def contents(arch: Architecture)->dict: # name -> content, in the order in which they are written
+def contents(arch: Discovered)->dict: # name -> content, in the order in which they are written
     "The files of an architecture."
     from safetensors.torch import save as pack
     masks = pack({k: m.contiguous() for k, m in arch.masks.items()})
     return {MASK_FILE: masks, JSON_FILE: to_json(arch, hashlib.sha256(masks).hexdigest()).encode()}
 
-def save(arch: Architecture,
+def save(arch: Discovered,
          folder, # made if need be
          overwrite: bool = False # replace an architecture that is already there
         )->Path: # of the JSON file
@@ -443,11 +474,14 @@ def save(arch: Architecture,
     for name, content in contents(arch).items(): write_whole(folder / name, content)
     return folder / JSON_FILE
 
-def fingerprint(arch: Architecture)->str:
+def fingerprint(arch: Discovered)->str:
     "A checksum over all of an architecture, masks included."
     return hashlib.sha256(contents(arch)[JSON_FILE]).hexdigest()
 
 # %% ../nbs/11_architecture.ipynb #41ae44ef
+def _cell_json(cell, line): # line: from a value to a line of JSON
+    return f'  {{"widths": {line(cell.widths)}, "ops": [\n' + ",\n".join(f"    {line([op.op, op.src, op.dst, op.widths])}" for op in cell.ops) + "\n  ]}"
+
 def _cell(c, d):
     "An ArchCell from its JSON."
     try:
@@ -455,9 +489,16 @@ def _cell(c, d):
         return ArchCell(tuple(Op(name, src, dst, tuple(w)) for name, src, dst, w in d["ops"]), tuple(d["widths"]))
     except (TypeError, ValueError): raise InputError(f"architecture: cell {c} must have widths, and operations of the form [name, from, to, widths]") from None
 
+def _kind(space: str)->type:
+    "What an architecture of a space is."
+    from mgdarts.mobile_architecture import MobileArchitecture
+    kinds = {k.space: k for k in (Architecture, MobileArchitecture)}
+    if not isinstance(space, str) or space not in kinds: raise InputError(f"architecture: there is no space {str(space)[:40]!r}: {closest(str(space)[:40], kinds)}")
+    return kinds[space]
+
 def load(path # the folder, or the JSON file in it
-        )->Architecture:
-    "Read an architecture. `InputError` on anything that is not one."
+        )->Discovered:
+    "Read an architecture, of the space that it names: without a name, of the DARTS-like one. `InputError` on anything that is not one."
     from safetensors import SafetensorError
     from safetensors.torch import load as unpack
     path = Path(path)
@@ -467,17 +508,19 @@ def load(path # the folder, or the JSON file in it
     if _whole("the schema", d["schema"], 1, 10 ** 6) > SCHEMA: raise InputError(f"{path} has schema {d['schema']} and this version reads up to {SCHEMA}: update mgdarts")
     if "sha256" in d and d["sha256"] != digest(d): raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit; if you changed it, remove its sha256")
     d.pop("sha256", None)
-    for k in KEYS:
+    kind = _kind(d.pop("space", Architecture.space))
+    keys = ("schema", *kind.HEAD, "cells", "masks_sha256", "provenance")
+    for k in keys:
         if k not in d: raise InputError(f"{path} lacks the key {k!r}")
     for k in d:
-        if k not in KEYS: raise InputError(f"{path} has the unknown key {k[:40]!r}: {closest(k[:40], KEYS)}")
+        if k not in keys: raise InputError(f"{path} has the unknown key {k[:40]!r}: {closest(k[:40], keys)}")
     if not isinstance(d["cells"], list): raise InputError(f"{path}: cells must be a list")
     raw = read_bytes(path.with_name(MASK_FILE), 1 << 30)
     if hashlib.sha256(raw).hexdigest() != d["masks_sha256"]: raise InputError(f"{path.with_name(MASK_FILE)} is not the file that {path.name} was saved with")
     try: masks = unpack(raw)
     except (SafetensorError, KeyError, ValueError): raise InputError(f"{path.with_name(MASK_FILE)} is not a safetensors file") from None
-    cells = tuple(_cell(c, x) for c, x in enumerate(d["cells"][:65])) # one more than there can be
-    return Architecture(d["name"], d["channels"], d["classes"], d["size"], d["in_channels"], cells, masks, d["provenance"], d["stem"])
+    cells = tuple(kind.cell_from(c, x) for c, x in enumerate(d["cells"][:65])) # one more than there can be
+    return kind(**{k: d[k] for k in kind.HEAD}, cells=cells, masks=masks, provenance=d["provenance"])
 
 # %% ../nbs/11_architecture.ipynb #5cb15756
 def _literal(node):

@@ -71,14 +71,15 @@ def carry_columns(value: Tensor, # [k, m, ...], a head: its second dimension run
 # %% ../nbs/06_cell.ipynb #a79c3cd7
 class PlannedCell(nn.Module):
     "What the forward passes of a cell need to know of its `Layout`."
+    INDEX, PRE = CellIndex, INPUTS # what knows the channels; how many inputs are preprocessed
+
     def _plan(self):
-        lay, none = self.layout, len(EDGES) * len(OPS)
-        flat = lambda x: x.edge * len(OPS) + x.op
+        lay, none, flat = self.layout, self.layout.ops.numel(), self.flat
         self._plan_operations()
         # thresholds: one for the gates of an operation, one for its kernels
         gate_of, gate_len = [], []
         for (gate, i) in lay.gates:
-            t = -1 - gate.edge if gate.op < 0 else INPUTS + flat(gate) if gate.learned else INPUTS + none
+            t = self._threshold(gate)
             if gate_of and gate_of[-1] == t and gate.role == "out": gate_len[-1] += len(i)
             else: gate_of.append(t); gate_len.append(len(i))
         conv, conv_len = [], []
@@ -88,7 +89,7 @@ class PlannedCell(nn.Module):
             if conv and conv[-1] == flat(seg): conv_len[-1] += n
             else: conv.append(flat(seg)); conv_len.append(n)
         coef = [flat(g) if g.role == "out" else none for g, _ in lay.gates]
-        area = torch.cat([torch.full((len(i),), (self.spec.side_in if g.op < 0 else self.spec.side) ** 2) for g, i in lay.gates])
+        area = torch.cat([torch.full((len(i),), self.spec.gate_side(g) ** 2) for g, i in lay.gates])
         skips = torch.cat([torch.full((len(i),), not g.learned) for g, i in lay.gates])
         self._hold(gate_of=gate_of, gate_len=gate_len, gate_n=self.gate_sizes, conv=conv, conv_len=conv_len, coef=coef, skips=skips, area=area)
         self.has_skips = bool(skips.any())
@@ -97,19 +98,28 @@ class PlannedCell(nn.Module):
         if self.spec.rest: self._hold(shuffle=torch.arange(self.spec.width + self.spec.rest).view(-1, self.spec.width).t().flatten())
         self._plan_groups()
 
+    def flat(self, x: Gate|Segment)->int: return x.edge * self.layout.ops.shape[1] + x.op # its operation's place in alpha
+    def _threshold(self, gate: Gate)->int:
+        "Place of a gate's threshold: those of the inputs, those of the operations, and a 0 for filters that are not searched."
+        return -1 - gate.edge if gate.op < 0 else self.PRE + (self.flat(gate) if gate.learned else self.layout.ops.numel())
+
     def _hold(self, **what):
         "Integer tensors that follow the module's device and are not saved."
         for name, value in what.items(): self.register_buffer(name, torch.as_tensor(value, dtype=None if isinstance(value, Tensor) else torch.long).to(self.omega.device), persistent=False)
 
-    def _plan_operations(self):
-        lay, spec = self.layout, self.spec
-        kernels, gates, places, count = {}, {}, [], {"omega": 0, "plain": 0}
+    def _parts(self)->tuple: # places of the kernels (in the list of their group) and of the gates, by (edge, operation)
+        "What belongs to each operation."
+        lay, kernels, gates, count = self.layout, {}, {}, {"omega": 0, "plain": 0}
         self.shapes = {g: [shape for seg, shape in lay.kernels if seg.group == g] for g in ("omega", "plain")}
         self.sizes = {g: [torch.Size(s).numel() for s in v] for g, v in self.shapes.items()}
         for seg, _ in lay.kernels:
             kernels.setdefault((seg.edge, seg.op), []).append(count[seg.group]); count[seg.group] += 1
         for i, (gate, _) in enumerate(lay.gates): gates.setdefault((gate.edge, gate.op), []).append(i)
         self.gate_sizes = [len(i) for _, i in lay.gates]
+        return kernels, gates
+
+    def _plan_operations(self):
+        lay, spec, places, (kernels, gates) = self.layout, self.spec, [], self._parts()
         ids = lambda unit: lay.alive[unit:unit + spec.width].nonzero().flatten()
         state = [ids(spec.state_unit(s)) for s in range(STATES)]
         self.channels = [len(s) for s in state]
@@ -196,7 +206,7 @@ class StoredCell(PlannedCell):
                  scored: bool = False # searched weights have scores
                 ):
         super().__init__()
-        self.spec, self.index, self.gated, self.scored = lay.spec, CellIndex(lay.spec), gated, scored
+        self.spec, self.index, self.gated, self.scored = lay.spec, self.INDEX(lay.spec), gated, scored
         empty = lambda: torch.zeros(0)
         for name in ("omega", "plain", "scale", "shift", "beta") + ("score",) * scored: setattr(self, name, nn.Parameter(empty()))
         for name in ("mean", "var"): self.register_buffer(name, empty())
@@ -244,11 +254,11 @@ class ReferenceCell(StoredCell):
         if not self.gated: return torch.ones_like(g)
         gate = self.layout.gates[i][0]
         if thresholds is None or not gate.learned: return g
-        t = thresholds[-1 - gate.edge if gate.op < 0 else INPUTS + gate.edge * len(OPS) + gate.op]
+        t = thresholds[self._threshold(gate)]
         length = torch.tensor([n], device=g.device)
         return discretise(g, t.view(1), length, None, strongest(g, length))
 
-    def _masked(self, i: int, op: int, thresholds: Tensor|None, omega: Tensor|None)->Tensor: # kernel i of the searched ones, of operation `op` of 98
+    def _masked(self, i: int, op: int, thresholds: Tensor|None, omega: Tensor|None = None)->Tensor: # kernel i of the searched ones, of operation `op` of 98
         if omega is not None: return omega.split(self.sizes["omega"])[i].view(self.shapes["omega"][i])
         w, live = self.omega.split(self.sizes["omega"])[i], self.omega_live.split(self.sizes["omega"])[i]
         if thresholds is not None: w = discretise(w, thresholds[op].view(1), torch.tensor([len(w)], device=w.device), live)

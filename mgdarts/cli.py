@@ -10,12 +10,14 @@ from typing import Annotated, Optional
 import typer
 from .methods import METHODS
 from .config import Config, InputError, PRESETS, configure, preset as preset_config
+from .mobile import MobileSpec
 from .space import NetSpec, count_supernet
 
 # %% auto #0
-__all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Sets', 'count', 'search', 'train', 'plan', 'bench_step_command',
-           'bench_data_command', 'bench_search_command', 'arch_show', 'arch_import', 'arch_export', 'runs_command',
-           'compare_command', 'replay_command', 'lab_command', 'reproduce_command', 'claims_command', 'main']
+__all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'Sets', 'count', 'search',
+           'train', 'plan', 'bench_step_command', 'bench_data_command', 'bench_search_command', 'arch_show',
+           'arch_import', 'arch_export', 'runs_command', 'compare_command', 'replay_command', 'lab_command',
+           'reproduce_command', 'claims_command', 'main']
 
 # %% ../nbs/15_cli.ipynb #8861b1be
 app = typer.Typer(help="Multi-granularity differentiable architecture search.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -25,6 +27,12 @@ bench_app = typer.Typer(help="Time and memory: of a step, of the data, of a whol
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+# of a net: defaults depend on the space
+Cells = Annotated[Optional[int], typer.Option(help="Number of cells L, 8 by default; of layers in the MobileNet-like space, 17.")]
+Side = Annotated[Optional[int], typer.Option(help="Image side in pixels: 32 by default; 224 in the MobileNet-like space.")]
+Classes = Annotated[Optional[int], typer.Option(help="Number of classes: 10 by default; 1000 in the MobileNet-like space.")]
+Space = Annotated[str, typer.Option(help="Search space: darts or mobilenet.")]
+Width = Annotated[float, typer.Option(help="Multiplier of all widths in the MobileNet-like space.")]
 Sets = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key, for example --set channels=8; may be repeated.")]
 
 def _settings(pairs: list|None)->dict:
@@ -42,6 +50,14 @@ def _net_size(channels, cells, size, classes, **more)->Config:
     if classes < 1: raise InputError(f"--classes {classes} is out of range: at least 1")
     if not 8 <= size <= 1024: raise InputError(f"--size {size} is out of range: from 8 to 1024")
     return cfg
+
+def _net_spec(space, channels, width, cells, size, classes, **more)->tuple: # Config, NetSpec or MobileSpec
+    "The same in either space, each with its own defaults."
+    cells, size, classes = (d if v is None else v for v, d in zip((cells, size, classes), (17, 224, 1000) if space == "mobilenet" else (8, 32, 10)))
+    cfg = _net_size(channels, cells, size, classes, kind=space, width=width, **more)
+    return cfg, MobileSpec(cells, cfg.space.width, classes, size) if space == "mobilenet" else NetSpec(cfg.space.channels, cells, classes, size)
+
+def _name(spec)->str: return (f"C={spec.channels}" if spec.kind == "darts" else f"MobileNet-like, width {spec.width:g},") + f" L={spec.cells}"
 
 def _show(value: dict, as_json: bool, table=None):
     "One JSON object, or a table for people."
@@ -61,18 +77,18 @@ def _table(title: str, columns: list, rows: list):
 # %% ../nbs/15_cli.ipynb #85e20f4a
 @app.command()
 def count(channels: Annotated[int, typer.Option(help="Filters C of the first stage.")] = 16,
-          cells: Annotated[int, typer.Option(help="Number of cells L.")] = 8,
-          space: Annotated[str, typer.Option(help="Search space.")] = "darts",
-          classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
-          size: Annotated[int, typer.Option(help="Image side in pixels.")] = 32,
-          as_json: Json = False):
-    "Parameters of a super-net: main part, stages, auxiliary heads."
-    if space != "darts": raise InputError(f"unknown space {space!r}: choose darts")
-    cfg = _net_size(channels, cells, size, classes)
-    out = count_supernet(NetSpec(cfg.space.channels, cfg.space.cells, classes, size))
+          cells: Cells = None, space: Space = "darts", width: Width = 1.2, classes: Classes = None, size: Side = None, as_json: Json = False):
+    "Parameters of a super-net: main part, stages, auxiliary heads; of the MobileNet-like one with the published network in it."
+    _, spec = _net_spec(space, channels, width, cells, size, classes)
+    out = count_supernet(spec)
+    if space == "mobilenet":
+        from mgdarts.architecture import counts
+        from mgdarts.mobile_architecture import weaknas
+        found = counts(weaknas(spec.classes, spec.size))
+        out["weaknas"] = {"params": found["params_deployable"], "macs": found["macs"]}
     rows = [("main part", out["main"]), ("stem", out["stem"]), *((f"stage {i + 1}", n) for i, n in enumerate(out["stages"])), ("classifier", out["classifier"]),
-            *((f"aux heads, {k}", sum(v)) for k, v in out["aux"].items()), ("operations", out["ops"])]
-    _show(out, as_json, _table(f"super-net C={channels} L={cells}", ["part", "parameters"], rows))
+            *((f"aux heads, {k}", sum(v)) for k, v in out["aux"].items()), ("operations", out["ops"]), *((f"WeakNAS' network, {k}", v) for k, v in out.get("weaknas", {}).items())]
+    _show(out, as_json, _table(f"super-net {_name(spec)}", ["part", "parameters"], rows))
 
 # %% ../nbs/15_cli.ipynb #0a74068e
 def _configuration(preset, method, dataset, data_dir, seed, device, sets)->Config:
@@ -124,7 +140,7 @@ def train(what: Annotated[Path, typer.Argument(metavar="RUN-or-ARCH", help="Run 
     if is_run and out is None: result = runs.retrain(what, cfg, baseline, resume=resume, quiet=as_json)
     else:
         arch = architecture.load(what)
-        if baseline: arch = architecture.random_architecture(arch.spec, architecture.counts(arch)["params_nonzero"], cfg.seed, name="random")
+        if baseline: arch = arch.random(cfg.seed)
         folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
         result = runs.train(cfg, arch, folder, resume=resume, quiet=as_json)
     rows = [("test accuracy, final epoch, %", result["test_acc_final"]), ("test accuracy, best validation epoch, %", result["test_acc_best_val"]), ("validation accuracy, final, %", result["val_acc_final"]),
@@ -134,34 +150,34 @@ def train(what: Annotated[Path, typer.Argument(metavar="RUN-or-ARCH", help="Run 
 # %% ../nbs/15_cli.ipynb #3c05f8f0
 @app.command()
 def plan(channels: Annotated[int, typer.Option(help="Filters C of the first stage.")] = 24,
-         cells: Annotated[int, typer.Option(help="Number of cells L.")] = 8,
+         cells: Cells = None,
+         space: Space = "darts", width: Width = 1.2,
          batch: Annotated[int, typer.Option(help="Images a step.")] = 96,
          stages: Annotated[Optional[int], typer.Option(help="3, or 1: the whole net at once. Default: both, and their ratio.")] = None,
          recompute: Annotated[str, typer.Option(help="Cells whose maps are computed again in the backward pass: none, earlier (those of earlier stages) or all.")] = "earlier",
-         size: Annotated[int, typer.Option(help="Image side in pixels.")] = 32,
-         classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
+         size: Side = None, classes: Classes = None,
          amp: Annotated[bool, typer.Option("--amp", help="Maps in bfloat16.")] = False,
          figure: Annotated[Optional[Path], typer.Option(help="Draw the plan into this HTML page.")] = None,
          as_json: Json = False):
     "Peak training memory of every stage, predicted without allocating it."
-    cfg = _net_size(channels, cells, size, classes, **{"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp})
+    cfg, spec = _net_spec(space, channels, width, cells, size, classes, **{"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp})
     if stages not in (None, 1, 3): raise InputError(f"--stages {stages}: choose 1 or 3")
     if figure is not None and (figure.suffix != ".html" or not figure.absolute().parent.is_dir()): raise InputError(f"--figure {figure}: give an .html file in a folder that is there")
     from dataclasses import asdict
     from mgdarts.memory import memory_plan
-    one = lambda n: [asdict(m) for m in memory_plan(NetSpec(channels, cells, classes, size), cfg.search, batch, n, cfg.space.aux_size, cfg.compute)]
+    one = lambda n: [asdict(m) for m in memory_plan(spec, cfg.search, batch, n, cfg.space.aux_size, cfg.compute)]
     plans = {n: one(n) for n in ((3, 1) if stages is None else (stages,))}
     peak = {n: max(m["peak_bytes"] for m in p) for n, p in plans.items()}
-    main_plan = plans[stages or 3]
+    main_plan, name = plans[stages or 3], _name(spec)
     out = {"peak_bytes": peak[stages or 3], "stages": main_plan, "recompute": recompute, "amp": amp}
     if stages is None: out |= {"single_stage": {"peak_bytes": peak[1], "stages": plans[1]}, "percent_of_single_stage": 100 * peak[3] / peak[1]}
     if figure is not None:
         from mgdarts.plots import memory_figure, report, write_report
-        facts = {"channels": channels, "cells": cells, "batch": batch, "recompute": recompute, **{("multi" if n == 3 else "single") + "-stage peak, GB": v / 1e9 for n, v in peak.items()}}
+        facts = {"super-net": name, "batch": batch, "recompute": recompute, **{("multi" if n == 3 else "single") + "-stage peak, GB": v / 1e9 for n, v in peak.items()}}
         write_report(figure, report("memory plan", facts, {"Peak training memory": memory_figure({"multi-stage" if n == 3 else "single-stage": p for n, p in plans.items()})}, {}))
     gb = lambda v: f"{v / 1e9:.2f}"
     rows = [(f"{'multi' if n == 3 else 'single'}-stage, {m['name']}", *(gb(m[k]) for k in ("peak_bytes", "activations", "params", "grads", "optimizer")), m["live_ops"]) for n, p in plans.items() for m in p]
-    title = f"memory plan, GB: C={channels} L={cells} batch {batch}" + (f"; multi-stage peak {100 * peak[3] / peak[1]:.1f} % of single-stage" if stages is None else "")
+    title = f"memory plan, GB: {name} batch {batch}" + (f"; multi-stage peak {100 * peak[3] / peak[1]:.1f} % of single-stage" if stages is None else "")
     _show(out, as_json, _table(title, ["stage", "peak", "activations", "parameters", "gradients", "momentum", "operations"], rows))
 
 @bench_app.command("step")
@@ -222,7 +238,7 @@ def arch_show(arch: Annotated[Path, typer.Argument(help="Architecture: its folde
     from mgdarts import architecture
     a = architecture.load(arch)
     out = architecture.counts(a)
-    rows = [(c["index"], "reduce" if c["reduction"] else "normal", a.cells[i].widths[-1], c["ops"], c["convs"], c["params"], *(c["retention"][g] for g in ("operation", "filter", "weight"))) for i, c in enumerate(out["cells"])]
+    rows = [(c["index"], "reduce" if c["reduction"] else "normal", c["widths"][-1], c["ops"], c["convs"], c["params"], *(c["retention"][g] for g in ("operation", "filter", "weight"))) for c in out["cells"]]
     title = f"{a.name}: {out['params_nonzero']:,} non-zero of {out['params_deployable']:,} parameters ({out['params_total']:,} with auxiliary head), {out['macs'] / 1e6:.1f} M MACs, {out['ops']} operations"
     _show(out, as_json, _table(title, ["cell", "kind", "width", "ops", "convs", "params", "op ratio", "filter ratio", "weight ratio"], rows))
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from . import architecture as arch_files
 from . import plots, runs
-from .architecture import ArchCell, Architecture, count, counts
+from .architecture import ArchCell, Architecture, Discovered, count, counts
 from .config import InputError
 from .plots import GREY, OP_STYLES, RUN_COLOURS, RUN_SYMBOLS, Look
 from .space import *
@@ -26,8 +26,13 @@ class Entry:
     name: str
     path: Path
     events: list # of the search; empty for an architecture without a run
-    arch: Architecture|None # None: a search that is not finished
+    arch: Discovered|None # None: a search that is not finished
     row: dict # as `runs.list_runs` gives them, as far as it is known
+
+    @property
+    def drawn(self)->Architecture|None:
+        "The architecture, if it has cells to lay on top of each other: those of the DARTS-like space."
+        return self.arch if self.arch and self.arch.space == "darts" else None
 
 def entries(paths: list # run folders, architectures
            )->list: # of Entry
@@ -186,7 +191,7 @@ def compare(found: list # of Entry, two or more
     if len(found) < 2: raise InputError("one run alone cannot be compared: give two or more")
     first, *others = found
     return {"runs": [{"name": e.name, **e.row} for e in found],
-            "differences": [{**difference(first.arch, e.arch), "a": first.name, "b": e.name} for e in others if first.arch and e.arch]}
+            "differences": [{**difference(first.drawn, e.drawn), "a": first.name, "b": e.name} for e in others if first.drawn and e.drawn]}
 
 def page(found: list, # of Entry
          plotlyjs: str = "inline")->str: # HTML
@@ -196,7 +201,7 @@ def page(found: list, # of Entry
     figures = {"Searches": overlay(searches)} if searches else {}
     if any(e.row.get("test_acc") is not None for e in found): figures["Accuracy against size"] = pareto([e.row for e in found])
     tables = {"Runs": [{"run": e.name, **{k: e.row.get(k) for k in ROW_KEYS}} for e in found]}
-    for e, d in zip((e for e in found[1:] if found[0].arch and e.arch), out["differences"]):
+    for e, d in zip((e for e in found[1:] if found[0].drawn and e.drawn), out["differences"]):
         figures[f"A: {d['a']}, B: {d['b']}"] = difference_figure(found[0].arch, e.arch)
         tables[f"A: {d['a']}, B: {d['b']} ({d['shared']:.0%} of the operations in both)"] = difference_table(d)
     return plots.report("Comparison of " + ", ".join(e.name for e in found), {}, figures, tables, plotlyjs=plotlyjs)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PARTS', 'PRUNING', 'PRESETS', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute',
-           'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method', 'preset', 'pairs',
-           'settings_of', 'refuse_unknown', 'root']
+__all__ = ['PARTS', 'PRUNING', 'PRESETS', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Rules',
+           'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method', 'preset',
+           'pairs', 'settings_of', 'refuse_unknown', 'root']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -38,9 +38,11 @@ def knob(default, # value when nothing is said
 # %% ../nbs/00_config.ipynb #f3b107e7
 @dataclass
 class Space:
-    "The DARTS-like super-net: a chain of `cells` cells of `channels` filters."
-    channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction", 2, 512)
-    cells: int = knob(8, "number of cells L", 3, 64)
+    "The super-net: a chain of `cells` cells of `channels` filters (DARTS-like), or of `cells` layers as wide as `width` says (MobileNet-like)."
+    kind: str = knob("darts", "search space: DARTS-like, or MobileNet-like (Table III)", choices=("darts", "mobilenet"))
+    channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction; darts only", 2, 512)
+    cells: int = knob(8, "number of cells L, or of searched layers", 3, 64)
+    width: float = knob(1.2, "multiplier of all widths; mobilenet only", 0.05, 16.0)
     aux_size: str = knob("medium", "auxiliary heads of the early stages (Table X)", choices=("small", "medium", "large"))
     constraint: int = knob(3, "Table VI: 1: an operation an edge and two edges a node, cells of a kind alike; 2: connections free; 3: cells independent too", choices=(1, 2, 3))
     stem: str = knob("auto", "3x3 stem, or the strided ImageNet stem; auto: by image size", choices=("auto", "cifar", "imagenet"))
@@ -248,6 +250,9 @@ def _check_rules(cfg):
     s, r, own = cfg.search, cfg.rules, cfg.rules.discretiser
     def need(good, what):
         if not good: raise InputError(what)
+    if cfg.space.kind == "mobilenet":
+        need(r.relaxation == "sigmoid" and own == "thresholds" and r.gates and r.keep == 1 and r.superpose == "none" and r.partial == 1 and cfg.space.constraint == 3 and s.optimisation not in ("first-order", "second-order", "none"),
+             "in the MobileNet-like space operations are searched by learned thresholds only: choose method mg-darts, or space.kind=darts")
     if own not in PRUNING:
         need(s.stages == 1 or r.growing, f"rules.discretiser={own} decides once, at the end: set search.stages=1")
         need(own != "argmax" or s.optimisation != "none", "rules.discretiser=argmax needs a search that moves alpha: choose another search.optimisation")
@@ -335,7 +340,12 @@ PRESETS = {
     "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 4.0,
                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
+    "mobilenet": {"compute.recompute": "earlier", "space.kind": "mobilenet", "space.cells": 17, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 7.4,
+                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
+                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
 }
+# what the scaled-down ones change in the other space, whose head alone has most of the parameters
+MOBILE = {"smoke": {"space.width": 0.25, "search.target_m": 0.115}, "cpu": {"space.width": 0.35, "search.target_m": 0.3}}
 
 def preset(name: str, # one of `PRESETS`
            method: str = "mg-darts", # one of `mgdarts.methods.METHODS`
@@ -347,7 +357,9 @@ def preset(name: str, # one of `PRESETS`
     if method not in METHODS: raise InputError(f"unknown method {method!r}: {closest(method, METHODS)}")
     if "preset" in settings: raise InputError("preset cannot be set on top of a preset: choose it by its name")
     full = lambda given: {resolve(Config(), k): v for k, v in given.items()} # the last one to say a name wins
-    return configure(Config(), preset=name, method=method, **(full(METHODS[method].settings) | full(PRESETS[name]) | full(settings)))
+    settings = full(settings)
+    scale = PRESETS[name] | (MOBILE.get(name, {}) if settings.get("space.kind") == "mobilenet" else {})
+    return configure(Config(), preset=name, method=method, **(full(METHODS[method].settings) | full(scale) | settings))
 
 # %% ../nbs/00_config.ipynb #1b53d11b
 _preset = preset # a parameter below has the same name

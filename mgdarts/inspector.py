@@ -22,8 +22,8 @@ from .size import NetCount
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['SCOPES', 'KEYS', 'MAPS', 'freeze', 'View', 'Outcome', 'WhatIf', 'memory_estimate', 'outcome', 'Distribution',
-           'distribution', 'pruned', 'some_images', 'accuracy', 'fixed_ratio', 'branch']
+__all__ = ['SCOPES', 'KEYS', 'MAPS', 'freeze', 'drawable', 'View', 'Outcome', 'WhatIf', 'memory_estimate', 'outcome',
+           'Distribution', 'distribution', 'pruned', 'some_images', 'accuracy', 'fixed_ratio', 'branch']
 
 # %% ../nbs/31_inspector.ipynb #1d73a398
 @torch.no_grad()
@@ -38,10 +38,16 @@ def freeze(net: SuperNet)->SuperNet:
 SCOPES = ("all", *OPS) # what a threshold can be turned for; or one operation, as (cell, edge, op)
 KEYS = {"operation": ("t_alpha",), "filter": ("t_beta", "t_pre"), "weight": ("t_omega",)} # thresholds of each granularity
 
+def drawable(kind: str # of space
+            ):
+    "`InputError` for spaces whose super-net cannot be drawn: all but the DARTS-like one."
+    if kind != NetSpec.kind: raise InputError(f"super-nets of the space {kind} cannot be drawn yet: run the search with mgdarts search, and see its report")
+
 class View:
     "A search at one instant."
     def __init__(self, search: Search, regrown=() # operations that have returned, as (cell, edge, op)
                 ):
+        drawable(search.spec.kind)
         self.net, self.cfg = freeze(search.net), search.cfg
         self.batch, self.recompute = getattr(search.loaders["train"], "batch_size", search.cfg.batch), search.net.compute.recompute
         self.stage, self.epoch, self.step, self.warmup, self.target, self.finished = search.stage_name, search.epoch, search.steps, search.warmup, search.target, search.finished

@@ -20,17 +20,17 @@ __all__ = ['size_loss', 'cost', 'live_thresholds', 'regulariser', 'beta_decay', 
 def size_loss(alpha: Tensor, # [cells, 14, 7]
               live: Tensor, # the same, bool
               cost: Tensor|None = None, # the same: F of each operation, in millions
-              reg: float = 1.0, mu: float = 0.0
+              reg: float = 1.0, mu: float = 0.0,
+              nodes: tuple = NetSpec.node_sizes # operations into each node of a cell
              )->Tensor: # scalar
     "R_size over all nodes of some cells."
     g = torch.sigmoid(alpha) * live
     price = reg if cost is None or mu == 0 else reg + mu * cost
     parts = []
-    for node in range(INPUTS, STATES):
-        e = slice(NODE_EDGES[node][0], NODE_EDGES[node][-1] + 1)
-        n, z = live[:, e].sum((1, 2), keepdim=True), g[:, e].sum((1, 2), keepdim=True)
-        parts.append(torch.log1p(n * g[:, e] / z.clamp(min=1e-12)))
-    return (torch.cat(parts, 1) * live * price).sum()
+    for x, on in zip(g.flatten(1).split(nodes, 1), live.flatten(1).split(nodes, 1)):
+        n, z = on.sum(1, keepdim=True), x.sum(1, keepdim=True)
+        parts.append(torch.log1p(n * x / z.clamp(min=1e-12)))
+    return (torch.cat(parts, 1).view_as(g) * live * price).sum()
 
 # %% ../nbs/07_loss.ipynb #c7787484
 def cost(cell: Cell,
@@ -38,7 +38,7 @@ def cost(cell: Cell,
          what: str = "params" # or "macs"
         )->Tensor: # [14, 7], millions
     "Differentiable, mask-aware size of each live operation of a cell."
-    lay, n = cell.layout, len(EDGES) * len(OPS)
+    lay, n = cell.layout, cell.layout.ops.numel()
     g = torch.sigmoid(cell.beta)
     total = torch.segment_reduce(g, "sum", lengths=cell.gate_n, unsafe=True)
     spread = lambda v, l, like: v.repeat_interleave(l, output_size=len(like))
@@ -48,26 +48,26 @@ def cost(cell: Cell,
     if t_weight is not None: w = w * step(cell.omega.abs() - spread(t_weight[cell.conv], cell.conv_len, w))
     of_unit = torch.full((lay.spec.units,), len(g)) # where a unit's share is; filters without a gate of their own count fully
     of_unit[cell.index.gate_unit[lay.slots["gates"]]] = torch.arange(len(g))
-    of_unit[:lay.spec.state_unit(STATES)] = len(g)
+    of_unit[:lay.spec.ungated] = len(g)
     shares = torch.cat([share, share.new_ones(1)])
     out = g.new_zeros(n + 1)
     for group, kept in (("omega", w), ("plain", torch.ones_like(cell.plain))):
         seg = lay.segs[group].long()
-        op_of = torch.tensor([s.edge * len(OPS) + s.op if s.op >= 0 else n for s in lay.spec.segments])[seg]
+        op_of = torch.tensor([cell.flat(s) if s.op >= 0 else n for s in lay.spec.segments])[seg]
         price = torch.tensor([s.side ** 2 if what == "macs" else 1 for s in lay.spec.segments], dtype=g.dtype)[seg]
-        row = shares[of_unit[lay.rows[group].long()].to(g.device)]
-        out = out.index_add(0, op_of.to(g.device), kept * row * price.to(g.device))
+        row, col = (of_unit[v[group].long()] for v in (lay.rows, lay.cols))
+        out = out.index_add(0, op_of.to(g.device), kept * shares[torch.where(row < len(g), row, col).to(g.device)] * price.to(g.device))
     if what == "params": # batch norm
-        gate_op = torch.tensor([gate.edge * len(OPS) + gate.op if gate.op >= 0 else n for gate, _ in lay.gates], device=g.device)
+        gate_op = torch.tensor([cell.flat(gate) if gate.op >= 0 else n for gate, _ in lay.gates], device=g.device)
         out = out.index_add(0, gate_op.repeat_interleave(cell.gate_n, output_size=len(g)), 2 * share)
-    return out[:n].view(len(EDGES), len(OPS)) / 1e6
+    return out[:n].view_as(lay.ops) / 1e6
 
 # %% ../nbs/07_loss.ipynb #b103508d
 def live_thresholds(net: SuperNet)->dict: # name -> bool, like the parameter's first cells
     "Which thresholds still decide something."
     n = len(net.cells)
     ops = net.op_live[:n]
-    conv = ops & torch.tensor([is_conv(o) for o in range(len(OPS))], device=ops.device)
+    conv = ops & torch.tensor(net.spec.convs, device=ops.device)
     searched = {"t_alpha": "operation", "t_beta": "filter", "t_omega": "weight", "t_pre": "filter"}
     out = {"t_alpha": ops, "t_beta": conv, "t_omega": conv, "t_pre": torch.ones_like(net.t_pre[:n], dtype=torch.bool)}
     return {k: v if searched[k] in net.granularities else torch.zeros_like(v) for k, v in out.items()}
@@ -80,7 +80,7 @@ def regulariser(net: SuperNet,
     n, nothing = len(net.cells), net.alpha.new_zeros(())
     if net.rules.regulariser == "none": return nothing, nothing
     costs = torch.stack([cost(c, *net.thresholds(i), what) for i, c in enumerate(net.cells)]) if mu else None
-    price = size_loss(net.alpha[:n], net.op_live[:n], costs, reg, mu)
+    price = size_loss(net.alpha[:n], net.op_live[:n], costs, reg, mu, net.spec.node_sizes)
     if net.rules.regulariser == "size": return price, nothing
     return price, sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
 

@@ -16,6 +16,7 @@ from .space import *
 from .loss import regulariser
 from .search import make_optimizer, plan
 from .supernet import SuperNet
+from .mobilenet import supernet
 
 # %% auto #0
 __all__ = ['Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to', 'memory_plan']
@@ -94,11 +95,10 @@ def _order(net: SuperNet, generator: torch.Generator)->tuple: # (live operations
     "Every node keeps one operation, whatever goes."
     ops = net.op_live[:len(net.cells)].cpu().clone()
     free = ops.clone()
-    for c in range(len(ops)):
-        for node in range(INPUTS, STATES):
-            units = (ops[c, NODE_EDGES[node]].nonzero() + torch.tensor([NODE_EDGES[node][0], 0])).tolist()
-            e, o = units[int(torch.randint(len(units), (1,), generator=generator))]
-            free[c, e, o] = False
+    for live, may_go in zip(ops.flatten(1), free.flatten(1)):
+        for node, leaves in zip(live.split(net.spec.node_sizes), may_go.split(net.spec.node_sizes)):
+            units = node.nonzero().flatten()
+            leaves[units[int(torch.randint(len(units), (1,), generator=generator))]] = False
     free = free.nonzero()
     return ops, free[torch.randperm(len(free), generator=generator)]
 
@@ -126,13 +126,14 @@ def _thin(net: SuperNet, keep: float, # share of the parameters
         else: lo = k + 1
     net.rebuild(_without(ops, free[:lo - int(back * lo)]), gates)
 
-def memory_plan(spec: NetSpec, cfg: Settings,
+def memory_plan(spec: NetSpec, # or a MobileSpec
+                cfg: Settings,
                 batch: int, # images a step
                 stages: int = 3, # 3, or 1: the whole net at once
                 aux_size: str = "medium", compute: Compute|None = None, seed: int = 0
                )->list: # of StepMemory
     "The memory each stage of a search needs when it starts, which is when it needs most."
-    net, g, out = SuperNet(spec, aux_size, seed=seed, compute=compute), torch.Generator().manual_seed(seed), []
+    net, g, out = supernet(spec, aux_size, seed=seed, compute=compute), torch.Generator().manual_seed(seed), []
     keep = cfg.stage_keep if len(cfg.stage_keep) == stages else (cfg.stage_keep[0],) * stages
     todo = plan(spec, stages)
     for i, (name, end, head) in enumerate(todo):

@@ -23,7 +23,7 @@ class Candidates:
     "Live units at or under their thresholds. On the CPU, in the order operations, filters by cell, weights by cell."
     sizes: list # length of each flat vector
     off: Tensor # [n] bool over all units stored
-    live: Tensor # [cells * 98] bool: operations not pruned before
+    live: Tensor # [cells, 14, 7] bool: operations not pruned before
     values: list # (|g|, t) of each flat vector
     kinds: Tensor # [cells] int64: cells with the same number share their operations
 
@@ -37,7 +37,7 @@ class Candidates:
              )->dict: # what `SuperNet.count` takes
         "Keep-masks in the form of the net."
         parts = (~off).split(self.sizes)
-        n, gone = (len(parts) - 1) // 2, ~(parts[0] & self.live).view(-1, len(EDGES), len(OPS))
+        n, gone = (len(parts) - 1) // 2, ~(parts[0].view_as(self.live) & self.live)
         if len(self.kinds.unique()) < n: gone = torch.zeros_like(gone, dtype=torch.int).index_add_(0, self.kinds, gone.int())[self.kinds] > 0 # one of a kind takes all with it
         return {"ops": ~gone, "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
     def first(self, k: int)->Tensor: # [n] bool
@@ -65,7 +65,7 @@ def bounded(net: SuperNet,
     "Units at or under a bound, whatever it is."
     off = [torch.zeros_like(live) if t is None else (g <= t).logical_and_(live).logical_and_(~keep) for (_, g, live, keep), t in zip(found, bounds)]
     values = [(g, torch.as_tensor(0. if t is None else t, dtype=g.dtype).expand_as(g)) for (_, g, _, _), t in zip(found, bounds)]
-    return Candidates([len(o) for o in off], torch.cat(off), found[0][2], values, torch.tensor(net.spec.kinds[:len(net.cells)]))
+    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:len(net.cells)].cpu(), values, torch.tensor(net.spec.kinds[:len(net.cells)]))
 
 @torch.no_grad()
 def candidates(net: SuperNet,

@@ -80,8 +80,6 @@ def regrow(net: SuperNet,
         for e in edges[torch.randperm(len(edges), generator=g)[:quota[c, o]]].sort().values.tolist():
             ops[c, e, o] = True
             back.append((c, e, o))
-            spec, alive = net.spec.cell[c], net.cells[c].layout.alive
-            at = spec.state_unit(EDGES[e][1])
-            for gate in spec.gates:
-                if (gate.edge, gate.op) == (e, o): gates[c][gate.start:gate.start + gate.width] = alive[at:at + gate.width] if gate.learned else True
+            for gate in net.spec.cell[c].gates:
+                if (gate.edge, gate.op) == (e, o): gates[c][gate.start:gate.start + gate.width] = net.cells[c].index.regrown(gate, net.cells[c].layout.alive)
     return back, net.rebuild(ops, gates, stamp)

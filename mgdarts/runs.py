@@ -8,23 +8,23 @@ import hashlib, json, os, platform, signal, subprocess, threading, time
 from pathlib import Path
 import torch
 from . import __version__
-from . import architecture as arch_files
-from .architecture import Architecture, counts, fitted, random_architecture
+from . import architecture as arch_files, derive, mobile_derive
+from .architecture import Discovered, counts, fitted
 from .config import Config, InputError, from_dict, to_dict
 from .data import Augment, Loader, Splits, halves, load_data, root
-from .derive import derive, inherited
 from .events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
+from .mobile import KERNELS, MobileSpec
 from .search import Search
 from .space import NetSpec
 from .store import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links, write_json
 from .train import Trainer
 
 # %% auto #0
-__all__ = ['device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder', 'read_events',
-           'Signals', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_record', 'read_config',
-           'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain', 'load_run', 'write_report',
-           'is_training', 'run_row', 'list_runs']
+__all__ = ['SPACES', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder',
+           'read_events', 'Signals', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_record',
+           'read_config', 'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain', 'load_run',
+           'write_report', 'is_training', 'run_row', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -166,8 +166,12 @@ class Progress:
         elif e.type in ("done", "result"): self.bar.update(self.task, completed=self.bar.tasks[0].total)
 
 # %% ../nbs/14_runs.ipynb #4bc614d5
-def net_spec(cfg: Config, splits: Splits)->NetSpec:
+# of each space: the super-net as data; the module with its `derive` and `inherited`
+SPACES = {"darts": (NetSpec, derive), "mobilenet": (MobileSpec, mobile_derive)}
+
+def net_spec(cfg: Config, splits: Splits)->NetSpec|MobileSpec:
     "The super-net that fits the data."
+    if cfg.space.kind == "mobilenet": return MobileSpec(cfg.space.cells, cfg.space.width, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem)
     return NetSpec(cfg.space.channels, cfg.space.cells, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem, cfg.space.constraint, cfg.rules.partial)
 
 def make_search(cfg: Config,
@@ -181,7 +185,7 @@ def make_search(cfg: Config,
     loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data)) for k, s in parts.items()}
     return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, cfg.compute, rules=cfg.rules)
 
-def make_trainer(cfg: Config, arch: Architecture, splits: Splits, init_state: dict|None = None)->Trainer:
+def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict|None = None)->Trainer:
     "A retraining as a configuration describes it, not begun."
     if (arch.classes, arch.size, arch.in_channels) != (splits.num_classes, splits.size, splits.in_channels):
         raise InputError(f"the architecture is for {arch.classes} classes of {arch.size}-pixel images with {arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and {splits.in_channels}: choose other data, or set data.size={arch.size}")
@@ -192,7 +196,7 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits, init_state: di
 def _record(cfg, device, splits)->dict:
     return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_fingerprint": splits.fingerprint,
             "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "skipped": splits.skipped,
-            "scale": "paper" if cfg.preset in ("small", "large", "imagenet") else "scaled down"}
+            "scale": "paper" if cfg.preset in ("small", "large", "imagenet", "mobilenet") else "scaled down"}
 
 def read_record(run: str|Path)->dict:
     "`config.json` of a run folder, checked."
@@ -266,7 +270,7 @@ def _run(loop, out: Path, recorder: Recorder, heard: tuple, listeners: tuple, af
 def _finish(cfg, out, loop, splits, start)->dict:
     content = read_bytes(out / "events.jsonl", 1 << 32)
     done = json.loads(content.splitlines()[-1])
-    arch = derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
+    arch = SPACES[cfg.space.kind][1].derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
     if cfg.rules.fit and cfg.rules.keep == 1: arch = fitted(arch, cfg.search.target_m * 1e6)
     arch_files.save(arch, out, overwrite=True)
     size = counts(arch)
@@ -305,15 +309,16 @@ def search(cfg: Config|None, # None: resume with the folder's own
         if not resume: write_json(out / "config.json", _record(cfg, loop.device, splits))
         if prepare: prepare(loop)
         recorder = Recorder(out / "events.jsonl", kept)
-        frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count)
+        frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count) if cfg.space.kind == "darts" else None
         with Progress(len(loop.stages), quiet) as bar:
             if kept: bar.stage, bar.start = loop.stage, loop.start
-            try: _run(loop, out, recorder, ("stage", "epoch", "commit", "regrow", "done"), (bar, frames, *listeners), ("commit", "stage"))
-            finally: frames.lines.close()
+            try: _run(loop, out, recorder, ("stage", "epoch", "commit", "regrow", "done"), (bar, *([frames] if frames else []), *listeners), ("commit", "stage"))
+            finally:
+                if frames: frames.lines.close()
         return _finish(cfg, out, loop, splits, start)
 
 # %% ../nbs/14_runs.ipynb #81dea95f
-def train(cfg: Config, arch: Architecture,
+def train(cfg: Config, arch: Discovered,
           out: str|Path, # folder of this training
           splits: Splits|None = None, init_state: dict|None = None,
           resume: bool = False, quiet: bool = True, listeners: tuple = ()
@@ -343,13 +348,13 @@ def bare_search(run: str|Path,
     cfg, saved = read_config(run), state or Checkpoints(Path(run) / "checkpoint").load()
     if saved is None: raise InputError(f"{run} has no checkpoint: there is nothing to look at yet")
     one = type("NoData", (), {"__len__": lambda self: 1})()
-    loop = Search(NetSpec(**saved["spec"]), {"train": one, "arch": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, compute=cfg.compute, rules=cfg.rules)
+    loop = Search(SPACES[cfg.space.kind][0](**saved["spec"]), {"train": one, "arch": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, compute=cfg.compute, rules=cfg.rules)
     loop.load_state_dict(saved)
     return loop
 
-def supernet_weights(run: str|Path, arch: Architecture)->dict:
+def supernet_weights(run: str|Path, arch: Discovered)->dict:
     "The searched super-net's weights for its derived network, from the run's checkpoint."
-    return inherited(bare_search(run).net, arch)
+    return SPACES[arch.space][1].inherited(bare_search(run).net, arch)
 
 def retrain(run: str|Path, # a finished run folder
             cfg: Config|None = None, # None: the run's own
@@ -362,7 +367,7 @@ def retrain(run: str|Path, # a finished run folder
     load_run(run) # what is damaged is better known before
     cfg = cfg or read_config(run)
     arch, state = arch_files.load(run), None
-    if baseline: arch = random_architecture(arch.spec, counts(arch)["params_nonzero"], cfg.seed, name="random")
+    if baseline: arch = arch.random(cfg.seed)
     elif cfg.train.weights == "supernet": state = supernet_weights(run, arch)
     result = train(cfg, arch, run / ("random" if baseline else "train"), splits, state, resume, quiet, listeners)
     write_report(run)
@@ -395,14 +400,15 @@ def write_report(run: str|Path)->Path:
 def _page(name, data)->str:
     from mgdarts import plots
     cfg, env = data["record"]["config"], data["record"]["environment"]
-    facts = {"dataset": data["record"]["dataset"], "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}",
+    facts = {"dataset": data["record"]["dataset"], "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
              "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)", "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
     r, tables, figures = data["result"], {}, {"Thresholds and retention ratios": plots.dynamics(data["events"]), "Size and lambda": plots.size_and_lambda(data["events"]), "Learning": plots.learning(data["events"])}
     if r: facts |= {"target reached": "yes" if r["reached"] else "no: target not reached", "searched size": f"{r['params'] / 1e6:.4f} M of {r['target'] / 1e6:.4f} M", "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}
     if data["arch"]:
         size = counts(data["arch"])
         tables["Derived network"] = [{"cell": c["index"], "reduction": c["reduction"], "width": c["widths"][0] if "widths" in c else c["width"], "operations": c["ops"], "convolutions": c["convs"], "parameters": c["params"]} for c in size["cells"]]
-        figures |= {"Derived cells": plots.cells(data["arch"]), "What is left, by cell and type": plots.distribution(data["arch"])}
+        if data["arch"].space == "darts": figures |= {"Derived cells": plots.cells(data["arch"]), "What is left, by cell and type": plots.distribution(data["arch"])}
+        else: tables["Derived blocks"] = [{"layer": c["index"], **{f"{k}x{k}": next((f"{mid} filters" for kernel, mid, _ in c["blocks"] if kernel == k), "") for k in KERNELS}, **{f"{g}s left": None if v is None else f"{v:.1%}" for g, v in c["retention"].items() if g != "conv"}} for c in size["cells"]]
     done = {k: t["result"] for k, t in data["trainings"].items() if t["result"]}
     if done:
         tables["Retraining (test accuracy, percent; the test images were read once, at the end)"] = [

@@ -18,9 +18,9 @@ from .prune import candidates, choose, commit, follow
 from .decide import all_but, by_rank, by_share, by_strength, decide_edge, decide_node, fewer_skips, fit_scored, jacobian_score, keep_scored, plan_round, standardise, strongest_two
 from .unroll import unrolled
 from .regrow import regrow, update_momentum
-from .size import Layout, layout
-from .cell import Cell
+from .size import layout
 from .supernet import SuperNet
+from .mobilenet import supernet
 
 # %% auto #0
 __all__ = ['GROWTH', 'SURVIVORS', 'plan', 'groups', 'make_optimizer', 'make_adam', 'turns', 'StagedSearch', 'SavedSearch',
@@ -81,7 +81,7 @@ def turns(optimisation: str, # see `Search.optimisation` in the configuration
 class StagedSearch:
     "Where a search stands, and what happens between its stages."
 
-    def __init__(self, spec: NetSpec,
+    def __init__(self, spec: NetSpec, # or a MobileSpec
                  loaders: dict, # train: `len` and `batch(epoch, step)`; val: `eval()`
                  cfg: Settings,
                  aux_size: str = "medium", # auxiliary heads
@@ -93,8 +93,9 @@ class StagedSearch:
                  rules: Rules|None = None # what the search is composed of
                 ):
         self.rules = rules or Rules()
-        full, self.by_size = count_supernet(spec)["main"], self.rules.discretiser in PRUNING
-        if cfg.target_m * 1e6 >= full and self.by_size: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {full / 1e6:.4g} million: lower it, or widen the super-net")
+        self.by_size = self.rules.discretiser in PRUNING
+        if self.by_size and cfg.target_m * 1e6 >= spec.params: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {spec.params / 1e6:.4g} million: lower it, or widen the super-net")
+        if self.by_size and cfg.target_m * 1e6 <= (fixed := spec.stem_params + spec.classifier_params): raise InputError(f"search.target_m={cfg.target_m:g} leaves no room for what is searched: stem and head have {fixed / 1e6:.4g} million parameters")
         if len(loaders["train"]) < 1: raise InputError("the search needs at least one step an epoch: give more training images or a smaller search.batch")
         self.spec, self.whole, self.loaders, self.cfg, self.seed, self.device = spec, spec, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every, self.stages = events or Emitter(), check_every, plan(spec, cfg.stages, self.rules.growing, self.by_size and cfg.stage_keep[-1] > 0)
@@ -134,7 +135,7 @@ class StagedSearch:
             self.spec = replace(self.whole, cells=self.stages[stage][1] + 1)
             rules = replace(rules, zero=rules.zero and stage < 2)
         if self.settled: self.spec, rules = replace(self.spec, partial=1), replace(rules, partial=1, superpose="none", edge_norm=False)
-        self.net = SuperNet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.compute, rules).to(self.device)
+        self.net = supernet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.compute, rules).to(self.device)
         if rules.init == "normal": self.net.alpha.data.copy_((1e-3 * torch.randn(self.net.alpha.shape, generator=self.net._generator(6)))[self.spec.kinds])
         self.mom = torch.zeros_like(self.net.alpha)
 
@@ -202,7 +203,7 @@ class StagedSearch:
         for c, cell in enumerate(net.cells):
             flat = torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)])
             flat[cell.gate_of] = start(torch.sigmoid(cell.beta), cell.gate_len)
-            net.t_pre[c], net.t_beta[c] = flat[:INPUTS], flat[INPUTS:-1].view_as(net.t_beta[c])
+            net.t_pre[c], net.t_beta[c] = flat[:cell.PRE], flat[cell.PRE:-1].view_as(net.t_beta[c])
             net.t_omega[c].view(-1)[cell.conv] = start(cell.omega, cell.conv_len, cell.omega_live)
 
     def _close(self, status: str):
@@ -220,7 +221,7 @@ class StagedSearch:
             back, moved = regrow(self.net, num, self.mom, self.rebuilds, self.cfg.regrow_cells)
             follow(self.optimizer, moved)
             after = self.net.count()
-            self._emit("regrow", regrown=[[c, *EDGES[e], OPS[o]] for c, e, o in back], asked=num, params_before=count.params, params=after.params, ops=after.ops)
+            self._emit("regrow", regrown=[[c, *self.spec.edges[e], self.spec.ops[o]] for c, e, o in back], asked=num, params_before=count.params, params=after.params, ops=after.ops)
         self.net.discretising = False
         self._open()
 
@@ -417,7 +418,7 @@ class Search(SavedSearch):
         if r.discretiser == "share": return by_share(net, r.share_min, r.share_max, r.share_n)
         if r.discretiser == "rate":
             all_ = [c for c in self.spec.cell[:len(net.cells)]]
-            return by_rank(net, round(r.rate_ops * len(all_) * len(EDGES) * len(r.ops)), round(r.rate_filters * sum(g.width for c in all_ for g in c.gates if g.learned)))
+            return by_rank(net, round(r.rate_ops * len(all_) * len(self.spec.edges) * min(len(self.spec.ops), len(r.ops))), round(r.rate_filters * sum(g.width for c in all_ for g in c.gates if g.learned)))
         return candidates(net)
 
     # the end of a search that ends by the clock

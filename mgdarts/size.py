@@ -48,6 +48,12 @@ class CellIndex:
         at = self.spec.state_unit(INPUTS)
         return unit[at:at + self.spec.out]
 
+    def regrown(self, gate: Gate, alive: Tensor # [units] bool, as they are now
+               )->Tensor|bool: # [width] bool
+        "Filters that an operation has when it returns: as many as its node has channels."
+        at = self.spec.state_unit(EDGES[gate.edge][1])
+        return alive[at:at + gate.width] if gate.learned else True
+
 # %% ../nbs/05_size.ipynb #255c41c5
 @dataclass
 class Layout:
@@ -179,6 +185,7 @@ class NetCount:
     stem_macs: int = 0
     classifier: int = 0 # 0 while a stage ends in an auxiliary head, which is never counted
     classifier_macs: int = 0
+    names: tuple = OPS # of the operation types
 
     @property
     def params(self)->int:
@@ -202,9 +209,9 @@ class NetCount:
     def retention_by_type(self)->dict:
         "One dictionary of ratios an operation type."
         out = {}
-        for o, name in enumerate(OPS):
+        for o, name in enumerate(self.names):
             rows = [r for c in self.cells for (_, op), r in c.by_op.items() if op == o]
-            out[name] = _ratios(len(rows), len(self.cells) * len(EDGES), rows)
+            out[name] = _ratios(len(rows), sum(c.ops_initial for c in self.cells) // len(self.names), rows)
         return out
     def summary(self)->dict:
         "The figures a record keeps."

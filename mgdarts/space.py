@@ -97,7 +97,14 @@ class CellSpec:
     @property
     def units(self)->int: return self.rest_unit(INPUTS)
     @property
+    def ungated(self)->int:
+        "Units before this one have no gate."
+        return self.state_unit(STATES)
+    @property
     def out(self)->int: return NODES * (self.width + self.rest)
+    def gate_side(self, gate: Gate)->int:
+        "Side of a gated map, pixels."
+        return self.side_in if gate.op < 0 else self.side
 
     @cached_property
     def segments(self)->tuple:
@@ -192,6 +199,11 @@ class NetSpec:
     constraint: int = 3 # Table VI: 1 and 2: cells of a kind are alike
     partial: int = 1 # operations see one part in so many of the channels
 
+    kind = "darts" # as in `space.kind`
+    edges, ops, inputs = EDGES, OPS, INPUTS # of a cell: operations stand on every edge, inputs are preprocessed
+    convs = tuple(map(is_conv, range(len(OPS)))) # which operations have filters and weights to search
+    node_sizes = tuple(len(NODE_EDGES[n]) * len(OPS) for n in range(INPUTS, STATES)) # operations into each node
+
     @property
     def kinds(self)->list:
         "For each cell, the first cell that shares its operations and their strengths."
@@ -240,13 +252,21 @@ class NetSpec:
         cell = self.cell[self.ends[stage]]
         mid, out, k = AUX[size]
         return HeadSpec(cell.out, cell.side, mid, out, k, self.classes)
+    def top(self, width: int # channels that are left of the last cell's output
+           )->tuple: # (parameters, MACs)
+        "Size of the classifier."
+        return (width + 1) * self.classes, width * self.classes
     @property
-    def classifier_params(self)->int: return (self.cell[-1].out + 1) * self.classes
+    def classifier_params(self)->int: return self.top(self.cell[-1].out)[0]
+    @property
+    def params(self)->int:
+        "Everything but the auxiliary heads."
+        return self.stem_params + sum(c.params for c in self.cell) + self.classifier_params
 
 # %% ../nbs/03_space.ipynb #2545e405
 def count_supernet(spec: NetSpec)->dict: # main, stem, stages, aux, classifier, ops
     "Parameters of the full super-net: `main` is everything but the auxiliary heads."
     stages = [sum(c.params for c in spec.cell if c.stage == s) for s in range(3)]
-    return {"main": spec.stem_params + sum(stages) + spec.classifier_params, "stem": spec.stem_params, "stages": stages,
+    return {"main": spec.params, "stem": spec.stem_params, "stages": stages,
             "aux": {k: [spec.head(s, k).params for s in (0, 1)] for k in AUX}, "classifier": spec.classifier_params,
-            "ops": spec.cells * len(EDGES) * len(OPS)}
+            "ops": spec.cells * sum(spec.node_sizes)}

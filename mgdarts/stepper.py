@@ -12,7 +12,7 @@ from . import plots, runs
 from .config import Config, InputError
 from .events import Event
 from .frames import read_frames
-from .inspector import View
+from .inspector import View, drawable
 from .search import Search
 from .space import *
 
@@ -171,6 +171,7 @@ class Stepper:
 # %% ../nbs/35_stepper.ipynb #90536a68
 def on_search(search: Search):
     "Work on a search that was made by hand. It leaves no run folder."
+    drawable(search.spec.kind)
     def work(stepper):
         stepper.attach(search)
         search.run()
@@ -189,7 +190,7 @@ def past_of(frames: list # of a recorded search
 def on_run(folder: str|Path):
     "Work on a run folder: to look at, and to go on with where it is not finished."
     folder = Path(folder)
-    runs.read_config(folder) # not a run: say so at once
+    drawable(runs.read_config(folder).space.kind) # not a run, or of another space: say so at once
     def work(stepper):
         record = folder / "events.jsonl"
         stepper.folder, stepper.size = folder, record.stat().st_size if record.exists() else 0
@@ -210,6 +211,7 @@ def on_run(folder: str|Path):
 
 def on_new(cfg: Config, out: str|Path):
     "Work on a new run."
+    drawable(cfg.space.kind)
     def work(stepper):
         stepper.folder = Path(out)
         runs.search(cfg, out, prepare=stepper.attach)

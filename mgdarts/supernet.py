@@ -37,6 +37,7 @@ class SuperNet(nn.Module):
     "The multi-granularity super-net of a `NetSpec`. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
     WIDTHS = 4 # of superposed filters: a quarter, a half, three quarters, all
+    STEM, CELL = Stem, Cell # what it is made of
 
     def __init__(self, spec: NetSpec,
                  aux_size: str = "medium", # small, medium or large
@@ -48,16 +49,16 @@ class SuperNet(nn.Module):
         super().__init__()
         self.compute, self.rules = compute or Compute(), rules or Rules()
         self.spec, self.aux_size, self.granularities, self.seed = spec, aux_size, tuple(granularities), seed
-        shape, rules = (spec.cells, len(EDGES), len(OPS)), self.rules
+        shape, rules = (spec.cells, len(spec.edges), len(spec.ops)), self.rules
         for name, there, size in (("zero", rules.zero, shape[:2]), ("edge", rules.edge_norm, shape[:2]), ("widths", rules.superpose == "kernels+filters", shape + (self.WIDTHS,))):
             if there: setattr(self, name, nn.Parameter(torch.zeros(size)))
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether scores are in force, drop-out on skips
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout = None, 1., False, False, 0.
         self.alpha = nn.Parameter(torch.zeros(shape))
-        for name in self.THRESHOLDS: setattr(self, name, nn.Parameter(torch.zeros(shape if name != "t_pre" else (spec.cells, INPUTS))))
+        for name in self.THRESHOLDS: setattr(self, name, nn.Parameter(torch.zeros(shape if name != "t_pre" else (spec.cells, spec.inputs))))
         self.register_buffer("op_live", torch.ones(shape, dtype=torch.bool))
-        self.register_buffer("node_n", torch.tensor([len(NODE_EDGES[n]) * len(OPS) for n in range(INPUTS, STATES)]), persistent=False)
-        self.stem = Stem(spec, self._generator(1))
+        self.register_buffer("node_n", torch.tensor(spec.node_sizes), persistent=False)
+        self.stem = self.STEM(spec, self._generator(1))
         self.cells, self.head, self.discretising, self.first = nn.ModuleList(), None, False, 0
 
     def _generator(self, *what)->torch.Generator:
@@ -75,27 +76,27 @@ class SuperNet(nn.Module):
         if len(self.cells) <= end: self.first = len(self.cells) # cell of this stage
         for c in range(len(self.cells), end + 1):
             spec = self.spec.cell[c]
-            ops = self._allowed().expand(len(EDGES), -1)
+            ops = self._allowed().expand(len(self.spec.edges), -1)
             self.op_live[c] = ops.to(device)
             if self.rules.superpose != "none": # what is a part of a larger kernel is not stored
                 ops = ops.clone()
                 for small, large in ((SEP3, SEP5), (DIL3, DIL5)): ops[:, small] &= ~ops[:, large]
-            alive = CellIndex(spec).alive(ops, torch.ones(spec.sizes["gates"], dtype=torch.bool), *self._inputs(c))
+            alive = self.CELL.INDEX(spec).alive(ops, torch.ones(spec.sizes["gates"], dtype=torch.bool), *self._inputs(c))
             self.add(ops, alive)
         width, last = int(self._out(end).sum()), end == self.spec.cells - 1
         g = self._generator(3, stage)
-        self.head = (Classifier(width, self.spec.classes, g) if last else AuxHead(self.spec.head(stage, self.aux_size), g, width)).to(device)
+        self.head = (self._top(width, g) if last else AuxHead(self.spec.head(stage, self.aux_size), g, width)).to(device)
         self.stage = stage
         kinds = self.spec.kinds[:end + 1]
         first = sorted(set(kinds))
         for name, at in (("first_of_kind", first), ("kind", [first.index(k) for k in kinds])): self.register_buffer(name, torch.tensor(at, device=device), persistent=False)
 
-    def _allowed(self)->Tensor: return torch.tensor([o in self.rules.ops for o in OPS])
+    def _allowed(self)->Tensor: return torch.tensor([o in self.rules.ops or o not in OPS for o in self.spec.ops])
     def add(self, ops: Tensor, alive: Tensor # [14, 7] and [units] bool: what the next cell stores
            ):
         "Append a cell."
         c = len(self.cells)
-        self.cells.append(Cell(layout(self.spec.cell[c], ops, alive), self._generator(2, c), self.rules.gates, self.rules.keep < 1).to(self.alpha.device))
+        self.cells.append(self.CELL(layout(self.spec.cell[c], ops, alive), self._generator(2, c), self.rules.gates, self.rules.keep < 1).to(self.alpha.device))
 
     @torch.no_grad()
     def tie(self):
@@ -104,6 +105,8 @@ class SuperNet(nn.Module):
         kinds = torch.tensor(self.spec.kinds, device=self.alpha.device)
         for p in (self.alpha, self.t_alpha, *(getattr(self, n) for n in ("zero", "edge", "widths") if hasattr(self, n))):
             if p.grad is not None: p.grad = torch.zeros_like(p.grad).index_add_(0, kinds, p.grad)[kinds]
+
+    def _top(self, width: int, g: torch.Generator)->nn.Module: return Classifier(width, self.spec.classes, g)
 
     def _out(self, c: int)->Tensor: # bool
         "Live channels of what cell `c` puts out; -1 and -2 are the stem's two maps."
@@ -117,7 +120,7 @@ class SuperNet(nn.Module):
         if relaxation == "sigmoid": return torch.sigmoid(self.alpha[:n]) * live
         a, live = self.alpha[self.first_of_kind], live[self.first_of_kind] # one draw for all cells of a kind
         if self.rules.zero: a, live = torch.cat([a, self.zero[self.first_of_kind][..., None]], -1), torch.cat([live, torch.ones_like(live[..., :1])], -1)
-        return RELAXATIONS[relaxation](a, live, noise, self.tau)[..., :len(OPS)][self.kind]
+        return RELAXATIONS[relaxation](a, live, noise, self.tau)[..., :self.alpha.shape[-1]][self.kind]
     def relaxed(self)->Tensor: # [cells, 14, 7]
         "How strong the operations of the cells that exist are, by the rules' relaxation."
         return self._by(self.rules.relaxation, self.noise if self.training else None)
@@ -175,12 +178,16 @@ class SuperNet(nn.Module):
             gate = cell.gates(t_gate, None if widths is None else widths[c]) if not plain or paths or widths is not None else None
             if plain or paths: f, args = cell.reference, (x0, x1, alpha[c], t_gate, t_weight, omega, edge, None if chosen is None else chosen[c], gate)
             else: f, args = self._cell(c), (x0, x1, alpha[c], gate, omega, b, edge, drop)
-            if torch.is_grad_enabled() and (how.recompute == "all" or how.recompute == "earlier" and c < self.first):
-                y, mean, var = checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
-            else: y, mean, var = f(*args)
+            y, mean, var = self._kept(c, f, args)
             if self.training: cell.track(mean, var, n, some=paths)
             if c + 1 < len(self.cells): x0, x1 = x1, y.relu()
         return self.head(y, b)
+
+    def _kept(self, c: int, f, args: tuple)->tuple:
+        "What a cell computes, its maps kept for the backward pass or computed again in it."
+        if torch.is_grad_enabled() and (self.compute.recompute == "all" or self.compute.recompute == "earlier" and c < self.first):
+            return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
+        return f(*args)
 
     # Between two commits shapes stay, and a compiled cell can be used again.
     COMPILER = "inductor"
@@ -204,8 +211,8 @@ class SuperNet(nn.Module):
             alive = lay.alive if ops is None else cell.index.alive(ops[c], self.full_gates(c, gates[c]), *outs[-2:])
             parts.append(count_cell(lay, None if ops is None else ops[c], None if ops is None else alive, live if weights is None else live & weights[c]))
             outs.append(cell.index.out(alive))
-        width, last = int(outs[-1].sum()), isinstance(self.head, Classifier)
-        return NetCount(parts, self.spec.stem_params, self.spec.stem_macs, (width + 1) * self.spec.classes if last else 0, width * self.spec.classes if last else 0)
+        top = (0, 0) if isinstance(self.head, AuxHead) else self.spec.top(int(outs[-1].sum()))
+        return NetCount(parts, self.spec.stem_params, self.spec.stem_macs, *top, self.spec.ops)
 
     def full_gates(self, c: int, # cell
                    keep: Tensor|None = None # [stored filters] bool; None: all

@@ -9,7 +9,7 @@ from dataclasses import asdict
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .config import InputError, Train
-from .architecture import Architecture, DerivedNet, counts, fingerprint
+from .architecture import Discovered, counts, fingerprint
 from .events import Event, Emitter, NonFiniteLoss, evaluate
 
 # %% auto #0
@@ -46,12 +46,12 @@ def _to_cpu(tree):
 
 class Trainer:
     "Retrains an architecture. Events: `epoch`, `result` and, on demand, `step`, all of stage `train`."
-    def __init__(self, arch: Architecture,
+    def __init__(self, arch: Discovered,
                  loaders: dict, # train: `len` and `batch(epoch, step)`; val, test: `eval()`
                  cfg: Train,
                  seed: int = 0, # of weights and drop path; loaders have their own
                  device: str|torch.device = "cpu",
-                 init_state: dict|None = None, # state dictionary of a `DerivedNet` to start from; the auxiliary head may be missing
+                 init_state: dict|None = None, # state dictionary of the architecture's network to start from; the auxiliary head may be missing
                  events: Emitter|None = None, # listeners; a new one if None
                  check_every: int = 50 # steps between two looks at whether the loss is finite
                 ):
@@ -59,7 +59,7 @@ class Trainer:
         if len(loaders["train"]) < 1: raise InputError("retraining needs at least one step an epoch: give more training images or smaller batches")
         self.arch, self.loaders, self.cfg, self.seed, self.device = arch, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every = events or Emitter(), check_every
-        self.net = DerivedNet(arch, cfg.aux_weight > 0, seed)
+        self.net = arch.build(cfg.aux_weight > 0, seed)
         if init_state is not None: self._start_from(init_state)
         self.net.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.net.parameters(), learning_rate(cfg, 0), cfg.momentum, weight_decay=cfg.weight_decay)
@@ -131,7 +131,7 @@ class Trainer:
         "Read the test split, once."
         nets = [self.net]
         if 0 <= self.best["epoch"] < self.cfg.epochs - 1:
-            best = DerivedNet(self.arch, self.cfg.aux_weight > 0, self.seed)
+            best = self.arch.build(self.cfg.aux_weight > 0, self.seed)
             best.load_state_dict(self.best["net"])
             nets.append(best.to(self.device, memory_format=torch.channels_last))
         tests = evaluate(nets, self.loaders["test"].eval(), self.device)

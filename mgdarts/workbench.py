@@ -13,7 +13,7 @@ from .config import Config, InputError, PRESETS, settings_of
 from .data import load_data
 from .events import plain
 from .export import save_figure
-from .inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, some_images
+from .inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, some_images, drawable
 from .memory import step_memory
 from .search import Search
 from .space import *
@@ -553,6 +553,7 @@ class Workbench:
         elif isinstance(self.what, Search): events, view = [], View(self.what) if self.what.stage >= 0 else None
         elif self.what is None or isinstance(self.what, Config): events, view = [], None
         else:
+            drawable(runs.read_config(self.what).space.kind)
             events = runs.read_events(Path(self.what) / "events.jsonl")
             back = {(c, EDGES.index((a, b)), OPS.index(o)) for e in events if e["type"] == "regrow" for c, a, b, o in e["regrown"]}
             view = View(runs.bare_search(self.what), back) if (Path(self.what) / "checkpoint").exists() else None

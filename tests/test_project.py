@@ -53,7 +53,7 @@ import mgdarts.cli, mgdarts.runs, mgdarts.plots
 
 def test_core_imports_torch_alone():
     allowed = {"torch", "math", "copy", "dataclasses", "functools", "itertools", "__future__", "mgdarts"}
-    for name in ("space", "operations", "kernels", "discretise", "size", "cell", "supernet", "relax", "loss", "prune", "regrow", "decide", "unroll", "search", "events"):
+    for name in ("space", "operations", "kernels", "discretise", "size", "cell", "supernet", "relax", "loss", "prune", "regrow", "decide", "unroll", "mobile", "mobilenet", "search", "events"):
         text = (ROOT / f"mgdarts/{name}.py").read_text("utf-8")
         found = {m.split(".")[0] for line in re.findall(r"^(?:import|from) (.+)$", text, re.M) for m in ([line.split(" import")[0].strip()] if " import" in line else [x.strip() for x in line.split(",")]) if not m.startswith(".")}
         assert found <= allowed, (name, found - allowed)

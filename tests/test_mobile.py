@@ -1,0 +1,439 @@
+"The MobileNet-like space: against its published numbers, and against slow, independent versions of itself."
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mgdarts import architecture, export, runs
+from mgdarts.architecture import counts
+from mgdarts.cli import main
+from mgdarts.config import Compute, InputError, Search as Settings, preset
+from mgdarts.loss import regulariser
+from mgdarts.mobile import Branch, MobileSpec
+from mgdarts.mobile_architecture import MobileArchitecture, random_mobile, weaknas
+from mgdarts.mobile_derive import derive, inherited
+from mgdarts.mobilenet import MobileNet
+from mgdarts.prune import candidates, choose, commit
+from mgdarts.search import Search, plan
+
+# --- the table of the published network, block by block: kernel, in, inside, out, stride, squeezed, activation
+
+TABLE = [(3, 24, 24, 24, 1, 0, "relu"),
+         (5, 24, 72, 32, 2, 0, "relu"), (3, 32, 96, 32, 1, 0, "relu"), (3, 32, 128, 32, 1, 0, "relu"), (3, 32, 96, 32, 1, 0, "relu"),
+         (5, 32, 128, 48, 2, 32, "relu"), (5, 48, 288, 48, 1, 72, "relu"), (5, 48, 192, 48, 1, 48, "relu"),
+         (7, 48, 192, 96, 2, 0, "hswish"), (5, 96, 576, 96, 1, 0, "hswish"), (7, 96, 576, 96, 1, 0, "hswish"),
+         (3, 96, 576, 136, 1, 144, "hswish"), (5, 136, 816, 136, 1, 208, "hswish"), (5, 136, 816, 136, 1, 208, "hswish"),
+         (7, 136, 816, 192, 2, 208, "hswish"), (5, 192, 1152, 192, 1, 288, "hswish"), (3, 192, 1152, 192, 1, 288, "hswish"), (5, 192, 576, 192, 1, 144, "hswish")]
+ACT = {"relu": nn.ReLU, "hswish": nn.Hardswish}
+
+
+class Plain(nn.Module):
+    "The published network from standard layers."
+
+    class Squeeze(nn.Module):
+        def __init__(self, c, s):
+            super().__init__()
+            self.f = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(c, s, 1), nn.ReLU(), nn.Conv2d(s, c, 1), nn.Hardsigmoid())
+
+        def forward(self, x):
+            return x * self.f(x)
+
+    class Block(nn.Module):
+        def __init__(self, k, cin, mid, cout, stride, s, act):
+            super().__init__()
+            wide = [] if mid == cin else [nn.Conv2d(cin, mid, 1, bias=False), nn.BatchNorm2d(mid), ACT[act]()]
+            self.f = nn.Sequential(*wide, nn.Conv2d(mid, mid, k, stride, k // 2, groups=mid, bias=False), nn.BatchNorm2d(mid), ACT[act](),
+                                   *([Plain.Squeeze(mid, s)] if s else []), nn.Conv2d(mid, cout, 1, bias=False), nn.BatchNorm2d(cout))
+            self.residual = stride == 1 and cin == cout
+
+        def forward(self, x):
+            return x + self.f(x) if self.residual else self.f(x)
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.Conv2d(3, 24, 3, 2, 1, bias=False), nn.BatchNorm2d(24), nn.Hardswish(), *(Plain.Block(*row) for row in TABLE),
+                               nn.Conv2d(192, 1152, 1, bias=False), nn.BatchNorm2d(1152), nn.Hardswish(), nn.AdaptiveAvgPool2d(1),
+                               nn.Conv2d(1152, 1536, 1, bias=False), nn.Hardswish(), nn.Flatten(), nn.Linear(1536, 1000))
+
+    def forward(self, x):
+        return self.f(x)
+
+
+def test_the_published_network():
+    found, size = [], counts(weaknas())
+    net = Plain().eval()
+
+    def hook(m, x, y):
+        found.append(y[0].numel() * m.weight[0].numel())
+
+    for m in net.modules():
+        if isinstance(m, (nn.Conv2d, nn.Linear)):
+            m.register_forward_hook(hook)
+    ours = weaknas().build().eval()
+    with torch.no_grad():
+        # the same weights, in the order in which they come
+        mine = [p for n, p in ours.named_parameters()]
+        theirs = list(net.parameters())
+        assert sum(p.numel() for p in theirs) == sum(p.numel() for p in mine) == size["params_deployable"] == 8_813_720
+        by_shape = lambda ps: sorted(tuple(d for d in p.shape if d > 1) for p in ps)
+        assert by_shape(mine) == by_shape(theirs)
+        net(torch.zeros(1, 3, 236, 236))
+    assert sum(found) == size["macs"] == 560_829_800
+    with FlopCounterMode(display=False) as f, torch.no_grad():
+        ours(torch.zeros(1, 3, 236, 236))
+    assert f.get_total_flops() == 2 * size["macs"]
+
+
+def test_the_published_network_computes_what_standard_layers_compute():
+    net, ours = Plain().double().eval(), weaknas(size=64).build().double().eval()  # stride 1 in the stem: images of 64 pixels are small
+    net.f[0].stride = (1, 1)
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for m in net.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                for v, lo, hi in ((m.weight, 0.5, 1.5), (m.bias, -1, 1), (m.running_mean, -1, 1), (m.running_var, 0.5, 2)):
+                    v.uniform_(lo, hi, generator=g)
+        state = ours.state_dict()
+        put = lambda name, v: state[name].copy_(v.view_as(state[name]))
+
+        def norm(name, m):
+            for k in ("weight", "bias", "running_mean", "running_var"):
+                put(f"{name}.{k}", getattr(m, k))
+
+        f = net.f
+        put("stem.first.weight", f[0].weight), norm("stem.first.norm", f[1])
+        b = f[3].f
+        put("stem.depth", b[0].weight), norm("stem.norm", b[1]), put("stem.last.weight", b[3].weight), norm("stem.last.norm", b[4])
+        for c in range(17):
+            at, b = f"cells.{c}.ops.0", f[4 + c].f
+            put(f"{at}.exp", b[0].weight), norm(f"{at}.norms.0", b[1]), put(f"{at}.dw", b[3].weight), norm(f"{at}.norms.1", b[4])
+            if isinstance(b[6], Plain.Squeeze):
+                for k, i in (("squeeze", 1), ("excite", 3)):
+                    put(f"{at}.{k}", b[6].f[i].weight), put(f"{at}.{k}_bias", b[6].f[i].bias)
+            put(f"{at}.proj", b[-2].weight), norm(f"{at}.norms.2", b[-1])
+        put("classifier.wide.weight", f[21].weight), norm("classifier.wide.norm", f[22])
+        put("classifier.mix", f[25].weight), put("classifier.classifier.weight", f[28].weight), put("classifier.classifier.bias", f[28].bias)
+        x = torch.randn(2, 3, 64, 64, dtype=torch.double, generator=g)
+        a, b = net(x), ours(x)[0]
+    assert (a - b).abs().max() <= 1e-9 * a.abs().max()
+
+
+def test_sizes_of_the_super_net(capsys):
+    assert main(["count", "--space", "mobilenet", "--size", "236", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["main"] == 21_943_384 and out["ops"] == 51 and out["weaknas"] == {"params": 8_813_720, "macs": 560_829_800}
+    assert main(["count", "--space", "mobilenet", "--width", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["main"] == 15_431_920
+    spec = MobileSpec()
+    net = MobileNet(spec)
+    for stage in (0, 1):
+        net.open(spec.ends[stage], stage)
+        assert sum(p.numel() for p in net.head.parameters()) == out["aux"]["medium"][stage] or spec.size != 236
+    net.open(16, 2)
+    arch = {id(net.alpha)} | {id(getattr(net, t)) for t in net.THRESHOLDS} | {id(c.beta) for c in net.cells}
+    assert sum(p.numel() for p in net.parameters() if id(p) not in arch) == 21_943_384 == net.count().params
+    assert net.count().macs == spec.stem_macs + sum(c.macs for c in spec.cell) + spec.top(192)[1]
+
+
+# --- the super-net
+
+def random_net(seed, spec=MobileSpec(6, 0.25, 4, 16), double=True):
+    net, g = MobileNet(spec, seed=seed), torch.Generator().manual_seed(seed)
+    net.open(spec.cells - 1, 2)
+    if double:
+        net.double()
+    with torch.no_grad():
+        for n, p in net.named_parameters():
+            if n.startswith("t_"):
+                p.copy_(torch.rand(p.shape, generator=g) * (0.1 if "omega" in n else 0.7))
+            elif n == "alpha" or n.endswith(("beta", "scale", "shift")):
+                p.add_(torch.randn(p.shape, generator=g))
+        for c in net.cells:
+            c.mean.normal_(generator=g)
+            c.var.uniform_(0.5, 2, generator=g)
+    net.discretising = True
+    return net
+
+
+def naive_layer(cell, alpha, x, t_alpha=None, t_beta=None, t_omega=None):
+    "A layer filter by filter and weight by weight, from the stored vectors. Thresholds: [3] each."
+    s, total, at, gat = cell.spec, x if cell.spec.residual else 0, {"omega": 0, "plain": 0}, 0
+    act = torch.relu if s.act == "relu" else lambda v: v * torch.clamp(v + 3, 0, 6) / 6
+
+    def take(group, *shape):
+        n = torch.Size(shape).numel()
+        w = getattr(cell, group)[at[group]:at[group] + n].view(shape)
+        at[group] += n
+        return w
+
+    def batch_norm(y, n):
+        nonlocal gat
+        i = slice(gat, gat + n)
+        gat += n
+        m, v = (y.mean((0, 2, 3)), y.var((0, 2, 3), unbiased=False)) if cell.training else (cell.mean[i], cell.var[i])
+        c = lambda z: z.view(1, -1, 1, 1)
+        return (y - c(m)) / (c(v) + 1e-5).sqrt() * c(cell.scale[i]) + c(cell.shift[i]), torch.sigmoid(cell.beta[i])
+
+    a = torch.sigmoid(alpha)
+    for k, b in enumerate(s.branches):
+        def weights(*shape):
+            w = take("omega", *shape)
+            return w if t_omega is None else w * (w.abs() > t_omega[k])
+
+        y, _ = batch_norm(torch.einsum("oi,nihw->nohw", weights(b.mid, s.cin), x), b.mid)
+        y, dw, pad = act(y), weights(b.mid, b.kernel, b.kernel), b.kernel // 2
+        z = F.pad(y, (pad,) * 4)
+        y = torch.stack([sum(dw[f, i, j] * z[:, f, i:i + y.shape[2]:s.stride, j:j + y.shape[3]:s.stride] for i in range(b.kernel) for j in range(b.kernel)) for f in range(b.mid)], 1)
+        y, beta = batch_norm(y, b.mid)
+        on = torch.ones(b.mid) if t_beta is None else (beta > t_beta[k]) | (torch.arange(b.mid) == beta.argmax())
+        y = act(y * (beta * on).view(1, -1, 1, 1))
+        if b.squeeze:
+            w1, b1, w2, b2 = take("plain", b.squeeze, b.mid), take("plain", b.squeeze), take("plain", b.mid, b.squeeze), take("plain", b.mid)
+            y = y * (torch.clamp(torch.relu(y.mean((2, 3)) @ w1.T + b1) @ w2.T + b2 + 3, 0, 6) / 6)[:, :, None, None]
+        y, _ = batch_norm(torch.einsum("oi,nihw->nohw", weights(s.cout, b.mid), y), s.cout)
+        m = a[k] if t_alpha is None or a[k] > t_alpha[k] or k == int(a.argmax()) else 0 * a[k]
+        total = total + m * y
+    return total
+
+
+@pytest.mark.parametrize("impl", ["fused", "reference"])
+@pytest.mark.parametrize("c", [0, 1, 2, 5])  # without and with squeeze, both activations, a residual
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_is_the_slow_one(impl, c, training):
+    net = random_net(3).train(training)
+    cell, x = net.cells[c], torch.randn(3, net.spec.cell[c].cin, 6, 6, dtype=torch.double).to(memory_format=torch.channels_last)
+    t_gate, t_weight = net.thresholds(c)
+
+    def ours(discretise):
+        net.discretising = discretise
+        alpha, (g, w) = net.strengths()[c], net.thresholds(c)
+        return (cell(x, alpha, cell.gates(g), cell.weights(w)) if impl == "fused" else cell.reference(x, alpha, g, w))[0]
+
+    on = naive_layer(cell, net.alpha[c, 0], x, net.t_alpha[c, 0], net.t_beta[c, 0], net.t_omega[c, 0])
+    torch.testing.assert_close(ours(True), on, rtol=1e-9, atol=1e-9)
+    params = [net.alpha, cell.omega, cell.plain, cell.scale, cell.shift, cell.beta]
+    grads = []
+    for y in (ours(False), naive_layer(cell, net.alpha[c, 0], x)):
+        probe = torch.cos(torch.arange(y.numel(), dtype=torch.double)).view(y.shape)
+        grads.append(torch.autograd.grad((y * probe).sum(), [p for p in params if p.numel()], allow_unused=True))
+    for a, b in zip(*grads):
+        zero = torch.zeros(())
+        # torch's hard sigmoid has a sixth in single precision in its backward pass
+        torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_compaction_is_exact_and_the_size_is_the_one_predicted(seed):
+    net = random_net(seed, double=False).eval()
+    x = torch.randn(4, 3, 16, 16)
+    before, full = net(x).detach(), net.count().params
+    found = candidates(net)
+    least = net.count(**found.masks(found.off)).params
+    target = least + (full - least) * seed / 4
+    off, predicted = choose(net, found, target)
+    if target > least:  # as little as it takes
+        assert predicted.params <= target < net.count(**found.masks(found.first(int(off.sum()) - 1))).params
+    else:  # everything that is off goes: nothing changes
+        assert torch.equal(off, found.off)
+    live = net.op_live.clone()
+    done = commit(net, target)
+    if target == least:
+        assert (net(x) - before).abs().max() <= 1e-5
+    assert net.count().params == predicted.params == done.after.params
+    assert bool((net.op_live <= live).all()) and bool(net.op_live.any(2).all())
+    assert all(row[0] >= 1 for c in net.count().cells for row in c.by_op.values())
+    with FlopCounterMode(display=False) as f, torch.no_grad():
+        net(x)
+    assert f.get_total_flops() == 2 * 4 * net.count().macs_dense  # what was pruned is not computed
+    arch = derive(net)
+    n = counts(arch)
+    assert (n["params_nonzero"], n["params_deployable"], n["macs_nonzero"], n["macs"]) == (net.count().params, net.count().dense, net.count().macs, net.count().macs_dense)
+    assert n["params_deployable"] == sum(p.numel() for p in arch.build().parameters()) and n["retention"] | {"conv": 0} == net.count().retention() | {"conv": 0}
+    derived = arch.build()
+    derived.load_state_dict(inherited(net, arch))
+    net.discretising = False
+    with torch.no_grad():
+        torch.testing.assert_close(derived.eval()(x)[0], net(x), rtol=1e-4, atol=1e-4)
+
+
+def test_the_price_is_that_of_nodes_with_three_blocks():
+    net = random_net(1)
+    net.op_live[2, 0, 1] = False
+    price, pressure = regulariser(net)
+    want = 0.0
+    for c in range(6):
+        a = torch.sigmoid(net.alpha[c, 0])[net.op_live[c, 0]]
+        want += sum(torch.log(1 + len(a) * v / a.sum()) for v in a)
+    torch.testing.assert_close(price, want)
+    torch.testing.assert_close(pressure, sum(torch.exp(-getattr(net, t)[net.op_live]).sum() for t in ("t_alpha", "t_beta", "t_omega")))
+
+
+def test_recomputing_changes_nothing():
+    x, found = torch.randn(2, 3, 16, 16).double(), []
+    for recompute in ("none", "all", "earlier"):
+        net = random_net(2)
+        net.first, net.compute = 3, Compute(recompute=recompute)
+        net(x).square().mean().backward()
+        found.append([p.grad for p in net.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+# --- the search
+
+class Batches:
+    def __init__(self, n=2):
+        self.n, self.batch_size = n, 16
+
+    def __len__(self):
+        return self.n
+
+    def batch(self, epoch, step):
+        g = torch.Generator().manual_seed(100 * epoch + step)
+        y = torch.randint(4, (16,), generator=g)
+        return torch.randn(16, 3, 8, 8, generator=g) + y.view(-1, 1, 1, 1), y
+
+    def eval(self):
+        yield self.batch(99, 0)
+
+
+SPEC = MobileSpec(5, 0.25, 4, 8)
+
+
+def make(stages=3, **more):
+    more = {"target_m": 0.15, "stages": stages, "stage_keep": (0.5,) * stages, "warmup": 1, "prune_every": 1, "max_epochs": 12, "lambda_step": 4e-3, "batch": 16} | more
+    return Search(SPEC, {"train": Batches(), "val": Batches()}, Settings(**more), seed=1)
+
+
+@pytest.mark.parametrize("stages", [1, 3])
+def test_a_search_ends_at_its_target_and_goes_on_from_any_state_with_the_same_bits(stages):
+    assert [end for _, end, _ in plan(SPEC, stages)] == ([1, 3, 4, 4] if stages == 3 else [4, 4])
+    whole, states = make(stages), []
+    commits = []
+    whole.events.listen(lambda e: commits.append(e.data), "commit")
+    regrown = []
+    whole.events.listen(lambda e: regrown.extend(e.data["regrown"]), "regrow")
+    while not whole.finished:
+        whole.step()
+        if whole.steps % 7 == 3:
+            states.append(whole.state_dict())
+    assert whole.net.count().params <= 150_000 and commits and all(c["params"] <= c["params_before"] for c in commits)
+    assert all(SPEC.ops.index(op) in range(3) and (a, b) == (0, 1) for _, a, b, op in regrown)
+    for state in states:
+        other = make(stages)
+        other.load_state_dict(state)
+        other.run()
+        assert other.steps == whole.steps and all(torch.equal(a, b) for a, b in zip(whole.net.state_dict().values(), other.net.state_dict().values(), strict=True))
+
+
+def test_a_target_below_what_is_not_searched_is_refused():
+    with pytest.raises(InputError, match="stem and head"):
+        make(target_m=0.05)
+    with pytest.raises(InputError, match="not below"):
+        make(target_m=5.0)
+
+
+# --- runs
+
+FAST = {"space.kind": "mobilenet", "data.subset": 200, "search.warmup": 1, "search.max_epochs": 3, "train.epochs": 2, "search.batch": 32}
+SETS = [x for k, v in FAST.items() for x in ("--set", f"{k}={v}")]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("mobile") / "run"
+    assert main(["search", "--preset", "smoke", *SETS, "--out", str(out)]) == 0
+    assert main(["train", str(out)]) == 0 and main(["train", str(out), "--baseline"]) == 0
+    return out
+
+
+def test_search_derive_retrain_report(run, capsys):
+    capsys.readouterr()
+    assert json.loads((run / "architecture.json").read_text())["space"] == "mobilenet"
+    assert main(["arch", "show", str(run), "--json"]) == 0
+    shown, result = json.loads(capsys.readouterr().out), json.loads((run / "result.json").read_text())
+    assert shown["params_nonzero"] == result["params"] and shown["ops"] == result["ops"] == sum(len(c["blocks"]) for c in shown["cells"])
+    searched, other = (json.loads((run / k / "result.json").read_text()) for k in ("train", "random"))
+    assert 0.98 * searched["params_nonzero"] < other["params_nonzero"] <= searched["params_nonzero"]
+    page = (run / "report.html").read_text("utf-8")
+    assert "MobileNet-like" in page and "Derived blocks" in page
+    arch = architecture.load(run)
+    result = runs.train(preset("smoke", **FAST, **{"train.weights": "supernet"}), arch, run / "inherited", init_state=runs.supernet_weights(run, arch))
+    assert result["epochs"] == 2
+    assert main(["compare", str(run), str(run / "random"), "--json"]) == 0
+
+
+def test_an_interrupted_run_resumes_to_the_same_events(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0, (), None))
+
+    def stop(event):
+        if event.type == "epoch" and event.epoch == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.search(preset("smoke", **FAST), tmp_path / "cut", listeners=(stop,))
+    runs.search(None, tmp_path / "cut", resume=True)
+    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(p / "events.jsonl")]
+    assert strip(run) == strip(tmp_path / "cut")
+    for name in ("architecture.json", "masks.safetensors"):
+        assert (run / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_what_cannot_be_shown_is_said(run, tmp_path):
+    from mgdarts.workbench import Workbench
+    with pytest.raises(InputError, match="cannot be drawn"):
+        Workbench(run, interactive=False).stills()
+    with pytest.raises(InputError, match="cannot be drawn"):
+        Workbench(run, interactive=True)
+    with pytest.raises(InputError, match="onnx or json"):
+        export.export_arch(run, "python", tmp_path / "net.py")
+    done = export.export_arch(run, "json", tmp_path / "net.json")
+    assert architecture.load(tmp_path / "net.json") == architecture.load(run) and done["max_difference"] is None
+
+
+def test_the_onnx_graph_computes_the_same(tmp_path):
+    pytest.importorskip("onnx", reason="the extra 'export' is not installed")
+    pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
+    from onnx.reference import ReferenceEvaluator
+    arch = random_mobile(MobileSpec(3, 0.25, 4, 16), 110_000)
+    architecture.save(arch, tmp_path / "A")
+    export.export_arch(tmp_path / "A", "onnx", tmp_path / "net.onnx")
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    (got,) = ReferenceEvaluator(str(tmp_path / "net.onnx")).run(None, {"images": x.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(got), arch.build().eval()(x)[0], rtol=1e-4, atol=1e-4)
+
+
+# --- architectures
+
+def test_files_and_what_is_wrong_with_them(tmp_path):
+    arch = random_mobile(MobileSpec(4, 0.25, 3, 16), 110_000, seed=2)
+    arch.masks = {k: torch.rand(s, generator=torch.Generator().manual_seed(0)) > 0.4 for k, s in arch.mask_shapes().items()}
+    path = architecture.save(arch, tmp_path)
+    assert architecture.load(tmp_path) == arch and architecture.fingerprint(arch) == architecture.fingerprint(architecture.load(tmp_path))
+    text = path.read_text()
+    whole = json.loads(text)
+    del whole["sha256"]
+    for change, word in (({"space": "mars"}, "mars"), ({"space": 3}, "space"), ({"width": "wide"}, "width"), ({"width": 1e9}, "width"), ({"cells": whole["cells"][:2]}, "cells"), ({"channels": 8}, "channels"),
+                         ({"cells": [[[3, 10 ** 9, 0]], *whole["cells"][1:]]}, "filters"), ({"cells": [[[4, 8, 0]], *whole["cells"][1:]]}, "kernel"), ({"cells": [[], *whole["cells"][1:]]}, "blocks"),
+                         ({"cells": [[[3, 8, 8]], *whole["cells"][1:]]}, "squeezed"), ({"cells": [[[5, 8, 0], [3, 8, 0]], *whole["cells"][1:]]}, "order")):
+        path.write_text(json.dumps(whole | change))
+        with pytest.raises(InputError, match=word):
+            architecture.load(tmp_path)
+    path.write_text(text.replace("mobilenet", "mobilenot"))
+    with pytest.raises(InputError, match="damaged"):
+        architecture.load(tmp_path)
+    with pytest.raises(InputError, match="belongs to no kernel"):
+        MobileArchitecture("x", 0.25, 3, 16, 3, arch.cells, {"c0.o0.squeeze": torch.zeros(1, dtype=torch.bool)})
+
+
+def test_drop_path_drops_what_is_beside_an_identity():
+    spec = MobileSpec(6, 0.25, 3, 16)
+    arch = MobileArchitecture("x", 0.25, 3, 16, 3, tuple((Branch(3, 8, layer.branches[0].squeeze),) for layer in spec.cell))
+    net = arch.build().train()
+    assert [cell.droppable for cell in net.cells] == [0, 0, 0, 0, 0, 1]
+    x = torch.randn(4, spec.cell[5].cin, 1, 1)
+    y = net.cells[5](x, torch.tensor([[0.0, 2.0, 0.0, 2.0]]))
+    assert torch.equal(y[::2], x[::2]) and not torch.equal(y[1::2], x[1::2])
