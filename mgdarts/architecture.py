@@ -102,15 +102,15 @@ class Discovered:
         if self.stem not in ("auto", "cifar", "imagenet"): raise InputError(f"architecture: stem {str(self.stem)[:40]!r} is not auto, cifar or imagenet")
         self.stem = self.spec.stem_kind # a later change of the image size must not change the stem
 
-    def _check_rest(self, dense: int # parameters
+    def _check_rest(self, dense # counts the parameters; called when the masks are known to be good
                    ):
-        if dense > MAX_WEIGHTS: raise InputError(f"architecture: more than {MAX_WEIGHTS} weights: widths are out of hand")
         shapes = self.mask_shapes()
         for key, m in self.masks.items():
             if key not in shapes: raise InputError(f"architecture: mask {str(key)[:60]!r} belongs to no kernel")
             if not isinstance(m, Tensor) or m.dtype != torch.bool or tuple(m.shape) != shapes[key]:
                 raise InputError(f"architecture: mask {key} must be a boolean tensor of shape {list(shapes[key])}")
         self.masks = {key: self.masks[key].detach().cpu() for key in shapes if key in self.masks and not bool(self.masks[key].all())}
+        if dense() > MAX_WEIGHTS: raise InputError(f"architecture: more than {MAX_WEIGHTS} weights: widths are out of hand")
         try: json.dumps(self.provenance, allow_nan=False)
         except (TypeError, ValueError, RecursionError): raise InputError("architecture: the provenance must be plain JSON without NaN") from None
         if not isinstance(self.provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
@@ -139,7 +139,7 @@ class Architecture(Discovered):
     def __post_init__(self):
         self._check_head(("channels", 2, MAX_WIDTH))
         for c, cell in enumerate(self.cells): _check_cell(cell, c)
-        self._check_rest(count(self).dense)
+        self._check_rest(lambda: count(self).dense)
 
     @property
     def spec(self)->NetSpec:

@@ -42,7 +42,7 @@ class MobileArchitecture(Discovered):
         self.width = float(self.width)
         self._check_head()
         for c, (cell, full) in enumerate(zip(self.cells, self.spec.cell)): _check_layer(cell, c, full)
-        self._check_rest(count(self).dense)
+        self._check_rest(lambda: count(self).dense)
 
     @property
     def spec(self)->MobileSpec:

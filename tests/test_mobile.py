@@ -18,6 +18,7 @@ from mgdarts.mobile_derive import derive, inherited
 from mgdarts.mobilenet import MobileNet
 from mgdarts.prune import candidates, choose, commit
 from mgdarts.search import Search, plan
+from mgdarts.space import count_supernet
 
 # --- the table of the published network, block by block: kernel, in, inside, out, stride, squeezed, activation
 
@@ -131,7 +132,7 @@ def test_sizes_of_the_super_net(capsys):
     net = MobileNet(spec)
     for stage in (0, 1):
         net.open(spec.ends[stage], stage)
-        assert sum(p.numel() for p in net.head.parameters()) == out["aux"]["medium"][stage] or spec.size != 236
+        assert sum(p.numel() for p in net.head.parameters()) == count_supernet(spec)["aux"]["medium"][stage]
     net.open(16, 2)
     arch = {id(net.alpha)} | {id(getattr(net, t)) for t in net.THRESHOLDS} | {id(c.beta) for c in net.cells}
     assert sum(p.numel() for p in net.parameters() if id(p) not in arch) == 21_943_384 == net.count().params
@@ -437,3 +438,13 @@ def test_drop_path_drops_what_is_beside_an_identity():
     x = torch.randn(4, spec.cell[5].cin, 1, 1)
     y = net.cells[5](x, torch.tensor([[0.0, 2.0, 0.0, 2.0]]))
     assert torch.equal(y[::2], x[::2]) and not torch.equal(y[1::2], x[1::2])
+
+
+def test_the_memory_plan_of_this_space(capsys):
+    from mgdarts.memory import step_memory
+    net = random_net(0, SPEC, double=False)
+    fake, real = step_memory(net, Settings(), 8), step_memory(random_net(0, SPEC, double=False), Settings(), 8, real=True)
+    assert fake.live_ops == 15 and abs(fake.peak_bytes / real.peak_bytes - 1) < 0.02 and abs(fake.activations / real.activations - 1) < 0.02
+    assert main(["plan", "--space", "mobilenet", "--width", "0.25", "--cells", "5", "--size", "32", "--classes", "10", "--batch", "8", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert [s["live_ops"] for s in out["stages"]][0] == 6 and len(out["stages"]) == 4 and 0 < out["percent_of_single_stage"] < 100
