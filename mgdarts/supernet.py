@@ -4,6 +4,7 @@
 
 # %% ../nbs/06_supernet.ipynb #b3336365
 from __future__ import annotations
+from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
@@ -17,7 +18,7 @@ from .size import CellIndex, NetCount, layout, count_cell
 from .cell import Cell, carry_columns, remap
 
 # %% auto #0
-__all__ = ['superposed', 'SuperNet']
+__all__ = ['superposed', 'Mixture', 'SuperNet']
 
 # %% ../nbs/06_supernet.ipynb #cdcdb94f
 def superposed(w: Tensor, # [cells, 14, 7] weights of the operations
@@ -31,6 +32,17 @@ def superposed(w: Tensor, # [cells, 14, 7] weights of the operations
         share[large] = torch.where(there, w[..., large] / both.clamp(min=1e-12), 1.)
         out[large], out[small] = torch.where(there, both, 0.), torch.where(there, 0., w[..., small])
     return torch.stack(out, -1).flatten(1), torch.stack(share, -1).flatten(1)
+
+# %% ../nbs/06_supernet.ipynb #bc75faac
+@dataclass
+class Mixture:
+    "Weights of everything that is mixed, with a row for each cell. None: nothing of the kind."
+    alpha: Tensor # [cells, 98] operations
+    edges: Tensor|None # [cells, 14] edges, where channels go round the operations
+    widths: Tensor|None # [cells, 14, 7, n] widths of superposed filters
+    inner: Tensor|None # [cells, 98] shares of the larger of two superposed kernels
+    chosen: Tensor|None # [cells, 14, 7] bool on the CPU: what is computed, where paths are drawn
+    def of(self, c: int)->tuple: return tuple(v if v is None else v[c] for v in (self.alpha, self.edges, self.widths, self.inner, self.chosen))
 
 # %% ../nbs/06_supernet.ipynb #3a797fc5
 class SuperNet(nn.Module):
@@ -150,6 +162,16 @@ class SuperNet(nn.Module):
         return (torch.cat([self.t_pre[c], self.t_beta[c].flatten(), self.t_pre.new_zeros(1)]) if on("filter") else None,
                 self.t_omega[c].flatten() if on("weight") else None)
 
+    def mixture(self, paths: bool = False # whether only what is drawn is computed
+               )->Mixture:
+        "Everything that weighs operations, edges, widths and kernels in one forward pass."
+        alpha, edges, inner, widths = self.strengths(), self.edges(), None, None
+        grid = (len(alpha), len(self.spec.edges), len(self.spec.ops))
+        if edges is not None: alpha = (alpha.view(grid) * edges[..., None]).flatten(1)
+        if hasattr(self, "widths"): widths = RELAXATIONS[self.rules.relaxation](self.widths[self.first_of_kind], torch.ones_like(self.widths[:1], dtype=torch.bool), self.noise if self.training else None, self.tau)[self.kind]
+        if self.rules.superpose != "none": alpha, inner = superposed(alpha.view(grid), self.op_live[:len(alpha)])
+        return Mixture(alpha, edges, widths, inner, (alpha.detach() > 0).view(grid).cpu() if paths else None)
+
     def forward(self, x: Tensor)->Tensor:
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute.amp): return self._forward(x).float()
 
@@ -161,23 +183,13 @@ class SuperNet(nn.Module):
         if plain: x0, x1 = x0.contiguous(), x1.contiguous() # plain NCHW maps
         if b > 1: x0, x1 = (widen(x1, b),) * 2 if x0 is x1 else (widen(x0, b), widen(x1, b))
         x0, x1 = (x0.relu(),) * 2 if x0 is x1 else (x0.relu(), x1.relu()) # two cells read each map, and both begin with a ReLU
-        alpha, edges, rules = self.strengths(), self.edges(), self.rules
-        if edges is not None: alpha = (alpha.view(*edges.shape, -1) * edges[..., None]).flatten(1)
-        chosen = (alpha.detach() > 0).view(len(alpha), len(EDGES), len(OPS)).cpu() if paths else None
-        widths = None
-        if hasattr(self, "widths"):
-            all_ = torch.ones_like(self.widths[:1, :, :, :], dtype=torch.bool)
-            widths = RELAXATIONS[rules.relaxation](self.widths[self.first_of_kind], all_, self.noise if self.training else None, self.tau)[self.kind]
-        if rules.superpose != "none": alpha, inner = superposed(alpha.view(len(alpha), len(EDGES), len(OPS)), self.op_live[:len(alpha)])
-        drop = (self.skip_dropout, self.noise) if self.skip_dropout else None
+        m, keep, drop = self.mixture(paths), self.rules.keep if self.sparse else 1., (self.skip_dropout, self.noise) if self.skip_dropout else None
+        reference, own = plain or paths, plain and not (paths or self.sparse or m.inner is not None or m.widths is not None) # what the equations do not know of is worked out for both versions alike
         for c, cell in enumerate(self.cells):
             t_gate, t_weight = self.thresholds(c)
-            edge = None if edges is None else edges[c]
-            # what the equations do not know of is worked out for both versions alike
-            omega = cell.weights(t_weight, rules.keep if self.sparse else 1., inner[c] if rules.superpose != "none" else None) if not plain or paths or self.sparse or rules.superpose != "none" else None
-            gate = cell.gates(t_gate, None if widths is None else widths[c]) if not plain or paths or widths is not None else None
-            if plain or paths: f, args = cell.reference, (x0, x1, alpha[c], t_gate, t_weight, omega, edge, None if chosen is None else chosen[c], gate)
-            else: f, args = self._cell(c), (x0, x1, alpha[c], gate, omega, b, edge, drop)
+            alpha, edges, widths, inner, chosen = m.of(c)
+            omega, gate = (None, None) if own else (cell.weights(t_weight, keep, inner), cell.gates(t_gate, widths))
+            f, args = (cell.reference, (x0, x1, alpha, t_gate, t_weight, omega, edges, chosen, gate)) if reference else (self._cell(c), (x0, x1, alpha, gate, omega, b, edges, drop))
             y, mean, var = self._kept(c, f, args)
             if self.training: cell.track(mean, var, n, some=paths)
             if c + 1 < len(self.cells): x0, x1 = x1, y.relu()
