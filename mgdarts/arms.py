@@ -32,6 +32,12 @@ class Arm:
     keep: float|None = None # share of the convolutions' weights that is kept after the search, by magnitude
     transfer: dict|None = None # knobs for the retraining only: other data
     train: bool = True # retrain what was found
+    random: bool = False # train a random architecture of the same size instead
+
+def _checksum(*parts)->str:
+    "Of configurations and other plain data, wherever the images lie."
+    blank = lambda c: {**c, "data": {**c["data"], "dir": ""}} if isinstance(c, dict) and "data" in c else c
+    return hashlib.sha256(json.dumps([blank(p) for p in parts], sort_keys=True).encode()).hexdigest()
 
 @dataclass
 class Job:
@@ -42,16 +48,18 @@ class Job:
     train: dict|None # of the training
     build: dict|None = None
     keep: float|None = None
+    random: bool = False
 
     def key(self)->str: # the same for what is the same run
         "A checksum of what is searched, or built."
-        return hashlib.sha256(json.dumps([self.search, self.build, self.build and self.train], sort_keys=True).encode()).hexdigest()[:16]
+        return _checksum(self.search, self.build, self.build and self.train)[:16]
     def run(self, folder: Path)->Path: return Path(folder) / self.key()
     def training(self, folder: Path)->Path:
         "The folder of the training: of the run itself, unless it is trained in another way than the run's own."
         if self.build: return self.run(folder)
+        if self.random: return self.run(folder) / "random"
         if self.train == self.search and self.keep is None: return self.run(folder) / "train"
-        return self.run(folder) / f"train-{hashlib.sha256(json.dumps([self.train, self.keep], sort_keys=True).encode()).hexdigest()[:8]}"
+        return self.run(folder) / f"train-{_checksum(self.train, self.keep)[:8]}"
     def finished(self, folder: Path)->bool:
         return ((self.training(folder) if self.train else self.run(folder)) / "result.json").exists()
 
@@ -63,7 +71,7 @@ def job(arm: Arm, preset: str, seed: int,
     cfg, base = (preset_config(preset, **how, **{**common, **more, "seed": seed}) for more in (arm.settings, {}))
     search = from_dict({**to_dict(cfg), "train": to_dict(base)["train"]})
     train = configure(cfg, **(arm.transfer or {}))
-    return Job(arm.label, seed, None if arm.build else to_dict(search), to_dict(train) if arm.train else None, arm.build, arm.keep)
+    return Job(arm.label, seed, None if arm.build else to_dict(search), to_dict(train) if arm.train else None, arm.build, arm.keep, arm.random)
 
 # %% ../nbs/38_arms.ipynb #cde565c2
 def built(spec: NetSpec, params: int, # non-zero parameters wanted
@@ -130,7 +138,7 @@ def do(job: Job, folder: str|Path, # of all runs
         runs.search(cfg, run, runs.begun(run, cfg), quiet=quiet, prepare=MemoryWatch(run))
         if not job.train: return
     cfg = from_dict(job.train)
-    if out == run / "train": return runs.retrain(run, resume=True, quiet=quiet)
+    if out.name in ("train", "random"): return runs.retrain(run, None, job.random, resume=True, quiet=quiet)
     splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
     if job.build: arch, state = built(runs.net_spec(cfg, splits), int(1e6 * cfg.search.target_m), **job.build, seed=cfg.seed), None
     else:

@@ -320,7 +320,7 @@ def lab_command(run: Annotated[Optional[Path], typer.Argument(help="Run folder; 
 
 # %% ../nbs/15_cli.ipynb #08cfc66e
 @app.command("reproduce")
-def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help="table01 to table10, fig01 to fig09, all; or the record.json of an earlier one, to be made again from the configurations in it.")],
+def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help="table01 to table10, fig01 to fig09, methods, all; or the record.json of an earlier one, to be made again from the configurations in it.")],
                       preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")] = "smoke",
                       seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
                       dataset: Annotated[str, typer.Option(help="Dataset; default: the preset's own.")] = "",
@@ -328,19 +328,21 @@ def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help
                       device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
                       arms: Annotated[str, typer.Option(help="Labels of arms, comma-separated, or all.")] = "",
                       out: Annotated[Optional[Path], typer.Option(help="Folder of records and figures; default: the project's figures/.")] = None,
-                      jobs: Annotated[int, typer.Option(help="Arms side by side; 0: one a core, one on a GPU.")] = 0, as_json: Json = False):
+                      jobs: Annotated[int, typer.Option(help="Arms side by side; 0: one a core, one on a GPU.")] = 0, sets: Sets = None, as_json: Json = False):
     "Reproduce a table or figure of the paper, or all."
     from mgdarts import reproduce as r
-    if what.endswith(".json"): names = [r.remake(Path(what), jobs)]
+    if what.endswith(".json"): names = [r.remake(Path(what), jobs, data_dir)]
     else:
         names = list(r.TARGETS) if what == "all" else [r.target(what)]
-        r.Study(names[0], preset, seeds, dataset, data_dir, device, arms, jobs=jobs) # what is wrong is better known before
+        if what == "all" and arms not in ("", "all"): raise InputError(f"--arms {arms!r} are those of one table or figure: name that instead of all")
+        settings = ", ".join(f"{k}={v}" for k, v in _settings(sets).items())
+        r.Study(names[0], preset, seeds, dataset, data_dir, device, arms, jobs=jobs, settings=settings) # what is wrong is better known before
         out = out.absolute() if out else None
-        given = {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device, "arms": arms, "jobs": jobs, "out": str(out or "")}
-        names = [r.reproduce(name, given) for name in names]
+        given = {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device, "settings": settings, "arms": arms, "jobs": jobs, "out": str(out or "")}
+        names = r.reproduce_all(names, given) if what == "all" else [r.reproduce(what, given)]
     _show({"targets": names}, as_json, _table("reproduced", ["target", "arms", "failed", "scale", "seconds", "record"], [(n["item"], n["arms"], len(n["failed"]), n["scale"], n["wall_s"], n["record"]) for n in names]))
     for n in names:
-        for f in n["failed"]: print(f"mgdarts: {n['item']}: {f['label']}, seed {f['seed']}: {f['why']}", file=sys.stderr)
+        for f in n["failed"]: print(f"mgdarts: {n['item']}: {f['label']}{'' if f['seed'] is None else ', seed ' + str(f['seed'])}: {f['why']}", file=sys.stderr)
     if any(n["failed"] for n in names): raise typer.Exit(1)
 
 @app.command("claims")

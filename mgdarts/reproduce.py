@@ -21,9 +21,9 @@ from .verdicts import verdicts
 
 # %% auto #0
 __all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'measure', 'scale_of',
-           'planned_memory', 'head_sizes', 'published', 'published_shape', 'paper_rows', 'summary', 'make_record',
-           'jobs_in', 'rebuild', 'markdown', 'Study', 'adaptive_and_fixed', 'draw', 'run_notebook', 'outcome',
-           'reproduce', 'remake']
+           'planned_memory', 'head_sizes', 'published', 'published_shape', 'paper_rows', 'summary', 'make_record', 'at',
+           'jobs_in', 'rebuild', 'Asked', 'Ran', 'markdown', 'draw', 'Study', 'adaptive_and_fixed', 'run_notebook',
+           'outcome', 'reproduce', 'reproduce_all', 'remake']
 
 # %% ../nbs/40_reproduce.ipynb #3e1f37ce
 TARGETS = {
@@ -88,6 +88,7 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
         record, r = runs.read_record(out), read_json(out / "result.json", "a result")
         row |= {"acc": r["test_acc_final"], "acc_best_val": r["test_acc_best_val"], "val_acc": r["val_acc_final"], "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
                 "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": r["wall_s"], "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"]}
+        if job.keep: row["ratio_weight"] = job.keep
         if job.build: row |= {f"ratio_{g}": v for g, v in counts(arch_files.load(out))["retention"].items() if g in GRANULARITIES}
     return row
 
@@ -155,8 +156,14 @@ def make_record(item: str, jobs: list, folder: str|Path, # of all runs
     labels = list(dict.fromkeys(r["dataset"] for r in rows))
     return {"item": item, "title": TARGETS[item], "scale": "paper" if jobs and all(scale_of(j.train or j.search) == "paper" for j in jobs) else "scaled down", "dataset": "; ".join(labels), "parameters": parameters,
             "seeds": sorted({j.seed for j in jobs}), "environment": runs.environment(runs.device_of(from_dict(jobs[0].train or jobs[0].search))), "wall_s": round(wall_s, 1),
-            "arms": [{**asdict(j), "run": j.key(), "training": j.training(Path("runs")).name if j.train else None} for j in jobs], "rows": rows, "failed": failures,
+            "arms": [{**asdict(at(j, "")), "run": j.key(), "training": j.training(Path("runs")).name if j.train else None} for j in jobs], "rows": rows, "failed": failures,
             "values": summary(rows), "extra": EXTRA[item](rows) if item in EXTRA else {}, "paper": paper_rows(item)}
+
+def at(j: Job, data_dir: str # folder of the datasets; empty: the project's data/
+      )->Job:
+    "The same arm, with its data elsewhere. Records do not say where the data lay."
+    move = lambda c: c and {**c, "data": {**c["data"], "dir": data_dir}}
+    return dataclasses.replace(j, search=move(j.search), train=move(j.train))
 
 def jobs_in(record: dict)->list: # of Job
     "The arms of a record. `InputError` when they are not of this version."
@@ -169,26 +176,20 @@ def jobs_in(record: dict)->list: # of Job
 
 def rebuild(record: dict|str|Path, # or the file
             folder: str|Path|None = None, # of all runs; None: the project's runs/repro
-            workers: int = 0)->dict: # the new record
+            workers: int = 0, data_dir: str = "" # folder of the datasets; empty: the project's data/
+           )->dict: # the new record
     "Make a record again from the configurations inside it."
     if not isinstance(record, dict): record = read_json(Path(record), "a record")
-    folder, jobs, start = Path(folder) if folder else root() / "runs/repro", jobs_in(record), time.time()
+    folder, jobs, start = Path(folder) if folder else root() / "runs/repro", [at(j, data_dir) for j in jobs_in(record)], time.time()
     if not jobs: raise InputError("the record has no arms: run its notebook instead")
     failed = run_arms(jobs, folder, workers)
-    return make_record(target(record["item"]), jobs, folder, record["parameters"], failed, time.time() - start)
+    return make_record(target(record.get("item", "")), jobs, folder, record.get("parameters", {}), failed, time.time() - start)
 
 # %% ../nbs/40_reproduce.ipynb #a55834e0
 SMOKE = {"data.subset": 256, "search.prune_every": 1, "search.max_epochs": 20, "search.length": 4, "train.epochs": 3}
 
-def markdown(rows: list):
-    "A list of dictionaries as a table."
-    from IPython.display import Markdown
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    cell = lambda v: ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)).replace("|", "\\|").replace("<", "&lt;")
-    return Markdown("\n".join(["| " + " | ".join(map(cell, columns)) + " |", "|" + " --- |" * len(columns)] + ["| " + " | ".join(cell(r.get(c)) for c in columns) + " |" for r in rows]))
-
-class Study:
-    "A table or figure being reproduced."
+class Asked:
+    "The parameters of a notebook."
     def __init__(self, item: str, preset: str = "smoke", seeds: str|int|list = "0", dataset: str = "", data_dir: str = "", device: str = "auto",
                  arms: str = "", # labels, comma-separated; empty: all, at preset smoke those that are enough there
                  out: str = "", # folder of the records; empty: the project's figures/
@@ -206,10 +207,21 @@ class Study:
         self.base = preset_config(preset, **self.common)
         self.record, self.todo, self.failed, self.wall, self.known = None, [], {}, 0., []
 
+    def base_of(self, method: str): # Config
+        "The preset's configuration for another method."
+        return preset_config(self.preset, **self.common, method=method)
+    def share(self)->float:
+        "How much of the super-net the target leaves."
+        cfg = self.base
+        return cfg.search.target_m * 1e6 / count_supernet(NetSpec(cfg.space.channels, cfg.space.cells, size=cfg.data.size or 32))["main"]
+
+# %% ../nbs/40_reproduce.ipynb #8168d389
+class Ran(Asked):
+    "A study with its arms and its record."
     def run(self, arms: list, # of Arm
             enough: list|None = None, # labels of those that are run at preset smoke when no arms are named; None: all
             first: bool = False # others depend on these: they are run in any case, and a later call runs the rest
-           )->Study: # itself
+           )->Ran: # itself
         "Run the arms with every seed, after those of an earlier call, and make the record. `InputError` on a label that there is not."
         self.known += [a.label for a in arms]
         for name in () if first else self.chosen:
@@ -221,18 +233,12 @@ class Study:
         failed = {i + len(self.todo): why for i, why in run_arms(todo, self.folder, self.workers).items()} | self.failed
         self.todo, self.failed, self.wall = self.todo + todo, failed, self.wall + time.time() - start
         self.record = make_record(self.item, self.todo, self.folder, self.parameters, failed, self.wall)
+        for r in self.record["rows"]:
+            if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}, {r['searched_m']:.4g} M left")
         for f in self.record["failed"]: print(f"FAILED {f['label']}, seed {f['seed']}: {f['why']}")
         if self.record["rows"]: print(f"{self.record['scale']}: {self.record['dataset']}; commit {(self.record['environment']['commit'] or 'unknown')[:7]}")
         else: raise RunFailed(f"no arm of {self.item} came to an end: {self.record['failed'][0]['why']}")
         return self
-
-    def base_of(self, method: str): # Config
-        "The preset's configuration for another method."
-        return preset_config(self.preset, **self.common, method=method)
-    def share(self)->float:
-        "How much of the super-net the target leaves."
-        cfg = self.base
-        return cfg.search.target_m * 1e6 / count_supernet(NetSpec(cfg.space.channels, cfg.space.cells, size=cfg.data.size or 32))["main"]
 
     @property
     def labels(self)->list: return list(self.record["values"])
@@ -248,6 +254,26 @@ class Study:
         j = next(j for j in jobs_in(self.record) if j.label == label)
         return arch_files.load(j.training(self.folder) if j.train else j.run(self.folder))
 
+# %% ../nbs/40_reproduce.ipynb #0155d1cd
+def markdown(rows: list):
+    "A list of dictionaries as a table."
+    from IPython.display import Markdown
+    columns = list(dict.fromkeys(k for r in rows for k in r))
+    cell = lambda v: ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)).replace("|", "\\|").replace("<", "&lt;")
+    return Markdown("\n".join(["| " + " | ".join(map(cell, columns)) + " |", "|" + " --- |" * len(columns)] + ["| " + " | ".join(cell(r.get(c)) for c in columns) + " |" for r in rows]))
+
+def draw(folder: Path, figures: dict)->list: # notes on what could not be written
+    "Figures as HTML, PNG and SVG. Pages load the plotting library from the network; pictures need a Chromium."
+    from mgdarts.export import save_figure
+    notes = set()
+    for name, figure in figures.items():
+        for suffix in ("html", "png", "svg"):
+            try: save_figure(figure, Path(folder) / f"{name}.{suffix}", plotlyjs="cdn")
+            except InputError as e: notes.add(f"{suffix} not written: {str(e).partition(' ')[2]}")
+    return sorted(notes)
+
+class Study(Ran):
+    "A table or figure of the paper being reproduced."
     def table(self, columns: dict, # heading -> metric
               rows: dict|None = None # label -> the paper's row, with some of the headings; None: no paper
              ):
@@ -281,13 +307,14 @@ class Study:
     def scatter(self, x: str, y: str, x_title: str, y_title: str, # metrics, and titles of the axes
                 theirs: dict # label -> (x, y), Nones where the paper has none
                ):
-        "A figure: each arm by two of its values; the paper's rows in a panel of their own."
+        "A figure: each arm by two of its values; the paper's rows in a panel of their own, with names where the same was run here."
         from mgdarts import plots
         fig = plots.make_subplots(1, 2, subplot_titles=[f"ours, {self.record['scale']}", "the paper"], horizontal_spacing=.1)
         for col, points in enumerate(({n: (self.stat(n, x)[0], self.stat(n, y)[0]) for n in self.labels}, theirs), 1):
             points = {n: p for n, p in points.items() if None not in p}
             mine = [n.startswith("MG-DARTS") for n in points]
-            fig.add_scatter(x=[p[0] for p in points.values()], y=[p[1] for p in points.values()], text=list(points), mode="markers+text", textposition="top center", textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{text}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
+            spread = {"array": [self.stat(n, y)[1] or 0. for n in points], "color": plots.GREY} if col == 1 else None
+            fig.add_scatter(x=[p[0] for p in points.values()], y=[p[1] for p in points.values()], error_y=spread, text=[n if n in self.labels else "" for n in points], hovertext=list(points), mode="markers+text", textposition="top center", textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{hovertext}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
                             marker={"size": 10, "color": [plots.RUN_COLOURS[2] if m else plots.RUN_COLOURS[0] for m in mine], "symbol": ["star" if m else "circle" for m in mine]}, row=1, col=col)
         return plots.theme(fig, 460, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
 
@@ -299,6 +326,7 @@ class Study:
         for note in draw(self.out, figures): print(note)
         return markdown([{"claim": v["text"], "verdict": v["verdict"], "scale": v["scale"], "values": v["why"]} for v in verdicts(self.out.parent, self.item)]) if self.record else None
 
+# %% ../nbs/40_reproduce.ipynb #21724b55
 def adaptive_and_fixed(study: Study, sizes: list # millions of parameters
                       )->Study:
     "Nets of some sizes, by adaptive pruning and by two pairs of fixed rates, which stand to its average rates as in the paper (Fig. 6 and 7)."
@@ -311,16 +339,6 @@ def adaptive_and_fixed(study: Study, sizes: list # millions of parameters
     rate = lambda k, what: said[f"fixed rates {k}, {what} pruned every two epochs"] / said[f"adaptive, mean {what} pruned every two epochs"]
     return study.run(sum((curve(f"fixed rates {k}", {"rules.rate_ops": ops * rate(k, "operations"), "rules.rate_filters": filters * rate(k, "filters")}, "fixed-rate") for k in (1, 2)), []))
 
-def draw(folder: Path, figures: dict)->list: # notes on what could not be written
-    "Figures as HTML, PNG and SVG. Pages load the plotting library from the network; pictures need a Chromium."
-    from mgdarts.export import save_figure
-    notes = set()
-    for name, figure in figures.items():
-        for suffix in ("html", "png", "svg"):
-            try: save_figure(figure, Path(folder) / f"{name}.{suffix}", plotlyjs="cdn")
-            except InputError as e: notes.add(f"{suffix} not written: {str(e).partition(' ')[2]}")
-    return sorted(notes)
-
 # %% ../nbs/40_reproduce.ipynb #070e4431
 def run_notebook(name: str, parameters: dict,
                  folder: str|Path|None = None # of the executed copy; None: the project's runs/repro
@@ -332,7 +350,7 @@ def run_notebook(name: str, parameters: dict,
     except ImportError: raise InputError("mgdarts reproduce needs papermill: pip install 'mgdarts[lab]'") from None
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{name}.ipynb"
-    try: papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), stdout_file=sys.stderr, stderr_file=sys.stderr)
+    try: papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), stdout_file=sys.stderr, stderr_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=50"]) # it would warn of its own ports
     except papermill.exceptions.PapermillExecutionError as e:
         if e.ename == "InputError": raise InputError(e.evalue) from None
         raise RunFailed(f"{name}: {e.ename}: {e.evalue}; the notebook so far is {out}") from None
@@ -351,8 +369,16 @@ def reproduce(name: str, parameters: dict # of its notebook
     start, path = time.time(), (Path(parameters["out"]) if parameters.get("out") else root() / "figures") / name / "record.json"
     return outcome(path, notebook=str(run_notebook(name, parameters)), wall_s=round(time.time() - start, 1))
 
-def remake(path: Path, workers: int = 0)->dict: # JSON-ready
+def reproduce_all(names: list, parameters: dict)->list: # a dictionary for each
+    "One after the other; a notebook that fails stops no other."
+    out = []
+    for name in names:
+        try: out.append(reproduce(name, parameters))
+        except (InputError, RunFailed) as e: out.append({"item": name, "notebook": None, "wall_s": None, "record": None, "scale": None, "dataset": None, "arms": None, "failed": [{"label": "notebook", "seed": None, "why": str(e)}], "figures": [], "verdicts": []})
+    return out
+
+def remake(path: Path, workers: int = 0, data_dir: str = "")->dict: # JSON-ready
     "Make a record again, in its place."
     start = time.time()
-    write_json(path, rebuild(path, workers=workers))
+    write_json(path, rebuild(path, workers=workers, data_dir=data_dir))
     return outcome(path, notebook=None, wall_s=round(time.time() - start, 1))

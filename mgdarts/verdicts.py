@@ -11,8 +11,9 @@ from .data import root
 from .store import read_json
 
 # %% auto #0
-__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'FIXED', 'gap', 'more',
-           'exactly', 'together', 'NotRun', 'Values', 'check', 'others', 'second', 'dass', 'sizes', 'judge', 'verdicts']
+__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'RANDOM', 'FIXED', 'gap',
+           'more', 'exactly', 'together', 'NotRun', 'Values', 'check', 'others', 'second', 'dass', 'sizes', 'judge',
+           'verdicts']
 
 # %% ../nbs/39_verdicts.ipynb #007eb7f2
 def gap(a: list, b: list, # a value a seed
@@ -45,7 +46,7 @@ def exactly(what: str, holds: bool)->tuple:
 
 def together(parts: list)->tuple:
     "A claim holds when all of its parts do; one that fails is enough against it."
-    if not parts: raise NotRun("nothing to compare")
+    if not parts: raise NotRun("none of the paper's other methods was run")
     said = [v for v, _ in parts]
     return next((v for v in (NOT, UNSURE) if v in said), REPRODUCED), "; ".join(t for _, t in parts)
 
@@ -73,11 +74,11 @@ def check(id: str):
     def keep(fn): CHECKS[id] = fn; return fn
     return keep
 
-LARGE, SMALL, DASS = "MG-DARTS (large)", "MG-DARTS (small)", "DASS (small)"
+LARGE, SMALL, DASS, RANDOM = "MG-DARTS (large)", "MG-DARTS (small)", "DASS (small)", "random of the same size" # the last is no method of the paper's
 
 def others(v: Values, suffix: str = "")->list: # baselines of the large nets on the dataset that the suffix names
     "Arms to compare the large net with."
-    return [n for n in v.labels if n not in (LARGE + suffix, SMALL + suffix, DASS + suffix) and (n.endswith(suffix) if suffix else " on " not in n)]
+    return [n for n in v.labels if n not in [name + suffix for name in (LARGE, SMALL, DASS, RANDOM)] and (n.endswith(suffix) if suffix else " on " not in n)]
 
 def second(v: Values)->str: # " on cifar100"
     "What the names of the arms on the second dataset end in."
@@ -109,7 +110,7 @@ check("density-imagenet")(lambda v: together(_densest(v)))
 check("small-transfers")(lambda v: together([more("DASS", v(SMALL), v(DASS))]))
 
 @check("density-mobilenet")
-def _(v): return together([more(f"density, {b}", v("MG-DARTS", "density"), v(b, "density")) for b in v.labels if b != "MG-DARTS"] + [more(f"accuracy, {b}", v("MG-DARTS"), v(b), -MARGIN) for b in v.labels if b != "MG-DARTS"])
+def _(v): return together([more(f"density, {b}", v("MG-DARTS", "density"), v(b, "density")) for b in v.labels if b not in ("MG-DARTS", RANDOM)] + [more(f"accuracy, {b}", v("MG-DARTS"), v(b), -MARGIN) for b in v.labels if b not in ("MG-DARTS", RANDOM)])
 
 # %% ../nbs/39_verdicts.ipynb #104b7894
 def dass(epochs: int, mode: str, ratio: float)->str: return f"DASS {epochs:g} epochs {mode} {ratio:g} %"

@@ -22,7 +22,7 @@ from mgdarts.space import NetSpec
 from mgdarts.store import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = {"data.subset": 200, "search.warmup": 0, "search.max_epochs": 2, "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
+FAST = {"data.subset": 100, "data.test_subset": 200, "search.stages": 1, "search.warmup": 0, "search.max_epochs": 2, "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
 
 
 def make(label="one", seed=0, how=None, **kw):
@@ -47,9 +47,11 @@ def test_a_finished_arm_is_not_run_again(done, monkeypatch):
 
 def test_the_key_is_of_what_is_run():
     one = make()
-    assert one.key() == make("another name").key() == make(how={"train.epochs": 5}).key() == make(how={"search.stages": 3}).key()
+    assert one.key() == make("another name").key() == make(how={"train.epochs": 5}).key() == make(how={"search.stages": 1}).key()
     assert len({one.key(), make(seed=1).key(), make(how={"search.regrow": 0.5}).key(), make(build={"filters": 0.5}).key()}) == 4
-    assert len({j.training(Path("r")) for j in (one, make(how={"train.epochs": 5}), make(keep=0.5), make(how={"train.weights": "supernet"}))}) == 4
+    assert len({j.training(Path("r")) for j in (one, make(how={"train.epochs": 5}), make(keep=0.5), make(random=True), make(how={"train.weights": "supernet"}))}) == 5
+    elsewhere = make(how={"data.dir": "/somewhere/else"})
+    assert elsewhere.key() == one.key() and reproduce.at(elsewhere, "") == one
     assert from_dict(one.search).preset == "smoke"
 
 
@@ -71,12 +73,15 @@ def test_a_killed_arm_goes_on_and_ends_the_same(done, tmp_path):
 
 def test_one_arm_fails_and_the_others_end(done, capsys):
     folder, pair = done
-    bad, other = make("too large", how={"search.target_m": 9.0}), make("no search", build={"filters": 0.5})
-    failed = run_arms([bad, *pair, other], folder)
-    assert list(failed) == [0] and "target_m" in failed[0] and other.finished(folder)
+    others = [make("no search", build={"filters": 0.5}), make("luck", random=True), make("half of the weights", keep=0.5)]
+    bad = make("too large", how={"search.target_m": 9.0})
+    failed = run_arms([bad, *pair, *others], folder)
+    assert list(failed) == [0] and "target_m" in failed[0] and all(j.finished(folder) for j in others)
     assert "FAILED" in capsys.readouterr().out
-    record = make_record("table05", [bad, *pair, other], folder, {}, failed, 0.0)
-    assert [f["label"] for f in record["failed"]] == ["too large"] and len(record["rows"]) == 3
+    record = make_record("table05", [bad, *pair, *others], folder, {}, failed, 0.0)
+    assert [f["label"] for f in record["failed"]] == ["too large"] and len(record["rows"]) == 5
+    one, _, _, luck, half = record["rows"]
+    assert luck["params_m"] <= one["params_m"] and half["ratio_weight"] == 0.5 and half["params_m"] < one["params_m"] and half["search_s"] == one["search_s"]
 
 
 def dies(job, folder):
@@ -176,7 +181,7 @@ def test_every_claim_has_a_check_and_every_target_a_notebook():
     assert {p.stem for p in (ROOT / "nbs/repro").glob("*.ipynb")} == set(TARGETS) >= {c["item"] for c in paper.claims()}
 
 
-@pytest.mark.parametrize("args", [["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"], ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
+@pytest.mark.parametrize("args", [["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"], ["all", "--arms", "r = 0"], ["table05", "--set", "chanels=4"], ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
 def test_bad_input_gets_one_line(args, capsys):
     assert main(["reproduce", *args]) == 2
     err = capsys.readouterr().err.strip()
@@ -211,7 +216,8 @@ def test_a_notebook_by_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(reproduce, "root", lambda: ROOT)
     executed = tmp_path / "runs"
     monkeypatch.setattr(reproduce, "run_notebook", lambda name, given: run(name, given | {"runs_dir": str(executed)}, executed))
-    assert main(["reproduce", "table05", "--arms", "r = 0,r = 0.1", "--out", str(tmp_path / "figures"), "--json"]) == 0
+    fast = [x for k, v in FAST.items() if k != "search.stages" for x in ("--set", f"{k}={v}")]
+    assert main(["reproduce", "table05", *fast, "--arms", "r = 0,r = 0.1", "--out", str(tmp_path / "figures"), "--json"]) == 0
     out = json.loads(capsys.readouterr().out)["targets"][0]
     record = read_json(tmp_path / "figures/table05/record.json", "a record")
     assert out["arms"] == 2 and [r["label"] for r in record["rows"]] == ["r = 0", "r = 0.1"] and record["scale"] == "scaled down"

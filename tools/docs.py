@@ -32,6 +32,8 @@ def page(notebook: Path) -> str:
                 parts.append(f'<div class="chart">{figure.to_html(full_html=False, include_plotlyjs=False)}</div>')
             elif "text/markdown" in data:
                 parts.append("".join(data["text/markdown"]))
+            elif "".join(data.get("text/html", "")).startswith("<svg"):
+                parts.append("<div>" + "".join(data["text/html"]) + "</div>")
             elif "text" in out or "text/plain" in data:
                 text = out.get("text") or data["text/plain"]
                 parts.append("```text\n" + "".join(text).rstrip() + "\n```")
