@@ -336,7 +336,10 @@ def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help
         names = list(r.TARGETS) if what == "all" else [r.target(what)]
         if what == "all" and arms not in ("", "all"): raise InputError(f"--arms {arms!r} are those of one table or figure: name that instead of all")
         settings = ", ".join(f"{k}={v}" for k, v in _settings(sets).items())
-        r.Study(names[0], preset, seeds, dataset, data_dir, device, arms, jobs=jobs, settings=settings) # what is wrong is better known before
+        study = r.Study(names[0], preset, seeds, dataset, data_dir, device, arms, jobs=jobs, settings=settings) # what is wrong is better known before
+        if dataset or data_dir:
+            from mgdarts.data import open_source
+            open_source(study.base.data)
         out = out.absolute() if out else None
         given = {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device, "settings": settings, "arms": arms, "jobs": jobs, "out": str(out or "")}
         names = r.reproduce_all(names, given) if what == "all" else [r.reproduce(what, given)]

@@ -89,7 +89,10 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
         row |= {"acc": r["test_acc_final"], "acc_best_val": r["test_acc_best_val"], "val_acc": r["val_acc_final"], "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
                 "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": r["wall_s"], "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"]}
         if job.keep: row["ratio_weight"] = job.keep
-        if job.build: row |= {f"ratio_{g}": v for g, v in counts(arch_files.load(out))["retention"].items() if g in GRANULARITIES}
+        if job.build or job.random: # what was searched is another network
+            arch = arch_files.load(out)
+            size = counts(arch)
+            row |= {"ops": size["ops"], **{f"ratio_{g}": size["retention"][g] for g in GRANULARITIES}, **shape_of(arch)}
     return row
 
 # %% ../nbs/40_reproduce.ipynb #a1ac6b35

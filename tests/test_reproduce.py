@@ -14,6 +14,7 @@ import torch
 
 from mgdarts import arms, paper, reproduce, runs
 from mgdarts import verdicts as judged
+from mgdarts.architecture import counts, load
 from mgdarts.arms import Arm, job, run_arms
 from mgdarts.cli import main
 from mgdarts.config import InputError, from_dict
@@ -82,6 +83,7 @@ def test_one_arm_fails_and_the_others_end(done, capsys):
     assert [f["label"] for f in record["failed"]] == ["too large"] and len(record["rows"]) == 5
     one, _, _, luck, half = record["rows"]
     assert luck["params_m"] <= one["params_m"] and half["ratio_weight"] == 0.5 and half["params_m"] < one["params_m"] and half["search_s"] == one["search_s"]
+    assert luck["ops"] == counts(load(others[1].training(folder)))["ops"] and luck["acc"] == read_json(others[1].training(folder) / "result.json", "a result")["test_acc_final"]
 
 
 def dies(job, folder):
@@ -181,7 +183,7 @@ def test_every_claim_has_a_check_and_every_target_a_notebook():
     assert {p.stem for p in (ROOT / "nbs/repro").glob("*.ipynb")} == set(TARGETS) >= {c["item"] for c in paper.claims()}
 
 
-@pytest.mark.parametrize("args", [["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"], ["all", "--arms", "r = 0"], ["table05", "--set", "chanels=4"], ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
+@pytest.mark.parametrize("args", [["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"], ["all", "--arms", "r = 0"], ["table05", "--set", "chanels=4"], ["table05", "--dataset", "nothing-here"], ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
 def test_bad_input_gets_one_line(args, capsys):
     assert main(["reproduce", *args]) == 2
     err = capsys.readouterr().err.strip()
@@ -231,6 +233,13 @@ def test_a_notebook_by_command(tmp_path, capsys, monkeypatch):
 
 
 run = reproduce.run_notebook
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nbs/repro").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_papermill_knows_all_parameters(path):
+    found = papermill.inspect_notebook(str(path))
+    assert {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "out", "runs_dir"} <= found.keys()
+    assert all(p["help"] and p["inferred_type_name"] != "None" for p in found.values())
 
 
 @pytest.mark.parametrize("bad", [{"preset": "smok"}, {"sedes": "1"}, {"seeds": "a"}])
