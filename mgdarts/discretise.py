@@ -89,7 +89,7 @@ class _Top(torch.autograd.Function):
         order = order[of[order].argsort(stable=True)] # kernel by kernel, the most important first
         rank = torch.arange(len(score), device=score.device) - (lengths.cumsum(0) - lengths)[of]
         ctx.save_for_backward(score)
-        return torch.zeros_like(score).index_put_((order,), (rank < (keep * lengths).ceil()[of]).to(score))
+        return torch.zeros_like(score).index_put_((order,), (rank < (keep * lengths.double() - 1e-9).ceil()[of]).to(score))
     @staticmethod
     def backward(ctx, grad): return grad * ctx.saved_tensors[0].sign(), None, None
 

@@ -98,7 +98,7 @@ def frame_of(search: Search, # begun: with at least one cell
         omega.append(_histogram(cell.omega.abs().cpu()[w], BINS["weight"], of_kernel[cell.layout.segs["omega"].long()][w], parts[1 + n + c][w]))
         widths.append(cell.channels)
     e = event or Event("epoch", search.steps, max(search.epoch - 1, 0), search.stage_name)
-    return Frame(number, e.type, e.epoch, e.step, e.stage, at.int(), pick(torch.sigmoid(net.alpha)), ~parts[0][at], *(t(pick(getattr(net, k))) for k in ("t_alpha", "t_beta", "t_omega")),
+    return Frame(number, e.type, e.epoch, e.step, e.stage, at.int(), pick(net.importance()), ~parts[0][at], *(t(pick(getattr(net, k))) for k in ("t_alpha", "t_beta", "t_omega")),
                  t(net.t_pre[:n].detach().cpu().clone()), row(count), row(whole), torch.tensor(widths, dtype=torch.int32), torch.stack(beta), torch.stack(omega), e.to_dict() if event else {})
 
 # %% ../nbs/13_frames.ipynb #89f932fb

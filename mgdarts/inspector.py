@@ -57,7 +57,7 @@ class View:
         grad = search.net.alpha.grad
         self.grad = torch.zeros_like(self.mom) if grad is None else cpu(grad[:n])
         self.live = self.net.op_live[:n]
-        self.strength = torch.sigmoid(self.net.alpha[:n].detach())
+        self.strength = self.net.importance()[:n]
         self.regrown = {u for u in regrown if bool(self.live[u])}
         # a threshold says nothing before the joint epochs begin
         self.thresholds = {k: cpu(getattr(self.net, k)) * self.net.discretising for k in self.net.THRESHOLDS}

@@ -208,10 +208,12 @@ class StagedSearch:
 
     def _close(self, status: str):
         "End a stage: regrow, then the next, or the end."
+        last = self.stage == len(self.stages) - 1
+        if last and self.by_size and self.spec.constraint == 1: self._leave(keep=strongest_two(self._strongest())) # what thresholds have left, as far as the space has it
         count = self.net.count()
         self.reached.append(status == "reached")
         self._emit("stage", status=status, params=count.params, target=self.target, ops=count.ops, pruned=self.pruned)
-        if self.stage == len(self.stages) - 1:
+        if last:
             self.finished = True
             self._emit("done", reached=count.params <= self.target or not self.by_size, stages_reached=list(self.reached), target=self.target, **count.summary())
             return
@@ -244,7 +246,7 @@ class SavedSearch(StagedSearch):
         "Go back to a saved state. `InputError` if it belongs to another search."
         if not isinstance(state, dict) or state.get("version") != 1: raise InputError("this is not the state of a search, or one of another version")
         own = lambda what, given: {**plain(asdict(type(what)())), **given} == plain(asdict(what)) # settings that are younger than the state have their defaults
-        if not (own(self.cfg, state["config"]) and own(self.rules, state.get("rules", {})) and NetSpec(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
+        if not (own(self.cfg, state["config"]) and own(self.rules, state.get("rules", {})) and type(self.whole)(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
         for k, v in state["counters"].items(): setattr(self, k, copy.copy(v))
         self.spec = self.whole
         self._make_net()
@@ -475,9 +477,15 @@ class Search(SavedSearch):
             t["scores"].append(sum(jacobian(t["found"][n], (1 + b // len(self.loaders["train"]), b % len(self.loaders["train"]))) for b in range(r.batches)))
         if len(t["scores"]) == r.samples: self._decide(keep=self._spread(t["found"][max(range(r.samples), key=t["scores"].__getitem__)]))
 
-    @torch.no_grad()
     def _decide(self, strength=None, keep=None):
-        "Prune whatever does not stay; that is the end."
+        "The end of the clock: prune whatever does not stay."
+        self._leave(strength, keep)
+        self.trial = None
+        self._close("reached")
+
+    @torch.no_grad()
+    def _leave(self, strength=None, keep=None):
+        "Prune all but some operations, or by strength what the space allows or the target asks for."
         net, r = self.net, self.rules
         if keep is None and self.spec.constraint == 1: keep = fewer_skips(strength, r.max_skips, [c.index for c in self.spec.cell if not c.reduction])
         if r.partial > 1 or r.superpose != "none": # from here on the whole channels, and each kernel for itself
@@ -493,9 +501,8 @@ class Search(SavedSearch):
             for c in net.cells: keep_scored(c, r.keep)
         done = commit(net, 0. if keep is not None else self.target, [self.optimizer, self.adam], self.rebuilds, all_but(net, keep) if keep is not None else by_strength(net, strength))
         if r.keep < 1 and r.fit: fit_scored(net, self.target)
-        self.pruned, self.trial = done.pruned["operation"], None
+        self.pruned += done.pruned["operation"]
         self._emit("commit", None, max(self.epoch - 1, 0), pruned=done.pruned, params_before=done.before.params, target=self.target, **{"lambda": 0.}, **net.count().summary())
-        self._close("reached")
 
     def run(self, until: str = "end" # step, epoch, commit, stage or end
            )->bool: # whether the search is finished

@@ -138,7 +138,7 @@ class Stepper:
         if event.type == "epoch":
             net, n = self.search.net, len(self.search.net.cells)
             live = lambda v: v.detach()[:n].masked_fill(~net.op_live[:n], float("nan")).cpu()
-            self.history.append((event.epoch + 1, live(torch.sigmoid(net.alpha)), live(net.t_alpha) if net.discretising else None))
+            self.history.append((event.epoch + 1, live(net.importance()), live(net.t_alpha) if net.discretising else None))
         self.changed()
     def _rest(self, event):
         now, search = time.monotonic(), self.search

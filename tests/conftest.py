@@ -13,6 +13,16 @@ if os.environ.get("CI"):
 
 
 def pytest_collection_modifyitems(items):
-    "Run in parallel (pytest -n), a file's tests share a process and so its fixtures; notebooks and methods have none to share."
+    "Run in parallel (pytest -n), the tests of a file with a fixture to share share a process; the others go wherever there is room."
+    shares = {path: 'scope="module"' in path.read_text("utf-8") and path.stem != "test_methods" for path in {item.path for item in items}}
     for item in items:
-        if item.path.stem not in ("test_nbs", "test_methods"): item.add_marker(pytest.mark.xdist_group(item.path.stem))
+        if shares[item.path]: item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    "What a test or a notebook sets ends with it."
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}: del os.environ[name]
+    os.environ.update({k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"})

@@ -297,7 +297,7 @@ def test_nothing_is_lost(lab, tmp_path):
         desk.open()
         desk.run_all()
         desk.says("finished")
-        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']", "data.subset=1000, search.warmup=1, max_epochs=100")
+        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']", "data.subset=1000, search.warmup=1, max_epochs=1000, lambda_step=0")
         page.keyboard.press("Tab")
         page.click(".mgdarts-wb button:has-text('Start a new search')")
         desk.says("running")

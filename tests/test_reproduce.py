@@ -99,7 +99,7 @@ def test_an_interruption_keeps_what_is_finished(done, tmp_path):
     "SIGINT to the one who waits ends the arms, and starting again runs the rest only."
     folder, (one, two) = done
     os.symlink(one.run(folder), one.run(tmp_path))
-    code = "import json, sys; from mgdarts import arms; arms.run_arms([arms.Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])"
+    code = "import json, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from mgdarts import arms; arms.run_arms([arms.Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])"
     p = subprocess.Popen([sys.executable, "-c", code, json.dumps([vars(one), vars(two)]), str(tmp_path)], stderr=subprocess.DEVNULL)
     for _ in range(1200):
         if (two.run(tmp_path) / "events.jsonl").exists():
