@@ -237,7 +237,7 @@ class StoredCell(PlannedCell):
         for name in ("omega", "plain"):
             fresh = self._fresh(lay, name, generator) if not bool(moves[name][1].all()) else 0.
             renew(name, moves[name], fresh)
-            if name == "omega" and self.scored: renew("score", moves[name], fresh) # as important as they are large, at first
+            if name == "omega" and self.scored: renew("score", moves[name], fresh.clone() if torch.is_tensor(fresh) else fresh) # as important as they are large, at first
         self.omega_live = carry(self.omega_live, *moves["omega"], True)
         for name, fresh in zip(self.GATES, (1., 0., 0., 0., 1.)):
             if name in ("mean", "var"): setattr(self, name, carry(getattr(self, name), *moves["gates"], fresh))
