@@ -347,7 +347,7 @@ class Search(SavedSearch):
         if rules.relaxation == "gumbel": net.tau = rules.tau[0] + (rules.tau[1] - rules.tau[0]) * min(self.clock, 1.)
         net.skip_dropout = rules.skip_dropout[min(self.stage, 2)] * self._fading()
         for i, (images, move) in enumerate(due):
-            net.noise = net._generator(7, self.epoch, self.epoch_step, i)
+            if rules.relaxation not in ("sigmoid", "softmax") or net.skip_dropout: net.noise = net._generator(7, self.epoch, self.epoch_step, i)
             net.paths = images == "train" or rules.relaxation == "gumbel" # binary gates ask alpha's gradient of all operations
             if images == "arch" and cfg.optimisation == "second-order": self._ahead()
             else:
