@@ -25,7 +25,7 @@ demo: .venv/.installed
 
 # Two processes, one thread each: most of the time is spent in nets that a second thread would not help.
 test: .venv/.export
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations=10
 
 # Fifty kills, failing system calls, rotten files, wrong inputs: under 20 minutes on two cores.
 faults: .venv/.installed

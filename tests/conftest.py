@@ -12,6 +12,7 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     "Run in parallel (pytest -n), the tests of a file with a fixture to share share a process; the others go wherever there is room."
     shares = {path: 'scope="module"' in path.read_text("utf-8") and path.stem != "test_methods" for path in {item.path for item in items}}

@@ -44,9 +44,9 @@ def whole(tmp_path_factory):
 def test_some_of_the_fault_suite(tmp_path):
     "Kills, failing system calls, rotten files and wrong inputs, through the notebook that shows them; `make faults` does more of each."
     notebook = Path(__file__).resolve().parent.parent / "nbs/faults.ipynb"
-    papermill.execute_notebook(notebook, tmp_path / "out.ipynb", {"out": str(tmp_path), "kills": 3, "failures": 4, "places": 10}, kernel_name="python3", progress_bar=False)
+    papermill.execute_notebook(notebook, tmp_path / "out.ipynb", {"out": str(tmp_path), "kills": 2, "failures": 3, "places": 6}, kernel_name="python3", progress_bar=False)
     record = read_json(tmp_path / "record.json", "a record of faults")
-    assert record["lost"] == [] and record["kills"] >= 3 and record["kinds_of_files"] >= 10 and len(record["inputs"]) >= 80
+    assert record["lost"] == [] and record["kills"] >= 2 and record["kinds_of_files"] >= 10 and len(record["inputs"]) >= 80
     shown = "".join(str(o.get("data", {}).get("text/markdown", "")) for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", []))
     assert "| wrong input |" in shown and "did you mean" in shown
 
