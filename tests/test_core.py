@@ -315,7 +315,7 @@ class Noise:
 
 
 @given(st.data())
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_any_search_ends_with_every_node_fed_and_the_size_at_or_just_under_the_target(data):
     draw = data.draw
     spec = NetSpec(draw(st.sampled_from([2, 4])), draw(st.integers(3, 4)), draw(st.integers(2, 4)), draw(st.sampled_from([6, 8, 9])))
@@ -360,7 +360,7 @@ def whole_search():
     return whole, events
 
 
-@pytest.mark.parametrize("at", [0, 5, 17, 26])
+@pytest.mark.parametrize("at", [0, 17, 26])
 def test_resume_gives_the_same_bits(at, whole_search):
     make, (whole, events) = small_search, whole_search
     part, before = make(), []
