@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_decide.ipynb #4909b64e
 from __future__ import annotations
-import torch, torch.nn.functional as F
+import torch
 from torch import Tensor
 from .space import *
 from .discretise import strongest, top
@@ -22,16 +22,15 @@ def node_shares(strength: Tensor # [cells, 14, 7], 0 where pruned
     total = torch.stack([strength[:, NODE_EDGES[j][0]:NODE_EDGES[j][-1] + 1].sum((1, 2)) for j in range(INPUTS, STATES)], 1)
     return strength / total[:, torch.tensor([j - INPUTS for _, j in EDGES]), None].clamp(min=1e-12)
 
-def _by_share(net, strength=None): # units with the share in place of the strength
-    n = len(net.cells)
-    live, (name, _, live_flat, keep), *rest = net.op_live[:n].cpu(), *units(net)
-    share = node_shares((net.importance()[:n].cpu() if strength is None else strength) * live).flatten()
-    return share, [(name, share, live_flat, keep), *rest]
+def _by_share(net, strength): # units with the share in place of the strength
+    live, (name, *_), *rest = net.op_live[:len(net.cells)].cpu(), *units(net)
+    share = node_shares(strength * live).flatten()
+    return share, [(name, share, live.flatten(), strongest(share, net.node_n.cpu().repeat(len(live)), live.flatten())), *rest]
 
 @torch.no_grad()
 def by_share(net: SuperNet, low: float, high: float, n: int)->Candidates:
     "GOLD-NAS: operations with a small share of their node."
-    share, found = _by_share(net)
+    share, found = _by_share(net, net.importance()[:len(net.cells)].cpu())
     free = found[0][2] & ~found[0][3]
     bound = torch.full_like(share, low)
     weakest = share.masked_fill(~free | (share <= low) | (share >= high), float("inf")).argsort(stable=True)[:n]
@@ -44,7 +43,7 @@ def by_share(net: SuperNet, low: float, high: float, n: int)->Candidates:
 def by_rank(net: SuperNet, ops: int, filters: int # how many go
            )->Candidates:
     "The weakest operations, and the weakest filters of all."
-    found, bounds, names = units(net), [], [name for name, *_ in units(net)]
+    found, bounds = units(net), []
     for name, number in (("operation", ops), ("filter", filters)):
         free = torch.cat([g.masked_fill(~live | keep, float("inf")) for n, g, live, keep in found if n == name])
         rank = torch.full_like(free, -1.) # a bound for each: itself if it goes, none if it stays
@@ -52,7 +51,7 @@ def by_rank(net: SuperNet, ops: int, filters: int # how many go
         gone = gone[free[gone].isfinite()]
         rank[gone] = free[gone]
         bounds += rank.split([len(g) for n, g, *_ in found if n == name])
-    return bounded(net, found, bounds + [None] * names.count("weight"))
+    return bounded(net, found, bounds + [None] * (len(found) - len(bounds)))
 
 # %% ../nbs/09_decide.ipynb #3b5cbce4
 def strongest_two(strength: Tensor, # [cells, 14, 7], 0 where pruned
@@ -84,11 +83,8 @@ def by_strength(net: SuperNet,
                 strength: Tensor # [cells, 14, 7]
                )->Candidates:
     "All operations but the strongest of each node, those with a small share first."
-    live = net.op_live[:len(net.cells)].cpu()
-    share = node_shares(strength * live).flatten()
-    keep = strongest(share, net.node_n.cpu().repeat(len(live)), live.flatten())
-    found = units(net)
-    return bounded(net, [("operation", share, live.flatten(), keep), *found[1:]], [1.] + [None] * (len(found) - 1))
+    _, found = _by_share(net, strength)
+    return bounded(net, found, [1.] + [None] * (len(found) - 1))
 
 @torch.no_grad()
 def all_but(net: SuperNet,

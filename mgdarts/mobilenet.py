@@ -7,8 +7,7 @@ from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .cell import Cell, LiveOp
-from .discretise import discretise
-from .kernels import EPS, normalise, normalise_sum, spread_index
+from .kernels import EPS, normalise, normalise_sum
 from .mobile import LayerSpec, MobileSpec
 from .operations import Classifier, ConvNorm, Norm, depthwise, init_conv
 from .supernet import SuperNet

@@ -18,7 +18,6 @@ from .prune import candidates, choose, commit, follow
 from .decide import all_but, by_rank, by_share, by_strength, decide_edge, decide_node, fewer_skips, fit_scored, jacobian_score, keep_scored, plan_round, standardise, strongest_two
 from .unroll import unrolled
 from .regrow import regrow, update_momentum
-from .size import layout
 from .supernet import SuperNet
 from .mobilenet import supernet
 
@@ -419,7 +418,7 @@ class Search(SavedSearch):
         net, r = self.net, self.rules
         if r.discretiser == "share": return by_share(net, r.share_min, r.share_max, r.share_n)
         if r.discretiser == "rate":
-            all_ = [c for c in self.spec.cell[:len(net.cells)]]
+            all_ = self.spec.cell[:len(net.cells)]
             return by_rank(net, round(r.rate_ops * len(all_) * len(self.spec.edges) * min(len(self.spec.ops), len(r.ops))), round(r.rate_filters * sum(g.width for c in all_ for g in c.gates if g.learned)))
         return candidates(net)
 

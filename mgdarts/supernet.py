@@ -14,7 +14,7 @@ from .discretise import discretise, strongest
 from .relax import HARD, MEANS, RELAXATIONS, edge_shares
 from .kernels import images_abreast, native, widen
 from .operations import Classifier, Stem, AuxHead
-from .size import CellIndex, NetCount, layout, count_cell
+from .size import NetCount, layout, count_cell
 from .cell import Cell, carry_columns, remap
 
 # %% auto #0

@@ -5,7 +5,7 @@
 # %% ../nbs/09_unroll.ipynb #08a7e39c
 from __future__ import annotations
 import torch
-from torch import nn, Tensor
+from torch import nn
 from torch.func import functional_call
 
 # %% auto #0

@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from mgdarts import runs
+
 # Nets this small are fastest on one thread, and tests may share the machine.
 torch.set_num_threads(1)
 # In continuous integration every run draws the same examples; elsewhere new ones are tried.
@@ -27,3 +29,25 @@ def environment():
     yield
     for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}: del os.environ[name]
     os.environ.update({k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"})
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    "A search by a configuration that is interrupted after five epochs, with a state saved after every step, and goes on: its folder."
+    def search(cfg):
+        def stop(event):
+            if event.type == "epoch" and event.epoch == 4:
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0, (), None))
+        with pytest.raises(KeyboardInterrupt):
+            runs.search(cfg, tmp_path / "cut", listeners=(stop,))
+        runs.search(None, tmp_path / "cut", resume=True)
+        return tmp_path / "cut"
+    return search
+
+
+@pytest.fixture
+def events_of():
+    "The events of a run, without the clock."
+    return lambda run: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(run / "events.jsonl")]

@@ -366,20 +366,11 @@ def test_search_derive_retrain_report(run, capsys):
     assert main(["compare", str(run), str(run / "random"), "--json"]) == 0
 
 
-def test_an_interrupted_run_resumes_to_the_same_events(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0, (), None))
-
-    def stop(event):
-        if event.type == "epoch" and event.epoch == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runs.search(preset("smoke", **FAST), tmp_path / "cut", listeners=(stop,))
-    runs.search(None, tmp_path / "cut", resume=True)
-    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(p / "events.jsonl")]
-    assert strip(run) == strip(tmp_path / "cut")
+def test_an_interrupted_run_resumes_to_the_same_events(run, interrupted, events_of):
+    cut = interrupted(preset("smoke", **FAST))
+    assert events_of(run) == events_of(cut)
     for name in ("architecture.json", "masks.safetensors"):
-        assert (run / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+        assert (run / name).read_bytes() == (cut / name).read_bytes()
 
 
 def test_what_cannot_be_shown_is_said(run, tmp_path):

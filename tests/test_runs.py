@@ -99,18 +99,9 @@ def test_events_depend_on_the_clock_in_nothing_but_time(run, tmp_path):
         assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_an_interrupted_run_resumes_to_the_same_events(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0, (), None))
-
-    def stop(event):
-        if event.type == "epoch" and event.epoch == 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        runs.search(preset("smoke", **FAST), tmp_path / "cut", listeners=(stop,))
-    runs.search(None, tmp_path / "cut", resume=True)
-    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(p / "events.jsonl")]
-    assert strip(run) == strip(tmp_path / "cut")
+def test_an_interrupted_run_resumes_to_the_same_events(run, interrupted, events_of):
+    cut = interrupted(preset("smoke", **FAST))
+    assert events_of(run) == events_of(cut)
 
 
 def test_training_from_the_super_nets_weights(run):
