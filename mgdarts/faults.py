@@ -63,7 +63,7 @@ def bits(run: Path)->dict:
     "Everything that a run and its retraining leave behind and that must not depend on interruptions."
     out = {}
     for name, part in (("search", run), ("retraining", run / "train")):
-        strip = lambda d: {k: v for k, v in d.items() if k not in ("record", "run", "wall_s", "events")} # paths and clocks
+        strip = lambda d: {k: v for k, v in d.items() if k not in ("record", "run", "wall_s", "cpu_s", "events")} # paths and clocks
         text = _text(strip(store.Checkpoints(part / "checkpoint").load()))
         out[name] = ([{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(part / "events.jsonl")], text,
                      strip(store.read_json(part / "result.json", "a result")), [(part / n).read_bytes() for n in (architecture.JSON_FILE, architecture.MASK_FILE, *([frames.REPLAY_FILE] if part == run else []))])

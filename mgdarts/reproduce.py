@@ -20,10 +20,10 @@ from .store import read_json, write_json
 from .verdicts import verdicts
 
 # %% auto #0
-__all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'measure', 'scale_of',
-           'planned_memory', 'head_sizes', 'published', 'published_shape', 'paper_rows', 'summary', 'make_record', 'at',
-           'jobs_in', 'rebuild', 'Asked', 'Ran', 'markdown', 'draw', 'Study', 'adaptive_and_fixed', 'run_notebook',
-           'outcome', 'reproduce', 'reproduce_all', 'remake']
+__all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'seconds', 'measure',
+           'scale_of', 'planned_memory', 'head_sizes', 'published', 'published_shape', 'paper_rows', 'summary',
+           'make_record', 'at', 'jobs_in', 'rebuild', 'Asked', 'Ran', 'markdown', 'draw', 'Study', 'adaptive_and_fixed',
+           'run_notebook', 'outcome', 'reproduce', 'reproduce_all', 'remake']
 
 # %% ../nbs/40_reproduce.ipynb #3e1f37ce
 TARGETS = {
@@ -72,6 +72,10 @@ def pace_of(events: list)->dict:
         out |= {"ops_a_commit": statistics.fmean(e["pruned"]["operation"] for e in commits), "filters_a_commit": 100 * statistics.fmean(filters) if filters else None}
     return out
 
+def seconds(result: dict, record: dict)->float:
+    "What a run cost: CPU seconds on a CPU, whatever else the machine did meanwhile; wall time on a GPU."
+    return result["cpu_s" if record["environment"]["device"] == "cpu" else "wall_s"]
+
 def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
     "What an arm's files say. `InputError` when they are damaged or missing."
     run, out, row = job.run(folder), job.training(folder), {"label": job.label, "seed": job.seed}
@@ -79,7 +83,7 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
         data = runs.load_run(run)
         r = data["result"]
         if r is None: raise InputError(f"{run.name} is not finished")
-        row |= {"reached": r["reached"], "searched_m": r["params"] / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": r["wall_s"],
+        row |= {"reached": r["reached"], "searched_m": r["params"] / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
                 **shape_of(data["arch"]), **pace_of(data["events"]), "environment": data["record"]["environment"], "dataset": data["record"]["dataset"]}
         if (run / "memory.json").exists():
             row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
@@ -87,7 +91,7 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
     if job.train:
         record, r = runs.read_record(out), read_json(out / "result.json", "a result")
         row |= {"acc": r["test_acc_final"], "acc_best_val": r["test_acc_best_val"], "val_acc": r["val_acc_final"], "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
-                "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": r["wall_s"], "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"]}
+                "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": seconds(r, record), "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"]}
         if job.keep: row["ratio_weight"] = job.keep
         if job.build or job.random: # what was searched is another network
             arch = arch_files.load(out)

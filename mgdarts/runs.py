@@ -22,9 +22,9 @@ from .train import Trainer
 
 # %% auto #0
 __all__ = ['SPACES', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder',
-           'read_events', 'Signals', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_record',
-           'read_config', 'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain', 'load_run',
-           'write_report', 'is_training', 'run_row', 'list_runs']
+           'read_events', 'Signals', 'Clock', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer',
+           'read_record', 'read_config', 'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain',
+           'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -87,7 +87,7 @@ class Recorder:
         content = b""
         if kept is not None:
             content = read_bytes(path, 1 << 32)[:kept["bytes"]]
-            if mark(content) != kept: raise InputError(f"{path} is damaged: it does not begin with the events that the state was saved with; start a new run")
+            if mark(content) != {k: kept[k] for k in ("bytes", "sha256")}: raise InputError(f"{path} is damaged: it does not begin with the events that the state was saved with; start a new run")
         self.hash, self.bytes, self.count, self.lines = hashlib.sha256(content), len(content), content.count(b"\n"), Lines(path, len(content))
     def __call__(self, event: Event):
         line = (json.dumps(event.to_dict() | {"time": round(time.time(), 3)}, allow_nan=False) + "\n").encode()
@@ -126,10 +126,17 @@ class Signals:
         if self.number is not None: raise KeyboardInterrupt
         self.number = number
 
+class Clock:
+    "Seconds that a run has taken so far, in this process and in those that it was resumed from. Wall time, and CPU time of all threads of the process."
+    def __init__(self, spent: dict|None = None # what an earlier process said
+                ):
+        self.wall, self.cpu = time.monotonic() - (spent or {}).get("wall_s", 0), time.process_time() - (spent or {}).get("cpu_s", 0)
+    def __call__(self)->dict: return {"wall_s": round(time.monotonic() - self.wall, 1), "cpu_s": round(time.process_time() - self.cpu, 1)}
+
 class Saver:
     "A listener to `rest` that saves a loop's state: after `every` seconds, after an event of the types in `after`, and when a signal has come, which then ends the run; and at once when somebody emits `save`."
-    def __init__(self, loop, recorder: Recorder, folder: Path, every: float = 60., after: tuple = (), signals: Signals|None = None):
-        self.loop, self.recorder, self.checkpoints, self.every, self.last, self.due, self.signals = loop, recorder, Checkpoints(folder), every, time.monotonic(), False, signals
+    def __init__(self, loop, recorder: Recorder, clock: Clock, folder: Path, every: float = 60., after: tuple = (), signals: Signals|None = None):
+        self.loop, self.recorder, self.clock, self.checkpoints, self.every, self.last, self.due, self.signals = loop, recorder, clock, Checkpoints(folder), every, time.monotonic(), False, signals
         loop.events.listen(self._event, *after, "rest", "save")
     def _event(self, event: Event):
         if event.type == "save": self.save()
@@ -139,7 +146,7 @@ class Saver:
             raise Stopped(self.signals.number, signal.Signals(self.signals.number).name)
         elif self.due or time.monotonic() - self.last >= self.every: self.save()
     def save(self, state=None):
-        self.checkpoints.save((state or self.loop.state_dict()) | {"record": self.recorder.mark()})
+        self.checkpoints.save((state or self.loop.state_dict()) | {"record": self.recorder.mark() | self.clock()})
         self.last, self.due = time.monotonic(), False
 
 # %% ../nbs/14_runs.ipynb #fa8d1cab
@@ -217,7 +224,7 @@ def _restore(loop, run: Path, splits: Splits)->dict|None: # mark of the events s
     if saved is None: return None
     try:
         loop.load_state_dict(saved)
-        return {"bytes": int(saved["record"]["bytes"]), "sha256": str(saved["record"]["sha256"])}
+        return {k: kind(saved["record"][k]) for k, kind in (("bytes", int), ("sha256", str), ("wall_s", float), ("cpu_s", float))}
     except InputError: raise
     except Exception as e: # a state that somebody else made can be wrong in any way
         raise InputError(f"the state in {run / 'checkpoint'} does not fit this run ({type(e).__name__}): start a new run") from None
@@ -250,12 +257,12 @@ def _memory_advice(loop)->str:
     return "out of memory in retraining: start again with a smaller train.batch"
 
 # %% ../nbs/14_runs.ipynb #7804a8ba
-def _run(loop, out: Path, recorder: Recorder, heard: tuple, listeners: tuple, after: tuple):
+def _run(loop, out: Path, recorder: Recorder, clock: Clock, heard: tuple, listeners: tuple, after: tuple):
     "Run a loop to its end with a recorder and a saver, and end well whatever happens."
     try:
         for listener in (recorder, *listeners): loop.events.listen(listener, *heard)
         with Signals() as signals:
-            saver = Saver(loop, recorder, out / "checkpoint", after=after, signals=signals)
+            saver = Saver(loop, recorder, clock, out / "checkpoint", after=after, signals=signals)
             try: loop.run()
             except NonFiniteLoss as e:
                 state, where = first_bad(loop, e)
@@ -267,7 +274,7 @@ def _run(loop, out: Path, recorder: Recorder, heard: tuple, listeners: tuple, af
             saver.save()
     finally: recorder.close()
 
-def _finish(cfg, out, loop, splits, start)->dict:
+def _finish(cfg, out, loop, splits, clock)->dict:
     content = read_bytes(out / "events.jsonl", 1 << 32)
     done = json.loads(content.splitlines()[-1])
     arch = SPACES[cfg.space.kind][1].derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
@@ -275,7 +282,7 @@ def _finish(cfg, out, loop, splits, start)->dict:
     arch_files.save(arch, out, overwrite=True)
     size = counts(arch)
     result = {"run": str(out), "reached": done["reached"], "target": int(done["target"]), "params": done["params"], "macs": done["macs"], "ops": done["ops"], "retention": done["retention"],
-              "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps, "wall_s": round(time.time() - start, 1), "events": mark(content),
+              "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps, **clock(), "events": mark(content),
               "derived": {k: size[k] for k in ("params_total", "params_deployable", "params_nonzero", "macs", "ops", "retention")}}
     write_json(out / "result.json", result)
     write_report(out)
@@ -291,7 +298,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
            prepare=None # called with the search before it starts
           )->dict: # the run's result, JSON-ready
     "Search, derive, and write the run folder. `InputError` on bad input, `NonFiniteLoss` when the loss is lost."
-    start = time.time()
+    clock = Clock()
     if resume:
         if out is None: raise InputError("--resume needs --out: say which run")
         found, out = read_config(out), Path(out)
@@ -306,16 +313,17 @@ def search(cfg: Config|None, # None: resume with the folder's own
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
         kept = _restore(loop, out, splits) if resume else None
+        if kept: clock = Clock(kept)
         if not resume: write_json(out / "config.json", _record(cfg, loop.device, splits))
         if prepare: prepare(loop)
         recorder = Recorder(out / "events.jsonl", kept)
         frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count) if cfg.space.kind == "darts" else None
         with Progress(len(loop.stages), quiet) as bar:
             if kept: bar.stage, bar.start = loop.stage, loop.start
-            try: _run(loop, out, recorder, ("stage", "epoch", "commit", "regrow", "done"), (bar, *([frames] if frames else []), *listeners), ("commit", "stage"))
+            try: _run(loop, out, recorder, clock, ("stage", "epoch", "commit", "regrow", "done"), (bar, *([frames] if frames else []), *listeners), ("commit", "stage"))
             finally:
                 if frames: frames.lines.close()
-        return _finish(cfg, out, loop, splits, start)
+        return _finish(cfg, out, loop, splits, clock)
 
 # %% ../nbs/14_runs.ipynb #81dea95f
 def train(cfg: Config, arch: Discovered,
@@ -324,7 +332,7 @@ def train(cfg: Config, arch: Discovered,
           resume: bool = False, quiet: bool = True, listeners: tuple = ()
          )->dict: # the result, JSON-ready
     "Retrain an architecture and write its folder."
-    start, out = time.time(), Path(out)
+    clock, out = Clock(), Path(out)
     if not resume: out = new_folder(out)
     elif (out / "config.json").exists() and to_dict(read_config(out)) != to_dict(cfg): raise InputError(f"{out} was started with another configuration: resume it without changing any")
     elif (out / "result.json").exists(): return read_json(out / "result.json", "a result")
@@ -333,11 +341,12 @@ def train(cfg: Config, arch: Discovered,
     out.mkdir(parents=True, exist_ok=True)
     with lock(out):
         kept = _restore(loop, out, splits) if resume and (out / "config.json").exists() else None
-        if kept is None: write_json(out / "config.json", _record(cfg, loop.device, splits))
+        if kept: clock = Clock(kept)
+        else: write_json(out / "config.json", _record(cfg, loop.device, splits))
         arch_files.save(arch, out, overwrite=True)
         recorder = Recorder(out / "events.jsonl", kept)
-        with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, recorder, ("epoch", "result"), (bar, *listeners), ())
-        result = loop.result | {"run": str(out), "name": arch.name, "wall_s": round(time.time() - start, 1), "events": mark(read_bytes(out / "events.jsonl", 1 << 32))}
+        with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, recorder, clock, ("epoch", "result"), (bar, *listeners), ())
+        result = loop.result | {"run": str(out), "name": arch.name, **clock(), "events": mark(read_bytes(out / "events.jsonl", 1 << 32))}
         write_json(out / "result.json", result)
     return result
 
