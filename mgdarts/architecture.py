@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_architecture.ipynb #1b0d7afd
 from __future__ import annotations
-import ast, hashlib, json
+import hashlib, json
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch, torch.nn.functional as F
@@ -13,13 +13,13 @@ from .config import InputError, closest
 from .space import *
 from .operations import *
 from .size import CellCount, NetCount
-from .store import digest, parse_json, read_bytes, unpickle, write_whole
+from .store import digest, parse_json, read_bytes, write_whole
 
 # %% auto #0
 __all__ = ['MAX_WIDTH', 'MAX_WEIGHTS', 'CONVS', 'SCHEMA', 'JSON_FILE', 'MASK_FILE', 'Op', 'halves', 'parts', 'norms', 'ArchCell',
-           'Discovered', 'Architecture', 'op_params', 'count', 'breakdown', 'sizes', 'counts', 'at_width', 'fitted',
-           'random_architecture', 'SepConv', 'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell', 'MaskedNet',
-           'DerivedNet', 'to_json', 'contents', 'save', 'fingerprint', 'load', 'read_genotypes', 'import_genotype']
+           'whole', 'Discovered', 'Architecture', 'op_params', 'count', 'breakdown', 'sizes', 'counts', 'at_width',
+           'fitted', 'random_architecture', 'SepConv', 'DilConv', 'Reduce', 'Pointwise', 'PoolNorm', 'DerivedCell',
+           'MaskedNet', 'DerivedNet', 'to_json', 'contents', 'save', 'fingerprint', 'load']
 
 # %% ../nbs/11_architecture.ipynb #3b96abce
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class ArchCell:
     ops: tuple # of Op, by node, edge, operation
     widths: tuple # channels of the six states
 
-def _whole(what, value, lo, hi):
+def whole(what, value, lo, hi):
     "`value` if it is a whole number from `lo` to `hi`."
     if isinstance(value, bool) or not isinstance(value, int) or not lo <= value <= hi:
         raise InputError(f"architecture: {what} is {str(value)[:40]!r}, which is not a whole number from {lo} to {hi}")
@@ -76,17 +76,17 @@ def _whole(what, value, lo, hi):
 def _check_cell(cell, c):
     "Refuse a cell with impossible operations, or with widths that do not meet."
     if not isinstance(cell, ArchCell) or len(cell.widths) != STATES: raise InputError(f"architecture: cell {c} needs operations and the widths of {STATES} states")
-    for s, w in enumerate(cell.widths): _whole(f"the width of state {s} of cell {c}", w, 1, MAX_WIDTH)
+    for s, w in enumerate(cell.widths): whole(f"the width of state {s} of cell {c}", w, 1, MAX_WIDTH)
     last = (-1, -1)
     for i, op in enumerate(cell.ops):
         here = f"operation {i} of cell {c}"
         if op.op not in OPS: raise InputError(f"architecture: {here} is {str(op.op)[:40]!r}: {closest(str(op.op)[:40], OPS)}")
-        _whole(f"the target of {here}", op.dst, INPUTS, STATES - 1); _whole(f"the source of {here}", op.src, 0, op.dst - 1)
+        whole(f"the target of {here}", op.dst, INPUTS, STATES - 1); whole(f"the source of {here}", op.src, 0, op.dst - 1)
         if (op.edge, op.index) <= last: raise InputError(f"architecture: {here} is out of order or there twice: sort by node, edge and operation")
         last = op.edge, op.index
         n = 3 if is_sep(op.index) else 2 if op.is_conv else 1
         if len(op.widths) != n: raise InputError(f"architecture: {here}, {op.op}, needs {n} width(s) and has {len(op.widths)}")
-        for w in op.widths: _whole(f"a width of {here}", w, 1, MAX_WIDTH)
+        for w in op.widths: whole(f"a width of {here}", w, 1, MAX_WIDTH)
         if (op.widths[0], op.widths[-1]) != (cell.widths[op.src], cell.widths[op.dst]):
             raise InputError(f"architecture: {here} joins states of {cell.widths[op.src]} and {cell.widths[op.dst]} channels with widths {list(op.widths)}")
     if unfed := set(range(INPUTS, STATES)) - {op.dst for op in cell.ops}: raise InputError(f"architecture: node {min(unfed)} of cell {c} has no operation: every node needs one")
@@ -97,8 +97,8 @@ class Discovered:
     def _check_head(self, *more): # more: (field, smallest, largest)
         if not isinstance(self.name, str) or not 0 < len(self.name) <= 200: raise InputError("architecture: the name must be a text of 1 to 200 characters")
         self.cells = tuple(self.cells)
-        for what, lo, hi in (*more, ("classes", 1, 100_000), ("size", 4, 1024), ("in_channels", 1, 64)): _whole(what, getattr(self, what), lo, hi)
-        _whole("the number of cells", len(self.cells), 3, 64)
+        for what, lo, hi in (*more, ("classes", 1, 100_000), ("size", 4, 1024), ("in_channels", 1, 64)): whole(what, getattr(self, what), lo, hi)
+        whole("the number of cells", len(self.cells), 3, 64)
         if self.stem not in ("auto", "cifar", "imagenet"): raise InputError(f"architecture: stem {str(self.stem)[:40]!r} is not auto, cifar or imagenet")
         self.stem = self.spec.stem_kind # a later change of the image size must not change the stem
 
@@ -505,7 +505,7 @@ def load(path # the folder, or the JSON file in it
     if path.is_dir(): path = path / JSON_FILE
     d = parse_json(read_bytes(path), path)
     if "schema" not in d: raise InputError(f"{path} is not an architecture: it has no schema")
-    if _whole("the schema", d["schema"], 1, 10 ** 6) > SCHEMA: raise InputError(f"{path} has schema {d['schema']} and this version reads up to {SCHEMA}: update mgdarts")
+    if whole("the schema", d["schema"], 1, 10 ** 6) > SCHEMA: raise InputError(f"{path} has schema {d['schema']} and this version reads up to {SCHEMA}: update mgdarts")
     if "sha256" in d and d["sha256"] != digest(d): raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit; if you changed it, remove its sha256")
     d.pop("sha256", None)
     kind = _kind(d.pop("space", Architecture.space))
@@ -521,89 +521,3 @@ def load(path # the folder, or the JSON file in it
     except (SafetensorError, KeyError, ValueError): raise InputError(f"{path.with_name(MASK_FILE)} is not a safetensors file") from None
     cells = tuple(kind.cell_from(c, x) for c, x in enumerate(d["cells"][:65])) # one more than there can be
     return kind(**{k: d[k] for k in kind.HEAD}, cells=cells, masks=masks, provenance=d["provenance"])
-
-# %% ../nbs/11_architecture.ipynb #5cb15756
-def _literal(node):
-    "Text, numbers, lists and tuples of a syntax tree; anything else is refused."
-    if isinstance(node, (ast.List, ast.Tuple)): return [_literal(n) for n in node.elts]
-    if isinstance(node, ast.Constant) and type(node.value) in (int, str): return node.value
-    raise ValueError
-
-def _is_concat(node):
-    "Whether the outputs are all four nodes: range(2, 6), or a list of them."
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range" and not node.keywords: return [_literal(n) for n in node.args] == [INPUTS, STATES]
-    return _literal(node) == list(range(INPUTS, STATES))
-
-def read_genotypes(text: str)->dict: # name -> list of cells, each a list of [operation, from, to, widths]
-    "The genotypes of a text in the authors' format. `InputError` if there is none."
-    try:
-        out = {}
-        for s in ast.parse(text).body:
-            if not (isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)): continue
-            call = s.value
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Genotype"): continue
-            given = dict(zip(("gene", "concat"), call.args)) | {k.arg: k.value for k in call.keywords}
-            if set(given) - {"gene", "concat"} or "gene" not in given or "concat" in given and not _is_concat(given["concat"]): raise ValueError
-            out[s.targets[0].id] = _literal(given["gene"])
-    except (SyntaxError, ValueError, RecursionError, MemoryError): out = {}
-    if not out: raise InputError("not a genotype: expected NAME = Genotype(gene=[[('sep_conv_3x3', 0, 2, [18, 18, 18]), ...], ...], concat=range(2, 6))")
-    return out
-
-# %% ../nbs/11_architecture.ipynb #5f59966f
-def _genotype_cell(c, gene, width, masks):
-    "(ArchCell, masks) of a cell of a genotype."
-    try: ops = [Op(name, src, dst, tuple(w)) for name, src, dst, w in gene]
-    except (TypeError, ValueError): raise InputError(f"genotype: cell {c} has an operation that is not of the form (name, from, to, [widths])") from None
-    widths = {}
-    for i, op in enumerate(ops):
-        if op.op not in OPS: raise InputError(f"genotype: operation {i} of cell {c} is {str(op.op)[:40]!r}: {closest(str(op.op)[:40], OPS)}")
-        if (op.src, op.dst) not in EDGES or not op.widths: raise InputError(f"genotype: operation {i} of cell {c} has no edge or no widths: {str(op.src)[:9]} to {str(op.dst)[:9]}")
-        for state, w in ((op.src, op.widths[0]), (op.dst, op.widths[-1])):
-            if widths.setdefault(state, w) != w: raise InputError(f"genotype: state {state} of cell {c} has {str(widths[state])[:9]} channels for one operation and {str(w)[:9]} for another")
-    order = sorted(range(len(ops)), key=lambda i: (ops[i].edge, ops[i].index))
-    named = {f"c{c}.o{at}.{role}": m for at, i in enumerate(order) if masks for (role, _), m in _pair(c, i, ops[i], masks)}
-    return ArchCell(tuple(ops[i] for i in order), tuple(widths.get(s, width) for s in range(STATES))), named
-
-def _pair(c, i, op, masks):
-    "The kernels of an operation with their masks."
-    kernels, given = parts(op, 1) if op.is_conv and len(op.widths) == 2 + is_sep(op.index) else (), masks[c][i]
-    if not isinstance(given, (list, tuple)) or len(given) != len(kernels): raise InputError(f"masks: operation {i} of cell {c} ({op.op}) needs {len(kernels)} masks")
-    for (role, shape), m in zip(kernels, given):
-        if not isinstance(m, Tensor) or tuple(m.shape) != shape: raise InputError(f"masks: {role} of operation {i} in cell {c} must have the shape {list(shape)}")
-        if not bool(((m == 0) | (m == 1)).all()): raise InputError(f"masks: {role} of operation {i} in cell {c} has values other than 0 and 1")
-    return zip(kernels, [m != 0 for m in given])
-
-def _read_masks(path, gene):
-    "The authors' nested list of masks, of the lengths of the genotype."
-    content = read_bytes(path, 1 << 28)
-    try: masks = unpickle(content)
-    except Exception: # PyTorch and pickle raise whatever they run into
-        raise InputError(f"{path} is not a file of masks saved by PyTorch") from None
-    shape = [len(c) for c in masks] if isinstance(masks, (list, tuple)) and all(isinstance(c, (list, tuple)) for c in masks) else None
-    if shape != [len(c) for c in gene]: raise InputError(f"{path} holds no masks for this genotype: it needs a list for each of its {len(gene)} cells, with an entry for each operation")
-    return masks
-
-def import_genotype(genotype_path, # text file in the authors' format
-                    masks_path = None, # file of masks; None: nothing is masked
-                    name: str|None = None, # which genotype, where a file has several
-                    *, channels: int, # C of the super-net; a genotype does not say
-                    classes: int = 10,
-                    size: int = 32 # image side, pixels
-                   )->Architecture:
-    "Read a published architecture. `InputError` on anything that is not one."
-    path = Path(genotype_path)
-    raw = read_bytes(path, 1 << 20)
-    try: found = read_genotypes(raw.decode())
-    except UnicodeDecodeError: raise InputError(f"{path} is not a text file") from None
-    if name is None and len(found) > 1: raise InputError(f"{path} has several genotypes, give the name of one: {', '.join(found)}")
-    name = name or next(iter(found))
-    if name not in found: raise InputError(f"{path} has no genotype {name!r}: {closest(name, found)}")
-    gene = found[name]
-    if not isinstance(gene, list) or not all(isinstance(c, list) for c in gene): raise InputError(f"genotype {name}: gene must be a list with a list of operations for each cell")
-    _whole("the number of cells", len(gene), 3, 64)
-    masks = _read_masks(Path(masks_path), gene) if masks_path is not None else None
-    spec = NetSpec(_whole("channels", channels, 2, MAX_WIDTH), len(gene), classes, _whole("size", size, 4, 1024))
-    cells = [_genotype_cell(c, g, s.width, masks) for c, (g, s) in enumerate(zip(gene, spec.cell))]
-    origin = {"origin": "genotype", "name": name, "genotype_sha256": hashlib.sha256(raw).hexdigest()}
-    if masks is not None: origin["masks_sha256"] = hashlib.sha256(Path(masks_path).read_bytes()).hexdigest()
-    return Architecture(name, channels, classes, size, 3, tuple(c for c, _ in cells), {k: m for _, named in cells for k, m in named.items()}, origin)

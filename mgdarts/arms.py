@@ -5,7 +5,7 @@
 # %% ../nbs/38_arms.ipynb #393afcdc
 from __future__ import annotations
 import dataclasses, hashlib, json, math, multiprocessing, os, queue, signal, statistics, sys, threading, time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from . import architecture as arch_files

@@ -13,7 +13,7 @@ from .space import *
 from .discretise import discretise, strongest, top
 from .kernels import EPS, among, native, normalise, normalise_sum, Pair, pairs, pixels, from_pixels, pointwise, spread_index, weighted_sum
 from .operations import avg_pool, even_odd, factorized_reduce, from_phases, max_pool, reset_uniform
-from .size import CellIndex, Layout, layout
+from .size import CellIndex, Layout
 
 # %% auto #0
 __all__ = ['LiveOp', 'NodePlan', 'remap', 'carry', 'carry_columns', 'PlannedCell', 'StoredCell', 'ReferenceCell', 'Cell']

@@ -251,8 +251,9 @@ def arch_import(genotype: Annotated[Path, typer.Option(help="File in the authors
                 classes: Annotated[int, typer.Option(help="Number of classes.")] = 10, as_json: Json = False):
     "Import a published genotype. The text is parsed, never evaluated."
     from mgdarts import architecture, runs
+    from mgdarts.genotype import import_genotype
     folder = runs.new_folder(out)
-    arch = architecture.import_genotype(genotype, masks, name, channels=channels, classes=classes)
+    arch = import_genotype(genotype, masks, name, channels=channels, classes=classes)
     architecture.save(arch, folder)
     size = architecture.counts(arch)
     result = {"out": str(folder), "name": arch.name, **{k: size[k] for k in ("params_total", "params_deployable", "params_nonzero", "macs", "ops")}}

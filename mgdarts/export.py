@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn, Tensor
 from . import architecture as arch_files
-from .architecture import Architecture, Discovered, DerivedNet, counts
+from .architecture import Architecture, Discovered, counts
 from .config import InputError
 from .store import Checkpoints, pickled, read_json, write_whole
 

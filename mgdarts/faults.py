@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from . import architecture, cli, data, frames, replay, runs, search, store, supernet, train
 from .config import InputError, preset
+from .genotype import import_genotype, read_genotypes
 
 # %% auto #0
 __all__ = ['FAST', 'SETS', 'PARTS', 'CALLS', 'GENOTYPE', 'KNOBS', 'call', 'one_line', 'steps', 'bits', 'kill_in', 'undisturbed',
@@ -217,9 +218,9 @@ def kinds(run: Path, # a finished run
     cfg = preset("smoke", **{"data.name": "pictures", "data.dir": str(folder), "data.size": 0, "data.subset": 1.0, "data.val_fraction": .25}).data
     data.load_data(cfg, 0)
     (folder / "genotype.txt").write_text(GENOTYPE)
-    gene = architecture.read_genotypes(GENOTYPE)["NET"]
+    gene = read_genotypes(GENOTYPE)["NET"]
     torch.save([[[torch.ones(4, 1, 3, 3), torch.ones(4, 4, 1, 1)] * 2 for _ in c] for c in gene], folder / "masks.pt")
-    def imported(): return architecture.import_genotype(folder / "genotype.txt", folder / "masks.pt", channels=4)
+    def imported(): return import_genotype(folder / "genotype.txt", folder / "masks.pt", channels=4)
     whole, kept = lambda: runs.load_run(run), store.Checkpoints(run / "train/checkpoint").load()["record"]
     return {"config.json": (run / "config.json", whole, True), "result.json": (run / "result.json", whole, True), "events.jsonl, finished": (run / "events.jsonl", whole, True),
             "events.jsonl, to go on with": (run / "train/events.jsonl", lambda: _resumed(run / "train/events.jsonl", kept), True), "checkpoint, search": (store.Checkpoints(run / "checkpoint").files()[-1], lambda: _newest(run / "checkpoint"), True),

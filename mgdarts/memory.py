@@ -5,7 +5,7 @@
 # %% ../nbs/11_memory.ipynb #d223a4af
 from __future__ import annotations
 import copy, weakref
-from dataclasses import dataclass, asdict
+from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from .config import Compute, Search as Settings
 from .space import *
 from .loss import regulariser
-from .search import make_optimizer, plan
+from .search import plan
 from .supernet import SuperNet
 from .mobilenet import supernet
 
@@ -69,7 +69,6 @@ def step_memory(net: SuperNet, cfg: Settings,
     fixed = tensor_bytes(params) + tensor_bytes(net.buffers())
     def run():
         seen = Accountant()
-        opt = make_optimizer(net, cfg)
         with seen:
             x, y = torch.zeros(size), torch.zeros(batch, dtype=torch.long)
             logits = net(x)

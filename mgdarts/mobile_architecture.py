@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .config import InputError
-from .architecture import Discovered, MaskedNet, MAX_WIDTH, counts, sizes, _numel, _whole
+from .architecture import Discovered, MaskedNet, MAX_WIDTH, counts, sizes, _numel, whole
 from .mobile import *
 from .mobilenet import ACTIVATIONS, MobileHead, MobileStem, squeeze_excite
 from .operations import AuxHead, Norm, depthwise, init_conv
@@ -83,9 +83,9 @@ def _check_layer(cell, c, full):
     if not isinstance(cell, tuple) or not 0 < len(cell) <= len(KERNELS) or not all(isinstance(b, Branch) for b in cell): raise InputError(f"architecture: layer {c} needs one to {len(KERNELS)} blocks")
     for i, b in enumerate(cell):
         here = f"of block {i} of layer {c}"
-        if _whole(f"the kernel {here}", b.kernel, KERNELS[0], KERNELS[-1]) not in KERNELS: raise InputError(f"architecture: the kernel {here} is {b.kernel}: choose from {', '.join(map(str, KERNELS))}")
-        _whole(f"the number of filters {here}", b.mid, 1, full.branches[0].mid)
-        _whole(f"the number of squeezed filters {here}", b.squeeze, *((1, MAX_WIDTH) if full.branches[0].squeeze else (0, 0)))
+        if whole(f"the kernel {here}", b.kernel, KERNELS[0], KERNELS[-1]) not in KERNELS: raise InputError(f"architecture: the kernel {here} is {b.kernel}: choose from {', '.join(map(str, KERNELS))}")
+        whole(f"the number of filters {here}", b.mid, 1, full.branches[0].mid)
+        whole(f"the number of squeezed filters {here}", b.squeeze, *((1, MAX_WIDTH) if full.branches[0].squeeze else (0, 0)))
     if any(a.kernel >= b.kernel for a, b in zip(cell, cell[1:])): raise InputError(f"architecture: the blocks of layer {c} are out of order or there twice: sort by kernel")
 
 # %% ../nbs/11_mobile.ipynb #af8d389c

@@ -5,7 +5,6 @@
 # %% ../nbs/31_pictures.ipynb #d1f0c27c
 from __future__ import annotations
 import html
-import torch
 from .space import *
 from .plots import GRANULARITY_COLOURS, GREY, OP_STYLES
 from .inspector import Distribution, View

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cached_property
 import torch
 from torch import Tensor
-from .space import *
 from .discretise import strongest
 from .size import NetCount
 from .cell import carry, carry_columns

@@ -6,7 +6,6 @@
 from __future__ import annotations
 import torch
 from torch import Tensor
-from .space import *
 from .supernet import SuperNet
 
 # %% auto #0

@@ -4,15 +4,16 @@
 
 # %% ../nbs/40_reproduce.ipynb #a82c8d0e
 from __future__ import annotations
-import dataclasses, json, statistics, sys, time
+import dataclasses, statistics, sys, time
 from dataclasses import asdict
 from pathlib import Path
 from . import architecture as arch_files
 from . import paper, runs
 from .architecture import Architecture, counts
 from .arms import Arm, Job, job, run_arms
-from .config import PRESETS, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve, to_dict
+from .config import PRESETS, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve
 from .data import root
+from .genotype import import_genotype
 from .events import RunFailed
 from .memory import memory_plan
 from .space import *
@@ -129,7 +130,7 @@ def published()->Architecture|None:
     "The authors' small network, where its files are in data/published, or in shared/data/published beside the project."
     for folder in (root() / "data/published", root().parent / "shared/data/published"):
         files = [folder / n for n in ("genotype_small.txt", "mask_cifar10_darts_small.npy")]
-        if all(f.exists() for f in files): return arch_files.import_genotype(*files, channels=24)
+        if all(f.exists() for f in files): return import_genotype(*files, channels=24)
 
 def published_shape(_)->dict:
     arch = published()

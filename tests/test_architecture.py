@@ -6,6 +6,7 @@ import pytest, torch
 from hypothesis import given, settings, strategies as st
 from mgdarts.architecture import *
 from mgdarts.config import InputError
+from mgdarts.genotype import import_genotype
 from mgdarts.operations import avg_pool, max_pool
 from mgdarts.space import NetSpec, NODE_EDGES, EDGES
 
