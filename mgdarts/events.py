@@ -6,7 +6,6 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass, field
-import torch, torch.nn.functional as F
 
 # %% auto #0
 __all__ = ['Event', 'plain', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'Stopped', 'evaluate']
@@ -78,18 +77,19 @@ class Stopped(RunFailed):
         self.code = 128 + number
 
 # %% ../nbs/05_events.ipynb #77421bac
-@torch.no_grad()
 def evaluate(nets: list, # modules that give logits, or (logits, more); in evaluation mode afterwards
              batches, # of (images, labels), read once for all
-             device: str|torch.device = "cpu"
+             device = "cpu" # or a torch.device
             )->list: # of (accuracy in percent, mean cross-entropy); NaN when there is no batch
     "Accuracy and loss of several nets as they are."
+    import torch, torch.nn.functional as F # only here: the command line knows this chapter, and answers before PyTorch is loaded
     for net in nets: net.eval()
     sums, n = torch.zeros(len(nets), 2, dtype=torch.float64, device=device), 0
-    for x, y in batches:
-        x, y, n = x.to(device, non_blocking=True), y.to(device, non_blocking=True), n + len(y)
-        for i, net in enumerate(nets):
-            found = net(x)
-            logits = found[0] if isinstance(found, tuple) else found
-            sums[i] += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
+    with torch.no_grad():
+        for x, y in batches:
+            x, y, n = x.to(device, non_blocking=True), y.to(device, non_blocking=True), n + len(y)
+            for i, net in enumerate(nets):
+                found = net(x)
+                logits = found[0] if isinstance(found, tuple) else found
+                sums[i] += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
     return [(100 * hits / n, loss / n) for hits, loss in sums.tolist()] if n else [(math.nan, math.nan)] * len(nets)

@@ -63,3 +63,8 @@ def test_core_imports_torch_alone():
 def test_notebooks_are_committed_clean(path):
     for cell in json.loads(path.read_text("utf-8"))["cells"]:
         assert not cell.get("outputs") and not cell.get("execution_count")
+
+
+def test_the_command_line_answers_before_torch_is_loaded():
+    code = "import sys; from mgdarts import cli; cli.main(['count', '--channels', '4', '--cells', '3']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0
