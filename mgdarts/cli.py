@@ -328,7 +328,7 @@ def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help
                       data_dir: Annotated[str, typer.Option(help="Folder of the datasets.")] = "",
                       device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
                       arms: Annotated[str, typer.Option(help="Labels of arms, comma-separated, or all.")] = "",
-                      out: Annotated[Optional[Path], typer.Option(help="Folder of records and figures; default: the project's figures/.")] = None,
+                      out: Annotated[Optional[Path], typer.Option(help="Folder of records and figures; default: the project's figures/, at preset smoke figures/smoke/.")] = None,
                       jobs: Annotated[int, typer.Option(help="Arms side by side; 0: one a core, one on a GPU.")] = 0, sets: Sets = None, as_json: Json = False):
     "Reproduce a table or figure of the paper, or all."
     from mgdarts import reproduce as r
@@ -350,7 +350,7 @@ def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help
     if any(n["failed"] for n in names): raise typer.Exit(1)
 
 @app.command("claims")
-def claims_command(records: Annotated[Optional[Path], typer.Option(help="Folder of the records; default: the project's figures/.")] = None, as_json: Json = False):
+def claims_command(records: Annotated[Optional[Path], typer.Option(help="Folder of the records; default: the project's figures/, and figures/smoke/.")] = None, as_json: Json = False):
     "The paper's claims against the records so far."
     if records is not None and not records.is_dir(): raise InputError(f"--records {records} is not a folder: give the one that mgdarts reproduce writes to")
     from mgdarts.verdicts import verdicts

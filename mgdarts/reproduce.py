@@ -18,7 +18,7 @@ from .events import RunFailed
 from .memory import memory_plan
 from .space import *
 from .store import read_json, write_json
-from .verdicts import verdicts
+from .verdicts import home, verdicts
 
 # %% auto #0
 __all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'seconds', 'measure',
@@ -200,7 +200,7 @@ class Asked:
     "The parameters of a notebook."
     def __init__(self, item: str, preset: str = "smoke", seeds: str|int|list = "0", dataset: str = "", data_dir: str = "", device: str = "auto",
                  arms: str = "", # labels, comma-separated; empty: all, at preset smoke those that are enough there
-                 out: str = "", # folder of the records; empty: the project's figures/
+                 out: str = "", # folder of the records; empty: the project's figures/, at preset smoke figures/smoke/
                  runs_dir: str = "", # folder of all runs; empty: the project's runs/repro
                  jobs: int = 0, settings: str = "", # more knobs for all arms
                  **more # further parameters, for the record
@@ -209,7 +209,7 @@ class Asked:
             if not isinstance(value, str): raise InputError(f"parameter {name}={value!r} must be text")
         if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 0: raise InputError(f"parameter jobs={jobs!r} must be a whole number from 0")
         self.item, self.preset, self.seeds, self.chosen, self.workers = target(item), preset, seeds_of(seeds), [a.strip() for a in arms.split(",") if a.strip()], jobs
-        self.folder, self.out = Path(runs_dir) if runs_dir else root() / "runs/repro", (Path(out) if out else root() / "figures") / item
+        self.folder, self.out = Path(runs_dir) if runs_dir else root() / "runs/repro", (Path(out) if out else home(preset)) / item
         self.common = {k: v for k, v in {"data.name": dataset, "data.dir": data_dir, "device": device}.items() if v} | (SMOKE if preset == "smoke" else {}) | {resolve(Config(), k): v for k, v in pairs(settings).items()}
         self.parameters = {"preset": preset, "seeds": list(self.seeds), "dataset": dataset, "data_dir": "", "device": device, "arms": arms, "settings": settings, **more}
         self.base = preset_config(preset, **self.common)
@@ -374,7 +374,7 @@ def outcome(path: Path, # where the record is, if the target has runs
 def reproduce(name: str, parameters: dict # of its notebook
              )->dict: # JSON-ready
     "Run a target's notebook, and say what came of it."
-    start, path = time.time(), (Path(parameters["out"]) if parameters.get("out") else root() / "figures") / name / "record.json"
+    start, path = time.time(), (Path(parameters["out"]) if parameters.get("out") else home(parameters["preset"])) / name / "record.json"
     return outcome(path, notebook=str(run_notebook(name, parameters)), wall_s=round(time.time() - start, 1))
 
 def reproduce_all(names: list, parameters: dict)->list: # a dictionary for each

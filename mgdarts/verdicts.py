@@ -13,7 +13,7 @@ from .store import read_json
 # %% auto #0
 __all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'RANDOM', 'FIXED', 'gap',
            'more', 'exactly', 'together', 'NotRun', 'Values', 'check', 'others', 'second', 'dass', 'sizes', 'judge',
-           'verdicts']
+           'home', 'verdicts']
 
 # %% ../nbs/39_verdicts.ipynb #007eb7f2
 def gap(a: list, b: list, # a value a seed
@@ -193,12 +193,17 @@ def judge(claim: dict, # of `paper.claims`
     except NotRun as e: return out | {"why": str(e)}
     return out | {"verdict": verdict, "scale": (scale or [record["scale"]])[0], "dataset": record["dataset"], "why": why}
 
-def verdicts(folder: str|Path|None = None, # of the records; None: the project's figures/
+def home(preset: str)->Path:
+    "Where records go: the project's figures/; what was only tried out, at preset smoke, to figures/smoke/, where it takes no other record's place."
+    return root() / ("figures/smoke" if preset == "smoke" else "figures")
+
+def verdicts(folder: str|Path|None = None, # of the records; None: the project's, and of those only tried out what there is no other of
              item: str|None = None # only claims of this table or figure
             )->list: # of dictionaries, one a claim
     "The paper's claims against the records so far. `InputError` on a damaged record."
-    folder, records = Path(folder) if folder else root() / "figures", {}
+    folders, records = [Path(folder)] if folder else [home(""), home("smoke")], {}
     for c in paper.claims():
-        path = folder / c["item"] / "record.json"
-        if c["item"] not in records: records[c["item"]] = read_json(path, "a record") if path.exists() else None
+        if c["item"] in records: continue
+        path = next((p for f in folders if (p := f / c["item"] / "record.json").exists()), None)
+        records[c["item"]] = path and read_json(path, "a record")
     return [judge(c, records[c["item"]]) for c in paper.claims() if item in (None, c["item"])]
