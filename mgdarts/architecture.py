@@ -262,8 +262,8 @@ def fitted(arch: Architecture, params: float # deployable parameters, plain numb
           )->Architecture:
     "The width at which an architecture has about so many parameters. `InputError` when even the narrowest has more than twice as many."
     low, high = 2, 512 # sizes grow with the width
-    while high - low > 2:
-        middle = (low + high) // 4 * 2
+    while high - low > 1:
+        middle = (low + high) // 2
         low, high = (middle, high) if count(at_width(arch, middle)).params <= params else (low, middle)
     out = at_width(arch, min((low, high), key=lambda c: abs(count(at_width(arch, c)).params - params)))
     if count(out).params > 2 * params: raise InputError(f"search.target_m={params / 1e6:g} is too small for these operations: with 2 filters they have {count(out).params} parameters")

@@ -65,7 +65,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
     if config(method).space.constraint < 3:
         kinds = {}
         for cell, spec in zip(arch.cells, arch.spec.cell): assert kinds.setdefault(spec.reduction, [(o.op, o.edge) for o in cell.ops]) == [(o.op, o.edge) for o in cell.ops]
-    if config(method).rules.fit: assert abs(result["derived"]["params_nonzero"] / 1e4 - 1) < .5 # the width moves in steps of two filters
+    if config(method).rules.fit: assert abs(result["derived"]["params_nonzero"] / 1e4 - 1) < .35 # the width is a whole number of filters, here two or three
     assert cli.main(["train", str(out), "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["test_acc_final"] <= 100
     assert (out / "report.html").exists()
