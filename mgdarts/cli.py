@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .methods import METHODS
-from .config import Config, InputError, PRESETS, configure, preset as preset_config
+from .config import LONG, Config, InputError, PRESETS, configure, preset as preset_config
 from .mobile import MobileSpec
 from .space import NetSpec, count_supernet
 
@@ -95,6 +95,16 @@ def _configuration(preset, method, dataset, data_dir, seed, device, sets)->Confi
     extra = {k: v for k, v in {"method": method, "data.name": dataset, "data.dir": data_dir, "seed": seed, "device": device}.items() if v is not None}
     return preset_config(preset, **{**extra, **_settings(sets)})
 
+def _look(cfg, out, as_json):
+    from mgdarts.estimate import estimate
+    found = estimate(cfg, out or "runs")
+    gb = lambda v: None if v is None else f"{v / 1e9:.2f} GB"
+    rows = [("dataset", found["dataset"]), *((f"images, {k}", v) for k, v in found["images"].items()), ("device", found["device"]),
+            *((f"{r['stage']}: peak, an epoch, epochs at most", f"{gb(r['peak_bytes'])}, {r['epoch_s']:.3g} s, {r['epochs_at_most']}") for r in found["stages"]), ("search, hours at most", found["search_hours_at_most"]), ("retraining, hours", found["train_hours"]),
+            ("memory: needed, free", f"{gb(found['peak_bytes'])}, {gb(found['memory_bytes'])}"), ("disk: needed, free", f"{gb(found['disk_bytes'])}, {gb(found['disk_free_bytes'])}")]
+    _show(found, as_json, _table("before the run", ["", ""], rows))
+    if found["problems"]: raise InputError(found["problems"][0])
+
 @app.command()
 def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")] = "smoke",
            method: Annotated[Optional[str], typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = None,
@@ -104,13 +114,20 @@ def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESE
            resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
            seed: Annotated[Optional[int], typer.Option(help="Seed of everything random.")] = None,
            device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:N or auto.")] = None,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only look: is the data there, does it fit into memory and on the disk, how long will it take?")] = False,
            sets: Sets = None, as_json: Json = False):
     "A whole search: prune, regrow, derive; writes a run folder."
     from mgdarts import runs
     if resume:
         if any(v is not None for v in (method, dataset, data_dir, seed, device)) or sets: raise InputError("--resume goes on with the run's own configuration: leave out the other options")
         result = runs.search(None, out, resume=True, quiet=as_json)
-    else: result = runs.search(_configuration(preset, method, dataset, data_dir, seed, device, sets), out, quiet=as_json)
+    else:
+        cfg = _configuration(preset, method, dataset, data_dir, seed, device, sets)
+        if dry_run: return _look(cfg, out, as_json)
+        if cfg.preset in LONG:
+            from mgdarts.estimate import estimate, in_words
+            print(in_words(estimate(cfg, out or "runs")), file=sys.stderr)
+        result = runs.search(cfg, out, quiet=as_json)
     if not result["reached"]: print(f"target not reached: {result['params']} parameters, {result['target']} asked for; allow more with --set max_epochs=N, or a larger lambda_step", file=sys.stderr)
     rows = [("target reached", result["reached"]), ("parameters", result["params"]), ("target", result["target"]), ("MACs", result["macs"]), ("operations", result["ops"]),
             *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("derived: deployable parameters", result["derived"]["params_deployable"]),

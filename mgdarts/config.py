@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PARTS', 'PRUNING', 'PRESETS', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train', 'Rules',
-           'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method', 'preset',
-           'pairs', 'settings_of', 'refuse_unknown', 'root']
+__all__ = ['PARTS', 'PRUNING', 'PRESETS', 'LONG', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train',
+           'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method',
+           'preset', 'pairs', 'settings_of', 'refuse_unknown', 'root']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -344,6 +344,7 @@ PRESETS = {
                   "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
                   "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
 }
+LONG = ("small", "large", "imagenet", "mobilenet") # the paper's sizes
 # what the scaled-down ones change in the other space, whose head alone has most of the parameters
 MOBILE = {"smoke": {"space.width": 0.25, "search.target_m": 0.115}, "cpu": {"space.width": 0.35, "search.target_m": 0.3}}
 

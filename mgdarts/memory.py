@@ -51,6 +51,7 @@ class StepMemory:
     optimizer: int # momentum
     activations: int # kept by the forward pass for the backward pass, and the batch itself
     live_ops: int # operations of the sub-net
+    macs: int # multiply-adds of its forward pass, an image
 
 def tensor_bytes(tensors)->int:
     "What some tensors hold."
@@ -62,7 +63,7 @@ def step_memory(net: SuperNet, cfg: Settings,
                 real: bool = False # run on real tensors instead
                )->StepMemory:
     "What one training step of a net needs. The net is not changed."
-    live = int(net.op_live[:len(net.cells)].sum())
+    live, macs = int(net.op_live[:len(net.cells)].sum()), net.count().macs_dense
     if not real: net = copy.deepcopy(net)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     size, params = (batch, net.spec.in_channels, net.spec.size, net.spec.size), list(net.parameters())
@@ -87,7 +88,7 @@ def step_memory(net: SuperNet, cfg: Settings,
                 for k, p in list(module._buffers.items()):
                     if p is not None: module._buffers[k] = mode.from_tensor(p)
             peak, kept = run()
-    return StepMemory(name, peak + 2 * fixed - tensor_bytes(net.buffers()), fixed, tensor_bytes(params), tensor_bytes(params), kept, live)
+    return StepMemory(name, peak + 2 * fixed - tensor_bytes(net.buffers()), fixed, tensor_bytes(params), tensor_bytes(params), kept, live, macs)
 
 # %% ../nbs/11_memory.ipynb #236178fb
 def _order(net: SuperNet, generator: torch.Generator)->tuple: # (live operations [cells, 14, 7], [k, 3] those that may go, in random order)

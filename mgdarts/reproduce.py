@@ -11,7 +11,7 @@ from . import architecture as arch_files
 from . import paper, runs
 from .architecture import Architecture, counts
 from .arms import Arm, Job, job, run_arms
-from .config import PRESETS, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve
+from .config import LONG, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve
 from .data import root
 from .genotype import import_genotype
 from .events import RunFailed
@@ -107,7 +107,7 @@ def scale_of(config: dict # of a training, or of a search
             )->str:
     "paper, or scaled down."
     cfg = from_dict(config)
-    if cfg.preset not in PRESETS or cfg.preset in ("smoke", "cpu") or Path(cfg.data.name).name not in PAPER_DATA: return "scaled down"
+    if cfg.preset not in LONG or Path(cfg.data.name).name not in PAPER_DATA: return "scaled down"
     base = preset_config(cfg.preset)
     whole = all(getattr(cfg.data, k) == getattr(base.data, k) for k in ("size", "subset", "test_subset")) and cfg.train.epochs >= min(200, base.train.epochs) and cfg.space.cells >= 8 # Table X trains for 200
     return "paper" if whole else "scaled down"
@@ -238,6 +238,9 @@ class Ran(Asked):
         todo, start = [job(a, self.preset, s, **self.common) for a in arms if wanted & {a.label, "all"} for s in self.seeds], time.time()
         there = sum(j.finished(self.folder) for j in todo)
         print(f"{len(todo)} runs of {len(todo) // len(self.seeds)} arms" + (f", {there} of them finished before" if there else ""))
+        if self.preset in LONG and there < len(todo):
+            from mgdarts.estimate import estimate, in_words
+            print(f"each: {in_words(estimate(self.base, self.folder))}", flush=True)
         failed = {i + len(self.todo): why for i, why in run_arms(todo, self.folder, self.workers).items()} | self.failed
         self.todo, self.failed, self.wall = self.todo + todo, failed, self.wall + time.time() - start
         self.record = make_record(self.item, self.todo, self.folder, self.parameters, failed, self.wall)

@@ -10,7 +10,7 @@ import torch
 from . import __version__
 from . import architecture as arch_files, derive, mobile_derive
 from .architecture import Discovered, counts, fitted
-from .config import Config, InputError, from_dict, to_dict
+from .config import LONG, Config, InputError, from_dict, to_dict
 from .data import Augment, Loader, Splits, halves, load_data, root
 from .events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
@@ -203,7 +203,7 @@ def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict
 def _record(cfg, device, splits)->dict:
     return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_fingerprint": splits.fingerprint,
             "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "skipped": splits.skipped,
-            "scale": "paper" if cfg.preset in ("small", "large", "imagenet", "mobilenet") else "scaled down"}
+            "scale": "paper" if cfg.preset in LONG else "scaled down"}
 
 def read_record(run: str|Path)->dict:
     "`config.json` of a run folder, checked."
