@@ -191,14 +191,15 @@ def test_data_for_another_architecture_is_refused(run):
 
 @pytest.mark.parametrize("kind", ["darts", "mobilenet"])
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(kind, tmp_path, capsys, monkeypatch):
-    from mgdarts import cli, estimate
+    from mgdarts import estimate
     order = ["search", "--preset", "smoke", "--dry-run", "--json", "--out", str(tmp_path / "run"), "--set", f"space.kind={kind}", "--set", "data.subset=200"]
-    assert cli.main(order) == 0
+    assert main(order) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["search_hours_at_most"] == pytest.approx(sum(s["epoch_s"] * s["epochs_at_most"] for s in found["stages"]) / 3600) > 0 and found["train_hours"] > 0
+    assert found["search_hours_at_most"] == pytest.approx(sum(s["epoch_s"] * s["epochs_at_most"] for s in found["stages"]) / 3600)
+    assert found["search_hours_at_most"] > 0 and found["train_hours"] > 0
     assert found["peak_bytes"] == max(s["peak_bytes"] for s in found["stages"]) and not found["problems"] and not list(tmp_path.iterdir())
     monkeypatch.setattr(estimate, "memory_there", lambda device: 1000)
-    assert cli.main(order) == 2
+    assert main(order) == 2
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "a step needs about" in said.err and len(json.loads(said.out)["problems"]) == 1
-    assert cli.main([*order, "--set", "data.name=nowhere"]) == 2
+    assert main([*order, "--set", "data.name=nowhere"]) == 2
