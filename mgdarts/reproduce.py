@@ -73,9 +73,9 @@ def pace_of(events: list)->dict:
         out |= {"ops_a_commit": statistics.fmean(e["pruned"]["operation"] for e in commits), "filters_a_commit": 100 * statistics.fmean(filters) if filters else None}
     return out
 
-def seconds(result: dict, record: dict)->float:
+def seconds(result: dict, record: dict)->float|None: # None: an older run does not say
     "What a run cost: CPU seconds on a CPU, whatever else the machine did meanwhile; wall time on a GPU."
-    return result["cpu_s" if record["environment"]["device"] == "cpu" else "wall_s"]
+    return result.get("cpu_s" if record["environment"]["device"] == "cpu" else "wall_s")
 
 def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
     "What an arm's files say. `InputError` when they are damaged or missing."

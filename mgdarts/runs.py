@@ -224,7 +224,7 @@ def _restore(loop, run: Path, splits: Splits)->dict|None: # mark of the events s
     if saved is None: return None
     try:
         loop.load_state_dict(saved)
-        return {k: kind(saved["record"][k]) for k, kind in (("bytes", int), ("sha256", str), ("wall_s", float), ("cpu_s", float))}
+        return {"bytes": int(saved["record"]["bytes"]), "sha256": str(saved["record"]["sha256"]), **{k: float(saved["record"].get(k, 0)) for k in ("wall_s", "cpu_s")}} # older states do not say what they cost
     except InputError: raise
     except Exception as e: # a state that somebody else made can be wrong in any way
         raise InputError(f"the state in {run / 'checkpoint'} does not fit this run ({type(e).__name__}): start a new run") from None
