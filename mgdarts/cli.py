@@ -123,11 +123,15 @@ def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESE
         result = runs.search(None, out, resume=True, quiet=as_json)
     else:
         cfg = _configuration(preset, method, dataset, data_dir, seed, device, sets)
+        if out: runs.new_folder(out) # a name that is taken is better known before
         if dry_run: return _look(cfg, out, as_json)
+        splits = None
         if cfg.preset in LONG:
+            from mgdarts.data import load_data
             from mgdarts.estimate import estimate, in_words
-            print(in_words(estimate(cfg, out or "runs")), file=sys.stderr)
-        result = runs.search(cfg, out, quiet=as_json)
+            splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
+            print(in_words(estimate(cfg, out or "runs", splits)), file=sys.stderr)
+        result = runs.search(cfg, out, splits=splits, quiet=as_json)
     if not result["reached"]: print(f"target not reached: {result['params']} parameters, {result['target']} asked for; allow more with --set max_epochs=N, or a larger lambda_step", file=sys.stderr)
     rows = [("target reached", result["reached"]), ("parameters", result["params"]), ("target", result["target"]), ("MACs", result["macs"]), ("operations", result["ops"]),
             *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("derived: deployable parameters", result["derived"]["params_deployable"]),

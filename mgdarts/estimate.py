@@ -8,11 +8,9 @@ import shutil, time
 from pathlib import Path
 import torch
 from .config import Config, configure
-from .architecture import random_architecture
-from .data import load_data
+from .data import Splits, load_data
 from .memory import memory_plan
-from .mobile_architecture import random_mobile
-from .runs import device_of, make_search, make_trainer
+from .runs import SPACES, device_of, make_search, make_trainer
 
 # %% auto #0
 __all__ = ['FEW', 'step_seconds', 'memory_there', 'estimate', 'in_words']
@@ -34,9 +32,10 @@ def step_seconds(loop, # a Search or Trainer, begun
 def _timed(cfg, splits, device): # (seconds of a step of the first stage with a batch of the search, the same for the retraining, the search)
     few = lambda batch: batch if device.type == "cuda" else min(batch, FEW)
     search = make_search(configure(cfg, **{"search.batch": few(cfg.search.batch), "search.warmup": 0}), splits)
-    drawn = (random_mobile if cfg.space.kind == "mobilenet" else random_architecture)(search.whole, int(cfg.search.target_m * 1e6))
+    drawn = SPACES[cfg.space.kind][2](search.whole, int(cfg.search.target_m * 1e6))
     trainer = make_trainer(configure(cfg, **{"train.batch": few(cfg.train.batch)}), drawn, splits)
-    return step_seconds(search) * cfg.search.batch / few(cfg.search.batch), step_seconds(trainer) * cfg.train.batch / few(cfg.train.batch), search
+    whole = lambda loop, batch: step_seconds(loop) * batch / loop.loaders["train"].batch_size
+    return whole(search, cfg.search.batch), whole(trainer, cfg.train.batch), search
 
 # %% ../nbs/17_estimate.ipynb #c18a4c69
 def memory_there(device: torch.device)->int|None: # bytes; None: not known
@@ -45,15 +44,16 @@ def memory_there(device: torch.device)->int|None: # bytes; None: not known
     try: return next(1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError): return None
 
-def estimate(cfg: Config, folder: str|Path = "." # where the run folder will be
+def estimate(cfg: Config, folder: str|Path = ".", # where the run folder will be
+             splits: Splits|None = None # data, if it is loaded already
             )->dict: # JSON-ready
     "What a search and its retraining need, and whether it is there. `InputError` when the data or the device are not."
     device = device_of(cfg)
-    splits = load_data(cfg.data, cfg.seed, device)
+    splits = splits or load_data(cfg.data, cfg.seed, device)
     step, train_step, search = _timed(cfg, splits, device)
     parts = memory_plan(search.whole, cfg.search, cfg.search.batch, cfg.search.stages, cfg.space.aux_size, cfg.compute)
     if not search.by_size: parts = [parts[0]] * len(search.stages) # the whole net, to the end
-    images = len(splits.train.labels) // (2 if len(search.loaders) > 2 else 1) # two-level methods learn alpha from one half
+    images = len(search.loaders["train"].split.labels) # of two-level methods one half
     rows = []
     for (name, *_), part in zip(search.stages, parts):
         epochs = (cfg.search.max_epochs if search.by_size else search.length) + (0 if name == "fine-tune" else cfg.search.warmup if search.by_size else 0)

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from . import __version__
 from . import architecture as arch_files, derive, mobile_derive
-from .architecture import Discovered, counts, fitted
+from .architecture import Discovered, counts, fitted, random_architecture
 from .config import LONG, Config, InputError, from_dict, to_dict
 from .data import Augment, Loader, Splits, halves, load_data, root
 from .events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
 from .mobile import KERNELS, MobileSpec
+from .mobile_architecture import random_mobile
 from .search import Search
 from .space import NetSpec
 from .store import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links, write_json
@@ -173,8 +174,8 @@ class Progress:
         elif e.type in ("done", "result"): self.bar.update(self.task, completed=self.bar.tasks[0].total)
 
 # %% ../nbs/14_runs.ipynb #4bc614d5
-# of each space: the super-net as data; the module with its `derive` and `inherited`
-SPACES = {"darts": (NetSpec, derive), "mobilenet": (MobileSpec, mobile_derive)}
+# of each space: the super-net as data; the module with its `derive` and `inherited`; networks drawn at random
+SPACES = {"darts": (NetSpec, derive, random_architecture), "mobilenet": (MobileSpec, mobile_derive, random_mobile)}
 
 def net_spec(cfg: Config, splits: Splits)->NetSpec|MobileSpec:
     "The super-net that fits the data."
