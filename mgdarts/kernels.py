@@ -11,8 +11,8 @@ from torch import Tensor
 EPS = 1e-5 # of every batch norm
 
 # %% auto #0
-__all__ = ['EPS', 'SEEN', 'images_abreast', 'widen', 'narrow', 'pixels', 'from_pixels', 'to_phases', 'from_phases',
-           'every_second', 'native', 'pointwise', 'among', 'Pair', 'pairs', 'normalise', 'weighted_sum',
+__all__ = ['EPS', 'SEEN', 'images_abreast', 'widen', 'widen_both', 'abreast', 'narrow', 'pixels', 'from_pixels', 'to_phases',
+           'from_phases', 'every_second', 'native', 'pointwise', 'among', 'Pair', 'pairs', 'normalise', 'weighted_sum',
            'normalise_sum', 'spread_index']
 
 # %% ../nbs/02_kernels.ipynb #66443aaf
@@ -30,6 +30,18 @@ def widen(x: Tensor, # [N, C, H, W]
     "Put B images side by side."
     n, c, h, w = x.shape
     return x.view(n // b, b, c, h, w).permute(0, 3, 4, 1, 2).reshape(n // b, h, w, b * c).permute(0, 3, 1, 2)
+
+def widen_both(x0: Tensor, x1: Tensor, b: int)->tuple:
+    "The two inputs of a cell, which may be one."
+    if b == 1: return x0, x1
+    y = widen(x1, b)
+    return (y if x0 is x1 else widen(x0, b)), y
+
+def abreast(kernel: Tensor, # [C, 1, k, k]
+            b: int
+           )->Tensor: # [B C, 1, k, k]
+    "A depthwise kernel for wide maps."
+    return kernel if b == 1 else kernel.repeat(b, 1, 1, 1)
 
 def narrow(x: Tensor, # [N/B, B C, H, W]
            b: int

@@ -6,11 +6,11 @@
 from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .kernels import every_second, from_phases, from_pixels, narrow, native, normalise, pixels, spread_index, to_phases
+from .kernels import every_second, from_phases, from_pixels, narrow, native, normalise, normalise_sum, pixels, spread_index, to_phases
 
 # %% auto #0
 __all__ = ['reset_uniform', 'init_conv', 'depthwise', 'dilated_depthwise', 'even_odd', 'factorized_reduce', 'avg_pool',
-           'max_pool', 'Norm', 'ConvNorm', 'Classifier', 'Stem', 'AuxHead']
+           'max_pool', 'Norm', 'normed', 'normed_sum', 'ConvNorm', 'Classifier', 'Stem', 'AuxHead']
 
 # %% ../nbs/02_operations.ipynb #8e1abf53
 def reset_uniform(w: Tensor, # changed in place
@@ -91,15 +91,39 @@ def max_pool(x: Tensor, # [N, C, H, W]
 # %% ../nbs/02_operations.ipynb #e20f9ed4
 class Norm(nn.BatchNorm2d):
     "Batch norm over [N, C, H, W], on a CPU by the kernels of the chapter before."
-    def forward(self, x):
-        if native(x): return super().forward(x)
-        (y,), mean, var = normalise([x], self.weight, self.bias, (self.running_mean, self.running_var), spread_index([x.shape[1]], 1), 1, self.training)
-        if self.training:
-            n = x.numel() // x.shape[1]
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
-        return y
+    def forward(self, x): return super().forward(x) if native(x) else normed([x], [self])[0]
+
+def _together(norms, b): # what `normalise` takes
+    joined = lambda name: torch.cat([getattr(m, name) for m in norms])
+    return dict(scale=joined("weight"), shift=joined("bias"), running=(joined("running_mean"), joined("running_var")), index=spread_index([len(m.weight) for m in norms], b), b=b, training=norms[0].training)
+
+@torch.no_grad()
+def _track(norms, x, b, mean, var):
+    if not norms[0].training: return
+    n, sizes = x.numel() // x.shape[1] * b, [len(m.weight) for m in norms]
+    for m, mu, v in zip(norms, mean.split(sizes), (var * (n / max(n - 1, 1))).split(sizes)):
+        m.num_batches_tracked.add_(1)
+        m.running_mean.lerp_(mu, m.momentum)
+        m.running_var.lerp_(v, m.momentum)
+
+def normed(maps: list, # [N/B, B F_i, H, W] each
+           norms: list, # a `Norm` of F_i channels for each
+           b: int = 1, # images abreast
+           **how # `relu`, `reuse`: as for `normalise`
+          )->list: # of maps
+    "Each map through its own batch norm, all at once."
+    ys, mean, var = normalise(maps, **_together(norms, b), **how)
+    _track(norms, maps[0], b, mean, var)
+    return ys
+
+def normed_sum(maps: list, norms: list, # as for `normed`, all of F channels
+               base: Tensor|None = None, # [N/B, B F, H, W], to be added as it is
+               b: int = 1, reuse: bool = False
+              )->Tensor: # [N/B, B F, H, W]
+    "The sum of what `normed` gives."
+    y, mean, var = normalise_sum(maps, base, **_together(norms, b), reuse=reuse)
+    _track(norms, maps[0], b, mean, var)
+    return y
 
 # %% ../nbs/02_operations.ipynb #1b2b5f80
 class ConvNorm(nn.Module):

@@ -12,7 +12,7 @@ from .config import Compute, Rules
 from .space import *
 from .discretise import discretise, strongest
 from .relax import HARD, MEANS, RELAXATIONS, edge_shares
-from .kernels import images_abreast, native, widen
+from .kernels import images_abreast, native, widen_both
 from .operations import Classifier, Stem, AuxHead
 from .size import NetCount, layout, count_cell
 from .cell import Cell, carry_columns, remap
@@ -181,7 +181,7 @@ class SuperNet(nn.Module):
         b = 1 if plain or paths or how.compile or native(x) else images_abreast(n, self.spec.channels // self.rules.partial)
         x0, x1 = self.stem(x)
         if plain: x0, x1 = x0.contiguous(), x1.contiguous() # plain NCHW maps
-        if b > 1: x0, x1 = (widen(x1, b),) * 2 if x0 is x1 else (widen(x0, b), widen(x1, b))
+        x0, x1 = widen_both(x0, x1, b)
         x0, x1 = (x0.relu(),) * 2 if x0 is x1 else (x0.relu(), x1.relu()) # two cells read each map, and both begin with a ReLU
         m, keep, drop = self.mixture(paths), self.rules.keep if self.sparse else 1., (self.skip_dropout, self.noise) if self.skip_dropout else None
         reference, own = plain or paths, plain and not (paths or self.sparse or m.inner is not None or m.widths is not None) # what the equations do not know of is worked out for both versions alike

@@ -102,6 +102,28 @@ def test_forward_is_the_sum_of_its_operations():
             states.append(total)
     torch.testing.assert_close(out, torch.cat(states[2:], 1))
 
+@pytest.mark.parametrize("size,n", [(16, 8), (16, 3), (14, 4), (9, 2)])
+@pytest.mark.parametrize("drop", [0., .3])
+def test_fused_is_reference(size, n, drop, monkeypatch):
+    "Outputs, gradients, running statistics: op by op with PyTorch's own kernels, and the way a CPU does it."
+    def run(fused):
+        with monkeypatch.context() as m:
+            if not fused:
+                for module in ("kernels", "operations", "architecture"): m.setattr(f"mgdarts.{module}.native", lambda x: True)
+                m.setattr(DerivedCell, "fused", None)
+            else: m.setattr(DerivedCell, "reference", None)
+            net = DerivedNet(arch, True).double()
+            net.drop_path_prob, net.drop_path_generator = drop, gen(1)
+            y, aux = net(x)
+            (y.square().mean() + aux.square().mean()).backward()
+            return {"logits": y, "aux": aux, "eval": net.eval()(x)[0], **{k: p.grad for k, p in net.named_parameters()}, **dict(net.named_buffers())}
+    for seed in range(3):
+        arch = masked(random_architecture(NetSpec(4, 5, size=size), 25_000, seed=seed))
+        x = torch.randn(n, 3, size, size, generator=gen(seed), dtype=torch.double)
+        a, b = run(True), run(False)
+        assert {o.op for c in arch.cells for o in c.ops} > {"sep_conv_3x3", "dil_conv_5x5", "max_pool_3x3", "skip_connect"} and all(v is not None for v in b.values())
+        for k in b: torch.testing.assert_close(a[k], b[k], rtol=1e-9, atol=1e-9, msg=lambda m: f"{k}, seed {seed}: {m}")
+
 def test_masked_weights_stay_exactly_zero():
     arch = small(); net = DerivedNet(arch, True)
     twin = copy.deepcopy(net) # copies keep the promise too
