@@ -365,7 +365,7 @@ def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help
         out = out.absolute() if out else None
         given = {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device, "settings": settings, "arms": arms, "jobs": jobs, "out": str(out or "")}
         names = r.reproduce_all(names, given) if what == "all" else [r.reproduce(what, given)]
-    _show({"targets": names}, as_json, _table("reproduced", ["target", "arms", "failed", "scale", "seconds", "record"], [(n["item"], n["arms"], len(n["failed"]), n["scale"], n["wall_s"], n["record"]) for n in names]))
+    _show({"targets": names}, as_json, _table("reproduced", ["target", "arms", "failed", "scale", "seconds", "record"], [(n["item"], n["arms"], len(n["failed"]), n["scale"], n["wall_s"], n["record"] and os.path.relpath(n["record"])) for n in names]))
     for n in names:
         for f in n["failed"]: print(f"mgdarts: {n['item']}: {f['label']}{'' if f['seed'] is None else ', seed ' + str(f['seed'])}: {f['why']}", file=sys.stderr)
     if any(n["failed"] for n in names): raise typer.Exit(1)
