@@ -327,6 +327,9 @@ class Study(Ran):
             spread = {"array": [self.stat(n, y)[1] or 0. for n in points], "color": plots.GREY} if col == 1 else None
             fig.add_scatter(x=[p[0] for p in points.values()], y=[p[1] for p in points.values()], error_y=spread, text=[n if n in self.labels else "" for n in points], hovertext=list(points), mode="markers+text", textposition="top center", textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{hovertext}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
                             marker={"size": 10, "color": [plots.RUN_COLOURS[2] if m else plots.RUN_COLOURS[0] for m in mine], "symbol": ["star" if m else "circle" for m in mine]}, row=1, col=col)
+            if points: # room for the names at both ends
+                low, high = (f(p[0] for p in points.values()) for f in (min, max))
+                fig.update_xaxes(range=[low - .2 * (high - low or high), high + .2 * (high - low or high)], col=col)
         return plots.theme(fig, 460, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
 
     def save(self, figures: dict # name -> go.Figure

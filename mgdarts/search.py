@@ -453,28 +453,30 @@ class Search(SavedSearch):
 
     def _try(self):
         "One step of trial and error: one decision, or one candidate."
-        t, r, net = self.trial, self.rules, self.net
         self.steps += 1
-        i, whole = len(t["found"]), net.op_live[sorted(set(self.spec.kinds))].cpu()
-        def jacobian(ops, of): return self._among(ops, lambda net: jacobian_score(net.train(), self.loaders["train"].batch(*of)[0].to(self.device)))
-        if i < r.samples and r.discretiser == "sample":
-            strength = torch.rand(whole.shape, generator=net._generator(8, i)) * whole
-            if self.spec.constraint == 1: ops = strongest_two(strength)
-            else:
-                found = by_strength(net, self._spread(strength))
-                ops = found.masks(choose(net, found, self.target)[0])["ops"][sorted(set(self.spec.kinds))]
-            t["found"].append(ops)
-            t["scores"].append(self._among(ops, lambda net: evaluate([net], islice(self.loaders["val"].eval(), r.batches), self.device)[0][0]))
-        elif i < r.samples:
-            if not t["todo"]: t["todo"], t["now"] = plan_round(len(whole), net._generator(8, i)), whole
-            kind, what, at = t["todo"].pop(0)
-            decide = decide_edge if what == "edge" else decide_node
-            t["now"] = decide(t["now"], kind, at, lambda ops: jacobian(ops, (0, i % len(self.loaders["train"]))))
-            if not t["todo"]: t["found"].append(t["now"])
-        elif len(t["scores"]) < i: # the candidates, on other images
-            n = len(t["scores"])
-            t["scores"].append(sum(jacobian(t["found"][n], (1 + b // len(self.loaders["train"]), b % len(self.loaders["train"]))) for b in range(r.batches)))
-        if len(t["scores"]) == r.samples: self._decide(keep=self._spread(t["found"][max(range(r.samples), key=t["scores"].__getitem__)]))
+        (self._draw if self.rules.discretiser == "sample" else self._peel)(**self.trial, whole=self.net.op_live[sorted(set(self.spec.kinds))].cpu())
+        if len(scores := self.trial["scores"]) == self.rules.samples: self._decide(keep=self._spread(self.trial["found"][max(range(len(scores)), key=scores.__getitem__)]))
+
+    def _draw(self, found, scores, whole, **_):
+        "A random candidate, and how good it is with the super-net's weights."
+        net = self.net
+        strength = torch.rand(whole.shape, generator=net._generator(8, len(found))) * whole
+        if self.spec.constraint == 1: ops = strongest_two(strength)
+        else:
+            by = by_strength(net, self._spread(strength))
+            ops = by.masks(choose(net, by, self.target)[0])["ops"][sorted(set(self.spec.kinds))]
+        found.append(ops)
+        scores.append(self._among(ops, lambda net: evaluate([net], islice(self.loaders["val"].eval(), self.rules.batches), self.device)[0][0]))
+
+    def _peel(self, found, scores, todo, now, whole):
+        "A decision on an edge or a node of a candidate, by a score that needs no training; once there are all candidates, the score of one, on other images."
+        i, images = len(found), self.loaders["train"]
+        def jacobian(ops, of): return self._among(ops, lambda net: jacobian_score(net.train(), images.batch(*of)[0].to(self.device)))
+        if i == self.rules.samples: return scores.append(sum(jacobian(found[len(scores)], (1 + b // len(images), b % len(images))) for b in range(self.rules.batches)))
+        if not todo: todo[:], now = plan_round(len(whole), self.net._generator(8, i)), whole
+        kind, what, at = todo.pop(0)
+        self.trial["now"] = (decide_edge if what == "edge" else decide_node)(now, kind, at, lambda ops: jacobian(ops, (0, i % len(images))))
+        if not todo: found.append(self.trial["now"])
 
     def _decide(self, strength=None, keep=None):
         "The end of the clock: prune whatever does not stay."
