@@ -472,6 +472,7 @@ class MaskedNet(nn.Module):
 
 class DerivedNet(MaskedNet):
     "The network of an `Architecture`. Input [N, in_channels, size, size]; output (logits [N, classes], auxiliary logits or None)."
+    impl = "fused" # where a CPU computes it; or reference: operation by operation
     def __init__(self, arch: Architecture,
                  aux: bool = False, # with the auxiliary head; it speaks in training mode only
                  seed: int = 0 # of the initial weights
@@ -485,12 +486,12 @@ class DerivedNet(MaskedNet):
         self._mask(arch)
 
     def forward(self, x: Tensor)->tuple:
-        x = x.contiguous(memory_format=torch.channels_last)
-        keep, aux, b = self._keep(len(x), x), None, 1 if native(x) else images_abreast(len(x), self.channels)
+        x, plain = x.contiguous(memory_format=torch.channels_last), self.impl == "reference" or native(x)
+        keep, aux, b = self._keep(len(x), x), None, 1 if plain else images_abreast(len(x), self.channels)
         x0, x1 = self.stem(x)
         x0, x1 = widen_both(x0, x1, b)
         for c, cell in enumerate(self.cells):
-            x0, x1 = x1, cell(x0, x1, keep[c], b)
+            x0, x1 = x1, cell.reference(x0, x1, keep[c]) if plain else cell(x0, x1, keep[c], b)
             if c == self.aux_cell and self.aux is not None and self.training: aux = self.aux(x1, b)
         return self.classifier(x1, b), aux
 

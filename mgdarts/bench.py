@@ -8,6 +8,7 @@ import os, resource, statistics, sys, tempfile, time
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch.utils._pytree import tree_leaves
+from .architecture import count, random_architecture
 from .config import Compute, Config, InputError, Search as Settings
 from .space import *
 from .loss import regulariser
@@ -16,8 +17,8 @@ from .search import make_optimizer
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['PARTS_OF_A_SEARCH', 'matmul_gflops', 'rss_mb', 'peak_rss_mb', 'allocated', 'Stopwatch', 'bench_step', 'bench_data',
-           'bench_search', 'measured']
+__all__ = ['PARTS_OF_A_SEARCH', 'matmul_gflops', 'rss_mb', 'peak_rss_mb', 'allocated', 'Stopwatch', 'bench_step', 'bench_train',
+           'bench_data', 'bench_search', 'measured']
 
 # %% ../nbs/15_bench.ipynb #54fe374c
 def matmul_gflops(n: int = 1024, # side of the matrices
@@ -116,6 +117,27 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
            "matmul_gflops": rate, "floor_s": floor, "times_floor": cpu / floor, "percent_of_floor_rate": 100 * floor / cpu, "params": count.params, "macs": count.macs_dense, "live_ops": count.ops,
            "channels": channels, "cells": cells, "batch": batch, "stage": stage, "size": size, "threads": torch.get_num_threads(), "live": live, "device": device, **vars(compute)}
     return out
+
+# %% ../nbs/15_bench.ipynb #d525fea8
+def bench_train(cfg: Config, steps: int = 5)->dict: # JSON-ready
+    "Time of a training step of a discrete network in the DARTS-like space, in both ways of computing it."
+    if cfg.space.kind != "darts": raise InputError(f"space.kind={cfg.space.kind}: two ways of computing a network there are in space darts only")
+    if cfg.threads: torch.set_num_threads(cfg.threads)
+    arch = random_architecture(NetSpec(cfg.space.channels, cfg.space.cells, size=cfg.data.size or 32), round(cfg.search.target_m * 1e6), cfg.seed)
+    x = torch.randn(cfg.train.batch, arch.in_channels, arch.size, arch.size, generator=torch.Generator().manual_seed(cfg.seed))
+    y, seen, nets = torch.arange(len(x)) % arch.classes, {"fused": [], "reference": []}, {}
+    for impl in seen:
+        net = nets[impl] = arch.build(seed=cfg.seed)
+        net.impl, opt = impl, torch.optim.SGD(net.parameters(), cfg.train.lr, cfg.train.momentum)
+        nets[impl] = net.to(memory_format=torch.channels_last), opt
+    for i in range(steps + 1):
+        for impl, (net, opt) in nets.items():
+            start = time.process_time()
+            opt.zero_grad(); F.cross_entropy(net(x)[0], y).backward(); opt.step()
+            if i: seen[impl].append(time.process_time() - start)
+    cpu = {impl: statistics.median(s) for impl, s in seen.items()}
+    return {"cpu_s": cpu["fused"], "reference_cpu_s": cpu["reference"], "times_faster": cpu["reference"] / cpu["fused"], "params": count(arch).params, "macs": count(arch).macs_dense, "ops": sum(len(c.ops) for c in arch.cells),
+            "channels": arch.channels, "cells": len(arch.cells), "batch": len(x), "size": arch.size, "threads": torch.get_num_threads()}
 
 # %% ../nbs/15_bench.ipynb #f91894a8
 def bench_data(cfg: Config, batches: int = 20)->dict: # JSON-ready

@@ -15,15 +15,15 @@ from .space import NetSpec, count_supernet
 
 # %% auto #0
 __all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'Sets', 'count', 'search',
-           'train', 'plan', 'bench_step_command', 'bench_data_command', 'bench_search_command', 'arch_show',
-           'arch_import', 'arch_export', 'runs_command', 'compare_command', 'replay_command', 'lab_command',
-           'reproduce_command', 'claims_command', 'main']
+           'train', 'plan', 'bench_step_command', 'bench_data_command', 'bench_train_command', 'bench_search_command',
+           'arch_show', 'arch_import', 'arch_export', 'runs_command', 'compare_command', 'replay_command',
+           'lab_command', 'reproduce_command', 'claims_command', 'main']
 
 # %% ../nbs/15_cli.ipynb #8861b1be
 app = typer.Typer(help="Multi-granularity differentiable architecture search.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 arch_app = typer.Typer(help="Discovered architectures: show, import, export.", no_args_is_help=True)
 app.add_typer(arch_app, name="arch")
-bench_app = typer.Typer(help="Time and memory: of a step, of the data, of a whole search.", no_args_is_help=True)
+bench_app = typer.Typer(help="Time and memory: of a step, of the data, of retraining, of a whole search.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -237,6 +237,16 @@ def bench_data_command(preset: Annotated[str, typer.Option(help="One of: " + ", 
     from mgdarts.bench import bench_data
     out = bench_data(_configuration(preset, None, dataset, data_dir, None, None, sets), batches)
     _show(out, as_json, _table("training batches", ["", ""], list(out.items())))
+
+@bench_app.command("train")
+def bench_train_command(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")] = "cpu",
+                        steps: Annotated[int, typer.Option(help="Steps that are timed.")] = 5,
+                        sets: Sets = None, as_json: Json = False):
+    "Time of a step of retraining a random network, as a CPU computes it and operation by operation."
+    if steps < 1: raise InputError(f"--steps {steps} is out of range: at least 1")
+    from mgdarts.bench import bench_train
+    out = bench_train(_configuration(preset, None, None, None, None, None, sets), steps)
+    _show(out, as_json, _table("a step of retraining", ["", ""], list(out.items())))
 
 @bench_app.command("search")
 def bench_search_command(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")] = "smoke",

@@ -59,6 +59,13 @@ def test_bench_step_in_a_process_of_its_own():
     assert few["live_ops"] < full["live_ops"] and few["flop"] < full["flop"] and full["flop"] == 6 * 8 * full["macs"]
 
 
+def test_bench_train(capsys):
+    assert main(["bench", "train", "--preset", "smoke", "--steps", "1", "--json"]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["times_faster"] == pytest.approx(out["reference_cpu_s"] / out["cpu_s"]) and out["ops"] > 0 and 0 < out["params"] <= 14_000
+    assert main(["bench", "train", "--preset", "smoke", "--set", "space.kind=mobilenet"]) == 2 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
 def test_plan_command(capsys, tmp_path):
     sizes = ["--channels", "4", "--cells", "3", "--batch", "4", "--size", "16"]
     assert main(["plan", *sizes, "--json", "--figure", str(tmp_path / "plan.html")]) == 0
