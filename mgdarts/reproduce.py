@@ -16,15 +16,17 @@ from .data import root
 from .genotype import import_genotype
 from .events import RunFailed
 from .memory import memory_plan
+from .mobile import MobileSpec
+from .mobile_architecture import weaknas
 from .space import *
 from .store import read_json, write_json
 from .verdicts import home, verdicts
 
 # %% auto #0
 __all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'seconds', 'measure',
-           'scale_of', 'planned_memory', 'head_sizes', 'published', 'published_shape', 'paper_rows', 'summary',
-           'make_record', 'at', 'jobs_in', 'rebuild', 'Asked', 'Ran', 'markdown', 'draw', 'Study', 'adaptive_and_fixed',
-           'run_notebook', 'outcome', 'reproduce', 'reproduce_all', 'remake']
+           'scale_of', 'planned_memory', 'head_sizes', 'published', 'published_shape', 'darts_sizes', 'mobile_sizes',
+           'paper_rows', 'summary', 'make_record', 'at', 'jobs_in', 'rebuild', 'Asked', 'Ran', 'markdown', 'draw',
+           'Study', 'adaptive_and_fixed', 'run_notebook', 'outcome', 'reproduce', 'reproduce_all', 'remake']
 
 # %% ../nbs/40_reproduce.ipynb #3e1f37ce
 TARGETS = {
@@ -136,7 +138,20 @@ def published_shape(_)->dict:
     arch = published()
     return {"published": arch and {"params_nonzero": counts(arch)["params_nonzero"], **shape_of(arch)}}
 
-EXTRA = {"table04": planned_memory, "table10": head_sizes, "fig09": published_shape}
+def darts_sizes(_)->dict:
+    "The nets of the paper in the DARTS-like space, counted, whatever the preset; millions of parameters beside what the paper says of them."
+    large = next(r["Params (M)"] for r in paper.table(10) if r["Component"] == "Main Parts")
+    small, main = next(r["Params (M)"] for r in paper.table(1) if r["Method"] == "MG-DARTS (ours, small)"), lambda *a, **k: count_supernet(NetSpec(*a, **k))["main"]
+    found = [("super-net, C=44, L=14", main(44, 14), large), ("super-net, C=24, L=8", main(24, 8), None), ("super-net, C=48, L=14, ImageNet", main(48, 14, 1000, 224), None)]
+    if arch := published(): found.append(("the authors' small net, non-zero", counts(arch)["params_nonzero"], small))
+    return {"sizes": [{"net": n, "params_m": k / 1e6, "paper_m": theirs} for n, k, theirs in found]}
+
+def mobile_sizes(_)->dict:
+    "The same for the MobileNet-like space, with the published net of WeakNAS."
+    theirs = next(r["Params (M)"] for r in paper.table(3) if r["Method"] == "WeakNAS")
+    return {"sizes": [{"net": "super-net, 17 layers, width 1.2", "params_m": count_supernet(MobileSpec())["main"] / 1e6, "paper_m": None}, {"net": "WeakNAS's published net", "params_m": counts(weaknas())["params_deployable"] / 1e6, "paper_m": theirs}]}
+
+EXTRA = {"table01": darts_sizes, "table02": darts_sizes, "table03": mobile_sizes, "table04": planned_memory, "table10": head_sizes, "fig09": published_shape}
 
 # %% ../nbs/40_reproduce.ipynb #776f5c22
 def paper_rows(item: str)->list:
@@ -299,6 +314,10 @@ class Study(Ran):
                 if rows and any(heading in r for r in rows.values()): row[f"{heading}, paper"] = (rows.get(label) or {}).get(heading)
             out.append(row | ({"seeds": len([r for r in self.record["rows"] if r["label"] == label]) or None}))
         return markdown(out)
+
+    def sizes(self):
+        "The nets of the paper at full size, counted."
+        return markdown([{"": r["net"], "params (M), counted": r["params_m"], "the paper": r["paper_m"]} for r in self.record["extra"]["sizes"]])
 
     def beside(self, metric: str, title: str, # of the axis, with its unit
                theirs: dict|None = None # label -> the paper's value
