@@ -17,10 +17,10 @@ from .store import write_whole
 
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'RING', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS',
-           'RUN_SYMBOLS', 'OP_STYLES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'epochs_of', 'stage_spans', 'series',
-           'linked', 'dynamics', 'size_and_lambda', 'learning', 'progress', 'retrain_curves', 'Look', 'quarters',
-           'draw_cell', 'derived_look', 'cell_title', 'op_legend', 'cell_graph', 'cells', 'distribution',
-           'memory_figure', 'scaling', 'report', 'write_report']
+           'RUN_SYMBOLS', 'OP_STYLES', 'SIDES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'names_apart', 'epochs_of',
+           'stage_spans', 'series', 'linked', 'dynamics', 'size_and_lambda', 'learning', 'progress', 'retrain_curves',
+           'Look', 'quarters', 'draw_cell', 'derived_look', 'cell_title', 'op_legend', 'cell_graph', 'cells',
+           'distribution', 'memory_figure', 'scaling', 'report', 'write_report']
 
 # %% ../nbs/30_plots.ipynb #2ecef2b9
 GREY, GRID, BAND, RING = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)", "#D55E00"
@@ -51,6 +51,28 @@ def empty(message: str)->go.Figure:
     fig = theme(go.Figure(), 200, 20, False)
     fig.add_annotation(text=html.escape(message), x=.5, y=.5, xref="paper", yref="paper", showarrow=False, font={"size": 15})
     return fig.update_xaxes(visible=False).update_yaxes(visible=False)
+
+SIDES = {"top center": (-.5, -1.7), "bottom center": (-.5, .7), "middle right": (0, -.5), "middle left": (-1, -.5), "top right": (0, -1.7), "top left": (-1, -1.7), "bottom right": (0, .7), "bottom left": (-1, .7)}
+
+def names_apart(points: list, # of (x, y), in pixels
+                names: list, # one a point
+                wide: float = math.inf, # of the panel, pixels; names stay inside
+                size: int = 9 # of the letters, pixels
+               )->tuple: # (names, sides): the names that fit, others empty, and plotly's `textposition` of each
+    "Put each name on the first side of its point where it covers no point and no other name, earlier points first."
+    letter, high = .58 * size, 1.3 * size
+    taken = [(x - 6, y - 6, x + 6, y + 6) for x, y in points]
+    shown, sides = [], []
+    for i, ((x, y), name) in enumerate(zip(points, names)):
+        width = letter * len(name)
+        for side, (across, down) in SIDES.items():
+            left, top = x + across * width + 9 * (across + .5) * 2 * ("center" not in side), y + down * high
+            box = (left, top, left + width, top + high)
+            if 0 <= left and left + width <= wide and not any(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for k, t in enumerate(taken) if k != i):
+                taken.append(box); shown.append(name); sides.append(side)
+                break
+        else: shown.append(""); sides.append("top center")
+    return shown, sides
 
 # %% ../nbs/30_plots.ipynb #f43220db
 def epochs_of(events: list, # of `Event.to_dict()` dictionaries

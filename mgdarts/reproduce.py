@@ -324,12 +324,12 @@ class Study(Ran):
               ):
         "A figure: ours with its spread, and the paper's, arm by arm."
         from mgdarts import plots
+        order = list(dict.fromkeys([*(theirs or {}), *self.labels]))[::-1]
         theirs = {k: v for k, v in (theirs or {}).items() if v is not None}
         fig = plots.make_subplots(1, 2 if theirs else 1, subplot_titles=[f"ours, {self.record['scale']}"] + ["the paper"] * bool(theirs), shared_yaxes=True, horizontal_spacing=.06)
-        order = list(dict.fromkeys([*theirs, *self.labels]))[::-1]
         found = {n: self.stat(n, metric) for n in order}
         ours = [n for n in order if found[n][0] is not None]
-        fig.add_scatter(x=[found[n][0] for n in ours], y=ours, error_x={"array": [found[n][1] or 0. for n in ours], "color": plots.RUN_COLOURS[0]}, mode="markers", marker={"size": 11, "color": plots.RUN_COLOURS[0]}, name="ours, mean and standard deviation", hovertemplate="%{x:.4g}", row=1, col=1)
+        fig.add_scatter(x=[found[n][0] for n in ours], y=ours, error_x={"array": [found[n][1] or 0. for n in ours], "color": plots.RUN_COLOURS[0]}, mode="markers", marker={"size": 11, "color": plots.RUN_COLOURS[0]}, name="ours" + ", mean and standard deviation" * any(found[n][1] is not None for n in ours), hovertemplate="%{x:.4g}", row=1, col=1)
         if theirs: fig.add_scatter(x=list(theirs.values()), y=list(theirs), mode="markers", marker={"size": 11, "symbol": "diamond-open", "color": plots.RUN_COLOURS[2], "line": {"width": 2}}, name="the paper", hovertemplate="%{x:.4g}", row=1, col=2)
         fig.update_yaxes(categoryorder="array", categoryarray=order)
         return plots.theme(fig, 150 + 30 * len(order), 80, "closest").update_xaxes(title=title)
@@ -337,19 +337,27 @@ class Study(Ran):
     def scatter(self, x: str, y: str, x_title: str, y_title: str, # metrics, and titles of the axes
                 theirs: dict # label -> (x, y), Nones where the paper has none
                ):
-        "A figure: each arm by two of its values; the paper's rows in a panel of their own, with names where the same was run here."
+        "A figure: each arm by two of its values; the paper's rows in a panel of their own. In a crowd only some have their names, those that were run here first; all have them under the pointer."
         from mgdarts import plots
+        height, panel = 460, (300, 350) # pixels, of the figure and about of a panel
         fig = plots.make_subplots(1, 2, subplot_titles=[f"ours, {self.record['scale']}", "the paper"], horizontal_spacing=.1)
         for col, points in enumerate(({n: (self.stat(n, x)[0], self.stat(n, y)[0]) for n in self.labels}, theirs), 1):
-            points = {n: p for n, p in points.items() if None not in p}
+            rank = lambda n: (not n.startswith("MG-DARTS"), n not in self.labels)
+            points = {n: points[n] for n in sorted(points, key=rank) if None not in points[n]}
+            if not points: continue
             mine = [n.startswith("MG-DARTS") for n in points]
-            spread = {"array": [self.stat(n, y)[1] or 0. for n in points], "color": plots.GREY} if col == 1 else None
-            fig.add_scatter(x=[p[0] for p in points.values()], y=[p[1] for p in points.values()], error_y=spread, text=[n if n in self.labels else "" for n in points], hovertext=list(points), mode="markers+text", textposition="top center", textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{hovertext}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
+            spread = [self.stat(n, y)[1] or 0. for n in points] if col == 1 else [0.] * len(points)
+            xs, ys = ([p[i] for p in points.values()] for i in (0, 1))
+            spans = []
+            for low, high, least in ((min(xs), max(xs), .1), (min(v - e for v, e in zip(ys, spread)), max(v + e for v, e in zip(ys, spread)), .02)): # room for the names, and no tiny span that makes nothing look like much
+                margin = max(.2 * (high - low), least / 2 * high)
+                spans.append((low - margin, high + margin))
+            pixels = [tuple(w * (v - low) / (high - low) for w, v, (low, high) in zip(panel, p, spans)) for p in points.values()]
+            names, sides = plots.names_apart([(a, panel[1] - b) for a, b in pixels], list(points), panel[0] + 30)
+            fig.add_scatter(x=xs, y=ys, error_y={"array": spread, "color": plots.GREY}, text=names, hovertext=list(points), mode="markers+text", textposition=sides, textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{hovertext}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
                             marker={"size": 10, "color": [plots.RUN_COLOURS[2] if m else plots.RUN_COLOURS[0] for m in mine], "symbol": ["star" if m else "circle" for m in mine]}, row=1, col=col)
-            if points: # room for the names at both ends
-                low, high = (f(p[0] for p in points.values()) for f in (min, max))
-                fig.update_xaxes(range=[low - .2 * (high - low or high), high + .2 * (high - low or high)], col=col)
-        return plots.theme(fig, 460, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
+            for update, span in zip((fig.update_xaxes, fig.update_yaxes), spans): update(range=span, col=col)
+        return plots.theme(fig, height, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
 
     def save(self, figures: dict # name -> go.Figure
             ):
