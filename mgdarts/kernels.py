@@ -123,7 +123,7 @@ class Pair:
 
 SEEN = {"map": lambda x: x, "phases": to_phases, "second": every_second}
 
-_backward = torch.ops.aten.convolution_backward
+_backward = torch.ops.aten.convolution_backward.default
 def _dense(x): return x.contiguous(memory_format=torch.channels_last)
 def _rows(x, c): return x.as_strided((x.numel() // c, c), (c, 1)) # dense memory, of any shape
 def _map(x, shape, c=None): # memory of a dense map, in the shape of another one, or as narrow pixels of `c` channels
@@ -144,6 +144,25 @@ def _mix_backward(g, u, full): # gradients of u, dense memory, and of the kernel
         return _dense(gu), gp
     g = _rows(g, f)
     return torch.mm(g, full.view(f, c)), torch.mm(g.t(), _rows(u, c)).view(full.shape)
+
+def _couples(x): # [N, C, H, W] dense, W even, to [N, 2C, H, W/2]: the same memory
+    n, c, h, w = x.shape
+    return x.as_strided((n, 2 * c, h, w // 2), (h * w * c, 1, w * c, 2 * c))
+
+def _kernel_gradient(g, x, side, stride): # of an undilated depthwise kernel; g and x dense
+    c, (up, left) = x.shape[1], (side // 2, 1)
+    if x.shape[2] < side: x, up = _dense(F.pad(x, (0, 0, up, up))), 0
+    if side == 5 and x.shape[3] % 2: # columns of zeros change no sum
+        x = _dense(F.pad(x, (0, 1)))
+        if stride == 1: g = _dense(F.pad(g, (0, 1)))
+    def narrow(g, x, stride): return _backward(g, x, x.new_empty(x.shape[1], 1, side, 3), None, stride, [up, left], [1, 1], False, [0, 0], x.shape[1], [False, True, False])[1]
+    if side == 3: return narrow(g, x, [stride] * 2)
+    if stride == 1:
+        inner, outer = narrow(g, x, [1, 1]), narrow(_couples(g), _couples(x), [1, 1])
+        outer = outer[:c] + outer[c:]
+        return torch.cat([outer[..., :1], inner, outer[..., 2:]], -1)
+    both = narrow(_dense(torch.cat([g, g], 1)), _couples(x), [2, 1])
+    return torch.stack([both[:c], both[c:]], -1).flatten(-2)[..., :5]
 
 class _Pairs(torch.autograd.Function):
     @staticmethod
@@ -168,19 +187,14 @@ class _Pairs(torch.autograd.Function):
         r, *saved = ctx.saved_tensors
         seen = {"map": r, **dict(zip(names, saved))}
         us, fulls, depths = (saved[len(names) + i * n:len(names) + (i + 1) * n] for i in range(3))
-        total, padded, out = {}, {}, []
+        total, out = {}, []
         for (place, width, what, dilation, stride), g, u, full, depth in zip(ctx.how, grads, us, fulls, depths):
             x, side = seen[what], depth.shape[-1]
             gu, gp = _mix_backward(_dense(g), u, full)
             gu = _map(gu, u.shape)
-            conv = lambda x, kernel, pad, mask: _backward(gu, x, kernel, None, [stride] * 2, [pad] * 2, [dilation] * 2, False, [0, 0], x.shape[1], mask)
-            # kernels wider than 3, or higher than their map, have no fast weight gradient
-            split = dilation == 1 and (side == 5 or x.shape[2] < side)
-            gx, gd, _ = conv(x, depth, dilation * (side // 2), [True, not split, False])
-            if split:
-                if (what, side) not in padded: padded[what, side] = [F.pad(x, p) for p in ([(2, 0, 2, 2), (0, 2, 2, 2)] if side == 5 else [(1, 1, 1, 1)])]
-                gd = [conv(p, depth[..., :3], 0, [False, True, False])[1] for p in padded[what, side]]
-                gd = torch.cat([gd[0][..., :2], gd[1]], -1) if side == 5 else gd[0]
+            slow = dilation == 1 and (side == 5 or x.shape[2] < side) # PyTorch's own weight gradient
+            gx, gd, _ = _backward(gu, x, depth, None, [stride] * 2, [dilation * (side // 2)] * 2, [dilation] * 2, False, [0, 0], x.shape[1], [True, not slow, False])
+            if slow: gd = _kernel_gradient(gu, x, side, stride)
             total[what] = total[what].add_(gx) if what in total else _dense(gx)
             out += [gd, gp if place is None else gp[place]]
         g = total.get("map")
@@ -190,7 +204,7 @@ class _Pairs(torch.autograd.Function):
         if "second" in total:
             if g is None: g = torch.zeros_like(r)
             g[:, :, ::2, ::2] += total["second"]
-        if ctx.relu: g = torch.ops.aten.threshold_backward(g, r, 0)
+        if ctx.relu: g = torch.ops.aten.threshold_backward.default(g, r, 0)
         return None, None, None, g, *out
 
 def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
@@ -221,7 +235,7 @@ class _Normalise(torch.autograd.Function):
         zs = [_rows(_dense(z), z.shape[1]) for z in maps]
         sizes, (mean, var) = [z.shape[1] for z in zs], running
         if training:
-            m, v = zip(*(torch.ops.aten.batch_norm_update_stats(z[..., None, None], None, None, 0.) for z in zs))
+            m, v = zip(*(torch.ops.aten.batch_norm_update_stats.default(z[..., None, None], None, None, 0.) for z in zs))
             mean = _fold(m, index, len(scale)) / b
             var = _fold(v, index, len(scale)) / b
             if b > 1: var += _fold([torch.cat(m).sub_(mean.index_select(0, index)).square_()], index, len(scale)) / b
@@ -251,7 +265,7 @@ class _Normalise(torch.autograd.Function):
         zs, out = (zs[:len(zs) // 2], zs[len(zs) // 2:]) if relu else (zs, None)
         # a state that no operation reads any more has no gradient
         gs = [torch.zeros_like(z) if g is None else _rows(_dense(g), g.shape[1]) for g, z in zip(grads[:1 if add else len(zs)], zs)]
-        if relu: gs = [torch.ops.aten.threshold_backward(g, _rows(y, g.shape[1]), 0) for g, y in zip(gs, out)]
+        if relu: gs = [torch.ops.aten.threshold_backward.default(g, _rows(y, g.shape[1]), 0) for g, y in zip(gs, out)]
         spread, sizes = gs * len(zs) if add else gs, [z.shape[1] for z in zs]
         d_shift = _fold([g.sum(0) for g in gs] * (len(zs) if add else 1), index, len(a))
         d_scale = _fold([(g * z).sum(0) for g, z in zip(spread, zs)], index, len(a)).addcmul_(mean, d_shift, value=-1).mul_(inv)
