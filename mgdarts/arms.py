@@ -60,8 +60,10 @@ class Job:
         if self.random: return self.run(folder) / "random"
         if self.train == self.search and self.keep is None: return self.run(folder) / "train"
         return self.run(folder) / f"train-{_checksum(self.train, self.keep)[:8]}"
-    def finished(self, folder: Path)->bool:
-        return ((self.training(folder) if self.train else self.run(folder)) / "result.json").exists()
+    def place(self, folder: Path = Path())->Path: # the same for what gives the same values
+        "The folder of its result."
+        return self.training(folder) if self.train else self.run(folder)
+    def finished(self, folder: Path)->bool: return (self.place(folder) / "result.json").exists()
 
 def job(arm: Arm, preset: str, seed: int,
         **common # knobs that all arms of a notebook share, by full names

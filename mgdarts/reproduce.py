@@ -25,8 +25,8 @@ from .verdicts import home, verdicts
 # %% auto #0
 __all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'seconds', 'measure',
            'scale_of', 'planned_memory', 'head_sizes', 'published', 'published_shape', 'darts_sizes', 'mobile_sizes',
-           'paper_rows', 'summary', 'make_record', 'at', 'jobs_in', 'rebuild', 'Asked', 'Ran', 'markdown', 'draw',
-           'Study', 'adaptive_and_fixed', 'run_notebook', 'outcome', 'reproduce', 'reproduce_all', 'remake']
+           'paper_rows', 'summary', 'make_record', 'at', 'jobs_in', 'recorded', 'rebuild', 'Asked', 'Ran', 'markdown',
+           'draw', 'Study', 'adaptive_and_fixed', 'run_notebook', 'outcome', 'reproduce', 'reproduce_all', 'remake']
 
 # %% ../nbs/40_reproduce.ipynb #3e1f37ce
 TARGETS = {
@@ -169,12 +169,14 @@ def summary(rows: list)->dict: # label -> metric -> mean, std, n
 
 def make_record(item: str, jobs: list, folder: str|Path, # of all runs
                 parameters: dict, failed: dict, # place in `jobs` -> why
-                wall_s: float)->dict: # JSON-ready
+                wall_s: float,
+                known: dict|None = None # of `recorded`, for arms without files
+               )->dict: # JSON-ready
     "Everything that a table or figure stands on."
     rows, failures = [], [{"label": jobs[i].label, "seed": jobs[i].seed, "why": why} for i, why in failed.items()]
     for i, j in enumerate(jobs):
         if i in failed: continue
-        try: rows.append(measure(j, folder))
+        try: rows.append({**known[j.place()], "label": j.label} if known and j.place() in known and not j.finished(folder) else measure(j, folder))
         except InputError as e: failures.append({"label": j.label, "seed": j.seed, "why": str(e)})
     labels = list(dict.fromkeys(r["dataset"] for r in rows))
     return {"item": item, "title": TARGETS[item], "scale": "paper" if jobs and all(scale_of(j.train or j.search) == "paper" for j in jobs) else "scaled down", "dataset": "; ".join(labels), "parameters": parameters,
@@ -196,6 +198,18 @@ def jobs_in(record: dict)->list: # of Job
         for config in (j.search, j.train):
             if config: from_dict(config)
     return found
+
+def recorded(folder: str|Path # of records
+            )->dict: # `Job.place` -> row
+    "What the records of a folder say of arms that came to an end; a record that cannot be read says nothing."
+    out = {}
+    for path in sorted(Path(folder).glob("*/record.json")):
+        try:
+            record = read_json(path, "a record")
+            rows = {(r["label"], r["seed"]): r for r in record["rows"]}
+            out |= {j.place(): rows[j.label, j.seed] for j in jobs_in(record) if (j.label, j.seed) in rows}
+        except (InputError, KeyError, TypeError): continue
+    return out
 
 def rebuild(record: dict|str|Path, # or the file
             folder: str|Path|None = None, # of all runs; None: the project's runs/repro
@@ -243,22 +257,26 @@ class Ran(Asked):
     "A study with its arms and its record."
     def run(self, arms: list, # of Arm
             enough: list|None = None, # labels of those that are run at preset smoke when no arms are named; None: all
-            first: bool = False # others depend on these: they are run in any case, and a later call runs the rest
+            first: bool = False, # others depend on these: they are run in any case, and a later call runs the rest
+            files: bool = False # the files of the runs are looked at too: what is only recorded is run again
            )->Ran: # itself
-        "Run the arms with every seed, after those of an earlier call, and make the record. `InputError` on a label that there is not."
+        "Run the arms with every seed, unless they were run before, after those of an earlier call, and make the record. `InputError` on a label that there is not."
         self.known += [a.label for a in arms]
         for name in () if first else self.chosen:
             if name not in self.known and name != "all": raise InputError(f"parameter arms: no arm {name!r}: {closest(name, self.known)}")
         wanted = set(["all"] if first else self.chosen or (enough if enough and self.preset == "smoke" else ["all"]))
         todo, start = [job(a, self.preset, s, **self.common) for a in arms if wanted & {a.label, "all"} for s in self.seeds], time.time()
-        there = sum(j.finished(self.folder) for j in todo)
-        print(f"{len(todo)} runs of {len(todo) // len(self.seeds)} arms" + (f", {there} of them finished before" if there else ""))
-        if self.preset in LONG and there < len(todo):
+        known = {} if files else recorded(self.out.parent)
+        there = [j.finished(self.folder) for j in todo]
+        wanting = [i for i, j in enumerate(todo) if not there[i] and j.place() not in known]
+        old = len(todo) - sum(there) - len(wanting)
+        print(f"{len(todo)} runs of {len(todo) // len(self.seeds)} arms" + (f", {sum(there)} of them finished before" if any(there) else "") + (f", {old} of them recorded before" if old else ""))
+        if self.preset in LONG and wanting:
             from mgdarts.estimate import estimate, in_words
             print(f"each: {in_words(estimate(self.base, self.folder))}", flush=True)
-        failed = {i + len(self.todo): why for i, why in run_arms(todo, self.folder, self.workers).items()} | self.failed
+        failed = {wanting[i] + len(self.todo): why for i, why in run_arms([todo[i] for i in wanting], self.folder, self.workers).items()} | self.failed
         self.todo, self.failed, self.wall = self.todo + todo, failed, self.wall + time.time() - start
-        self.record = make_record(self.item, self.todo, self.folder, self.parameters, failed, self.wall)
+        self.record = make_record(self.item, self.todo, self.folder, self.parameters, failed, self.wall, known)
         for r in self.record["rows"]:
             if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}, {r['searched_m']:.4g} M left")
         for f in self.record["failed"]: print(f"FAILED {f['label']}, seed {f['seed']}: {f['why']}")

@@ -18,6 +18,7 @@ from mgdarts.architecture import counts, load
 from mgdarts.arms import Arm, job, run_arms
 from mgdarts.cli import main
 from mgdarts.config import InputError, from_dict
+from mgdarts.events import RunFailed
 from mgdarts.reproduce import TARGETS, Study, make_record, measure, rebuild, seeds_of
 from mgdarts.space import NetSpec
 from mgdarts.store import read_json, write_json
@@ -143,6 +144,30 @@ def test_a_record_is_rebuilt_from_the_configurations_in_it(done):
     assert record["paper"] == paper.table(5)
     with pytest.raises(InputError, match="no arms"):
         rebuild({"item": "table05", "arms": [{"label": "x"}]}, folder)
+
+
+def test_a_recorded_arm_is_not_run_again(done, tmp_path, monkeypatch):
+    "Not even where the files of its run are gone: seeds add up from record to record."
+    folder, pair = done
+    assert run_arms(pair, folder) == {}
+    old = make_record("table05", pair, folder, {}, {}, 0.0)
+    (tmp_path / "table09").mkdir()
+    write_json(tmp_path / "table09/record.json", {**old, "item": "table09"})
+    (tmp_path / "table08").mkdir()
+    (tmp_path / "table08/record.json").write_text("{}")  # damaged: says nothing
+    started = []
+    monkeypatch.setattr(reproduce, "run_arms", lambda wanted, *_: started.extend(wanted) or {i: "not here" for i in range(len(wanted))})
+    def study(seeds, **more):
+        s = Study("table05", seeds=seeds, out=str(tmp_path), runs_dir=str(tmp_path / "runs"))
+        s.common = FAST
+        return s.run([Arm("under another name")], **more)
+    record = study("0,1,2").record
+    assert [(j.label, j.seed) for j in started] == [("under another name", 2)] and record["failed"][0]["seed"] == 2
+    assert [{**r, "label": "one"} for r in record["rows"]] == old["rows"] and record["values"]["under another name"]["acc"]["n"] == 2
+    started.clear()
+    with pytest.raises(RunFailed):
+        study("0", files=True)
+    assert len(started) == 1
 
 
 def rows(**values):
