@@ -386,7 +386,7 @@ def claims_command(records: Annotated[Optional[Path], typer.Option(help="Folder 
     if records is not None and not records.is_dir(): raise InputError(f"--records {records} is not a folder: give the one that mgdarts reproduce writes to")
     from mgdarts.verdicts import verdicts
     found = verdicts(records)
-    columns = ["id", "item", "verdict", "scale", "dataset"]
+    columns = ["id", "item", "verdict", "scale", "seeds", "dataset"]
     _show({"claims": found}, as_json, _table("claims", columns, [[c[k] for k in columns] for c in found]))
 
 # %% ../nbs/15_cli.ipynb #ab22dbbd

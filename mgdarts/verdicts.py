@@ -11,9 +11,9 @@ from .data import root
 from .store import read_json
 
 # %% auto #0
-__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'RANDOM', 'FIXED', 'gap',
-           'more', 'exactly', 'together', 'NotRun', 'Values', 'check', 'others', 'second', 'dass', 'sizes', 'judge',
-           'home', 'verdicts']
+__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'RANDOM', 'FIXED',
+           'VERDICT_LOOKS', 'gap', 'more', 'exactly', 'together', 'NotRun', 'Values', 'check', 'others', 'second',
+           'dass', 'sizes', 'judge', 'home', 'verdicts', 'verdict_figure']
 
 # %% ../nbs/39_verdicts.ipynb #007eb7f2
 def gap(a: list, b: list, # a value a seed
@@ -187,11 +187,11 @@ def judge(claim: dict, # of `paper.claims`
           record: dict|None # of its table or figure; None: there is none
          )->dict: # JSON-ready
     "The verdict on a claim."
-    out = {"id": claim["id"], "text": claim["claim"], "verdict": NOT_RUN, "scale": None, "item": claim["item"], "dataset": None, "why": "no record"}
+    out = {"id": claim["id"], "text": claim["claim"], "verdict": NOT_RUN, "scale": None, "item": claim["item"], "seeds": 0, "dataset": None, "why": "no record"}
     if record is None: return out
     try: verdict, why, *scale = CHECKS[claim["id"]](Values(record))
     except NotRun as e: return out | {"why": str(e)}
-    return out | {"verdict": verdict, "scale": (scale or [record["scale"]])[0], "dataset": record["dataset"], "why": why}
+    return out | {"verdict": verdict, "scale": (scale or [record["scale"]])[0], "seeds": len({r["seed"] for r in record["rows"]}), "dataset": record["dataset"], "why": why}
 
 def home(preset: str)->Path:
     "Where records go: the project's figures/; what was only tried out, at preset smoke, to figures/smoke/, where it takes no other record's place."
@@ -207,3 +207,18 @@ def verdicts(folder: str|Path|None = None, # of the records; None: the project's
         path = next((p for f in folders if (p := f / c["item"] / "record.json").exists()), None)
         records[c["item"]] = path and read_json(path, "a record")
     return [judge(c, records[c["item"]]) for c in paper.claims() if item in (None, c["item"])]
+
+# %% ../nbs/39_verdicts.ipynb #3da0748b
+VERDICT_LOOKS = {REPRODUCED: "#009E73", UNSURE: "#E69F00", NOT: "#D55E00", NOT_RUN: "#7f8790"}
+
+def verdict_figure(found: list # of `judge`
+                  ):
+    "Every claim with its verdict."
+    from mgdarts import plots
+    fig, names = plots.go.Figure(), [f"{v['id']} ({v['item']})" for v in found]
+    for scale, symbol in (("paper", "star"), ("scaled down", "circle"), (None, "circle-open")):
+        mine = [(n, v) for n, v in zip(names, found) if v["scale"] == scale]
+        if mine: fig.add_scatter(x=[v["verdict"] for _, v in mine], y=[n for n, _ in mine], mode="markers+text", name={"paper": "at the paper's scale", None: "not run"}.get(scale, scale), text=[f"{v['seeds']} seed" + "s" * (v["seeds"] != 1) if scale == "scaled down" else "" for _, v in mine], textposition="middle right",
+                                 textfont={"size": 10}, hovertext=[f"{v['text']}<br>{v['why']}" for _, v in mine], hovertemplate="%{hovertext}<extra></extra>", marker={"size": 12, "symbol": symbol, "color": [VERDICT_LOOKS[v["verdict"]] for _, v in mine], "line": {"width": 2, "color": VERDICT_LOOKS[NOT_RUN]} if scale is None else {}})
+    fig.update_xaxes(categoryorder="array", categoryarray=list(VERDICT_LOOKS), range=[-.5, len(VERDICT_LOOKS) - .4], side="top").update_yaxes(categoryorder="array", categoryarray=names[::-1])
+    return plots.theme(fig, 120 + 24 * len(names), 80, "closest")
