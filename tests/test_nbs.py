@@ -5,7 +5,7 @@ from nbdev.doclinks import nbglob
 from nbdev.test import test_nb as run_nb
 
 CFG = get_config()
-NOTEBOOKS = [p for p in sorted(nbglob(CFG.nbs_path, as_path=True)) if p.stem not in ("quickstart", "benchmarks", "faults", "workbench") and p.parent.name != "repro"]
+NOTEBOOKS = [p for p in sorted(nbglob(CFG.nbs_path, as_path=True)) if p.stem not in ("quickstart", "benchmarks", "claims", "faults", "workbench") and p.parent.name != "repro"]
 run_nb.__test__ = False
 
 

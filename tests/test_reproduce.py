@@ -257,6 +257,21 @@ def test_a_notebook_by_command(tmp_path, capsys, monkeypatch):
     assert again["rows"] == record["rows"] and again["values"] == record["values"]
 
 
+def test_the_notebook_of_claims(tmp_path):
+    "All claims in a table and a picture, from a folder of records; an unknown parameter is refused."
+    record = {"item": "table09", "rows": [{"label": n, "seed": s, "acc": v + s / 10} for n, v in (("Joint", 97.0), ("Iterative (Full Epoch)", 95.0), ("Iterative (Half Epoch)", 95.0)) for s in range(3)], "scale": "scaled down", "dataset": "made up"}
+    (tmp_path / "table09").mkdir()
+    write_json(tmp_path / "table09/record.json", record)
+    given = {"records": str(tmp_path), "out": str(tmp_path / "claims")}
+    papermill.execute_notebook(str(ROOT / "nbs/claims.ipynb"), str(tmp_path / "claims.ipynb"), given, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
+    shown = [o["data"] for c in nbformat.read(tmp_path / "claims.ipynb", 4).cells for o in c.get("outputs", []) if "data" in o]
+    assert f"| not run | {len(paper.claims()) - 1} |" in shown[0]["text/markdown"] and "| reproduced | 1 |" in shown[0]["text/markdown"]
+    figure = next(d["application/vnd.plotly.v1+json"] for d in shown if "application/vnd.plotly.v1+json" in d)
+    assert sum(len(t["y"]) for t in figure["data"]) == len(paper.claims()) and (tmp_path / "claims/verdicts.html").exists()
+    with pytest.raises(papermill.exceptions.PapermillExecutionError, match="recrods"):
+        papermill.execute_notebook(str(ROOT / "nbs/claims.ipynb"), str(tmp_path / "bad.ipynb"), {"recrods": ""}, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
+
+
 run = reproduce.run_notebook
 
 
