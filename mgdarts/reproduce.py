@@ -377,11 +377,19 @@ class Study(Ran):
             for update, span in zip((fig.update_xaxes, fig.update_yaxes), spans): update(range=span, col=col)
         return plots.theme(fig, height, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
 
+    def signed(self, figure):
+        "Write at the foot of a figure what it stands on, for when it is seen alone."
+        seeds = len({r["seed"] for r in self.record["rows"]})
+        text, layout = f"{self.record['scale']}: {self.record['dataset']}, {seeds} seed{'s' * (seeds != 1)}", figure.layout
+        return figure.update_layout(height=layout.height + 16, margin_b=layout.margin.b + 16, title={"text": text, "font": {"size": 10}, "x": 1, "xref": "paper", "xanchor": "right", "y": 4 / (layout.height + 16), "yref": "container", "yanchor": "bottom"})
+
     def save(self, figures: dict # name -> go.Figure
             ):
         "Write the record and the figures, and show the verdicts."
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.record: write_json(self.out / "record.json", self.record)
+        if self.record:
+            write_json(self.out / "record.json", self.record)
+            for figure in figures.values(): self.signed(figure)
         for note in draw(self.out, figures): print(note)
         return markdown([{"claim": v["text"], "verdict": v["verdict"], "scale": v["scale"], "values": v["why"]} for v in verdicts(self.out.parent, self.item)]) if self.record else None
 
