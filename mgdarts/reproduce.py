@@ -223,7 +223,7 @@ def rebuild(record: dict|str|Path, # or the file
     return make_record(target(record.get("item", "")), jobs, folder, record.get("parameters", {}), failed, time.time() - start)
 
 # %% ../nbs/40_reproduce.ipynb #a55834e0
-SMOKE = {"data.subset": 256, "search.prune_every": 1, "search.max_epochs": 20, "search.length": 4, "train.epochs": 3}
+SMOKE = {"data.subset": 128, "search.prune_every": 1, "search.max_epochs": 20, "search.length": 4, "search.lambda_step": .1, "train.epochs": 2}
 
 class Asked:
     "The parameters of a notebook."
@@ -381,7 +381,7 @@ class Study(Ran):
         "Write at the foot of a figure what it stands on, for when it is seen alone."
         seeds = len({r["seed"] for r in self.record["rows"]})
         text, layout = f"{self.record['scale']}: {self.record['dataset']}, {seeds} seed{'s' * (seeds != 1)}", figure.layout
-        return figure.update_layout(height=layout.height + 16, margin_b=layout.margin.b + 16, title={"text": text, "font": {"size": 10}, "x": 1, "xref": "paper", "xanchor": "right", "y": 4 / (layout.height + 16), "yref": "container", "yanchor": "bottom"})
+        return figure.update_layout(height=layout.height + 28, margin_b=layout.margin.b + 28, title={"text": text, "font": {"size": 10}, "x": 1, "xref": "paper", "xanchor": "right", "y": 4 / (layout.height + 28), "yref": "container", "yanchor": "bottom"})
 
     def save(self, figures: dict # name -> go.Figure
             ):
