@@ -62,6 +62,7 @@ const page = (title, body) => new Blob([`<!doctype html><meta charset="utf-8"><t
 class Deck(anywidget.AnyWidget):
     "Buttons, state line, keys."
     state = tr.Dict().tag(sync=True) # title, can, status, facts, bar
+    heard = tr.Float(0.).tag(sync=True) # number of the last command that arrived
     _css = STYLE
     _esm = NODE + """
 const BUTTONS = [["run","Run","to the end (space)"],["pause","Pause","after this step (space)"],["step","Step","one step (.)"],["commit","to commit","run to the next commit"],["epoch","to epoch","run to the end of the epoch"],["stage","to stage","run to the end of the stage"],["stop","Stop","save and end"],["checkpoint","Checkpoint","save the state now"],["pictures","Save pictures","charts and cells as files in the run folder"],["keys","Keys","list the keys (?)"]];
@@ -72,7 +73,9 @@ function render({ model, el }) {
   const line = node("div", { class: "mg-line" }, word, why), size = node("div"), keys = node("div", { class: "mg-keys", hidden: "" });
   keys.append(...KEYS.flatMap(([k, v], i) => [node("kbd", {}, k), " " + v + (i + 1 < KEYS.length ? " · " : "")]));
   const buttons = {};
-  const act = (what) => { if (what === "keys") { keys.hidden = !keys.hidden; return; } if (buttons[what].getAttribute("aria-disabled") !== "true") model.send({ do: what }); };
+  const act = (what) => { if (what === "keys") { keys.hidden = !keys.hidden; return; } if (buttons[what].getAttribute("aria-disabled") !== "true") order(what, Date.now()); };
+  // a kernel may drop what reaches it right after the page was loaded again: what it does not confirm is said again
+  const order = (what, n, left = 4) => { model.send({ do: what, n }); if (left) setTimeout(() => { if (model.get("heard") < n) order(what, n, left - 1); }, 1500); };
   for (const [what, label, help] of BUTTONS) { const b = node("button", { type: "button", title: help, "data-do": what }, label); b.addEventListener("click", () => act(what)); buttons[what] = b; bar.append(b); }
   el.append(title, bar, keys, line, facts, size);
   function paint() {

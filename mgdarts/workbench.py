@@ -4,7 +4,7 @@
 
 # %% ../nbs/35_workbench.ipynb #42a3d83f
 from __future__ import annotations
-import html, os, re, threading, time, traceback
+import html, math, os, re, threading, time, traceback
 from pathlib import Path
 import ipywidgets as ui, torch
 from . import compare, pictures, plots, replay, runs
@@ -306,7 +306,10 @@ class Workbench:
     def _later(self, what):
         self._todo.add(what); self._wake.set()
     def _message(self, widget, content, buffers=None):
-        if "do" in content: self.do(content["do"])
+        if "do" in content:
+            if (n := content.get("n", math.inf)) <= self.deck.heard: return # said again, and heard the first time
+            if n < math.inf: self.deck.heard = n
+            self.do(content["do"])
         elif "key" in content: self.key_pressed(content["key"])
         elif "pick" in content: self.pick(content["pick"])
         elif "drag" in content: self.move(content["drag"], content["value"])

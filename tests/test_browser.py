@@ -321,6 +321,15 @@ def test_nothing_is_lost(lab, tmp_path):
         desk.press("run")
         desk.says("running")
 
+        # a click that does not arrive is said again by the page
+        desk.ask("workbench.deck.on_msg(workbench._message, remove=True)")
+        desk.press("pause")
+        time.sleep(0.5)
+        desk.ask("workbench.deck.on_msg(workbench._message)")
+        desk.says("paused")
+        desk.press("run")
+        desk.says("running")
+
         # the cell is run again: the same search, one thread
         thread = desk.ask("workbench.stepper.thread.ident")
         desk.run_all()
