@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
+from .compiled import compiled, READS, run_norms, run_pairs, SLACK
 
 EPS = 1e-5 # of every batch norm
 
@@ -207,6 +208,36 @@ class _Pairs(torch.autograd.Function):
         if ctx.relu: g = torch.ops.aten.threshold_backward.default(g, r, 0)
         return None, None, None, g, *out
 
+class _CompiledPairs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, how, b, relu, keep, x, *weights):
+        ctx.set_materialize_grads(False)
+        x, weights = _dense(x), [w.contiguous() for w in weights]
+        n, wide, h, w = x.shape
+        jobs, us, out = [], [], []
+        for (place, width, what, dilation, stride), depth, point in zip(how, weights[::2], weights[1::2]):
+            m, hh, ww = (4 * n, h // 2, w // 2) if what == "phases" else (n, (h + 1) // 2, (w + 1) // 2) if what == "second" or stride == 2 else (n, h, w)
+            filters = len(point) if place is None else width
+            us.append(x.new_empty(m * hh * ww * wide + SLACK) if keep else None)
+            out.append(torch.empty((m, b * filters, hh, ww), dtype=x.dtype, memory_format=torch.channels_last))
+            jobs.append((depth.shape[-1], READS.index((what, dilation, stride)), filters, depth, point, place, 0 if place is None else len(place), out[-1], us[-1], None, None, None))
+        run_pairs(False, x, None, b, relu, jobs)
+        ctx.how, ctx.jobs = (b, relu), [j[:3] + j[5:7] for j in jobs]
+        ctx.save_for_backward(x, *us, *weights)
+        return tuple(out)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        (b, relu), n = ctx.how, len(grads)
+        x, *saved = ctx.saved_tensors
+        us, weights, out, d_x = saved[:n], saved[n:], [], torch.empty_like(x)
+        jobs = []
+        for (side, reads, filters, place, placed), u, depth, point, g in zip(ctx.jobs, us, weights[::2], weights[1::2], grads):
+            out += [torch.empty_like(depth), torch.empty_like(point)]
+            jobs.append((side, reads, filters, depth, point, place, placed, None, u, g if g is None else _dense(g), *out[-2:]))
+        run_pairs(True, x, d_x, b, relu, jobs)
+        return None, None, None, None, d_x, *out
+
 def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
           jobs: list, # of `Pair`
           b: int = 1, relu: bool = False # before
@@ -214,7 +245,8 @@ def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
     "Pairs of convolutions that read the same map."
     if not jobs: return []
     how = [(p.place, p.width, *p.reads(x.shape[-1])) for p in jobs]
-    if not native(x): return list(_Pairs.apply(how, b, relu, x, *(w for p in jobs for w in (p.depth, p.point))))
+    weights = [w for p in jobs for w in (p.depth, p.point)]
+    if not native(x): return list(_CompiledPairs.apply(how, b, relu, torch.is_grad_enabled(), x, *weights) if compiled(x) else _Pairs.apply(how, b, relu, x, *weights))
     seen, out = {"map": F.relu(x) if relu else x}, []
     for p, (place, width, what, dilation, stride) in zip(jobs, how):
         if what not in seen: seen[what] = SEEN[what](seen["map"])
@@ -278,6 +310,33 @@ class _Normalise(torch.autograd.Function):
         else: results = [g * k for g, k in zip(spread, A)]
         return d_scale, d_shift, grads[0] if based else None, *(None,) * 7, *map(_map, results, ctx.shapes)
 
+class _CompiledNormalise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, scale, shift, base, running, index, b, add, relu, training, reuse, *maps):
+        ctx.set_materialize_grads(False)
+        zs, scale, shift, base = [_dense(z) for z in maps], scale.contiguous(), shift.contiguous(), base if base is None else _dense(base)
+        inv, a, *fresh = scale.new_empty(4, len(scale)).unbind()
+        mean, var = fresh if training else (r.contiguous() for r in running)
+        ys, at = [torch.empty_like(z) for z in (zs[:1] if add else zs)], 0
+        ctx.norms = []
+        for z in zs: ctx.norms.append((z.shape[1] // b, at)); at += z.shape[1] // b
+        ctx.rows = zs[0].numel() // zs[0].shape[1]
+        run_norms(False, ctx.rows, b, [(*n, z, y, None, None) for n, z, y in zip(ctx.norms, zs, [None] * len(zs) if add else ys)], [scale, shift, mean, var, inv, a, None, None, base, ys[0] if add else None], training, relu, EPS)
+        ctx.save_for_backward(a, inv, mean, *zs, *(ys if relu else []))
+        ctx.how = b, add, relu, training, reuse, base is not None
+        ctx.mark_non_differentiable(mean, var)
+        return (*ys, mean, var)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        b, add, relu, training, reuse, based = ctx.how
+        a, inv, mean, *zs = ctx.saved_tensors
+        zs, ys = (zs[:len(zs) // 2], zs[len(zs) // 2:]) if relu else (zs, [None] * len(zs))
+        gs = [g if g is None else _dense(g) for g in grads[:1 if add else len(zs)]] * (len(zs) if add else 1)
+        out, (d_scale, d_shift) = [z if reuse else torch.empty_like(z) for z in zs], a.new_empty(2, len(a)).unbind()
+        run_norms(True, ctx.rows, b, [(*n, *m) for n, m in zip(ctx.norms, zip(zs, ys, gs, out))], [None, None, mean, None, inv, a, d_scale, d_shift, None, None], training, relu, EPS)
+        return d_scale, d_shift, grads[0] if based else None, *(None,) * 7, *out
+
 class _Weighted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, factors, *maps):
@@ -299,6 +358,8 @@ def _native(maps, scale, shift, running, training)->tuple: # normalised maps, me
     if not training: return ys, *running
     return ys, torch.cat(m), torch.cat(i).pow(-2) - EPS
 
+def _normaliser(x): return _CompiledNormalise if compiled(x) else _Normalise
+
 def normalise(maps: list, # [N/B, B F_i, H, W] each
               scale: Tensor, shift: Tensor, # [sum of F_i] gamma and beta
               running: tuple, # ([sum of F_i] means, [sum of F_i] variances), for evaluation
@@ -311,7 +372,7 @@ def normalise(maps: list, # [N/B, B F_i, H, W] each
     if native(maps[0]):
         ys, mean, var = _native(maps, scale, shift, running, training)
         return [F.relu(y) if relu else y for y in ys], mean, var
-    *ys, mean, var = _Normalise.apply(scale, shift, None, running, index, b, False, relu, training, reuse, *maps)
+    *ys, mean, var = _normaliser(maps[0]).apply(scale, shift, None, running, index, b, False, relu, training, reuse, *maps)
     return ys, mean, var
 
 def weighted_sum(maps: list, # [N/B, B F, H, W] each
@@ -328,7 +389,7 @@ def normalise_sum(maps: list, # [N/B, B F, H, W] each, at least one
                   scale: Tensor, shift: Tensor, running: tuple, index: Tensor, b: int, training: bool, reuse: bool = False # as for `normalise`
                  )->tuple: # ([N/B, B F, H, W] sum of the normalised maps and `base`, means, variances)
     "The sum of many batch norms."
-    if not native(maps[0]): return _Normalise.apply(scale, shift, base, running, index, b, True, False, training, reuse, *maps)
+    if not native(maps[0]): return _normaliser(maps[0]).apply(scale, shift, base, running, index, b, True, False, training, reuse, *maps)
     ys, mean, var = _native(maps, scale, shift, running, training)
     total = base
     for y in ys: total = y if total is None else total + y
