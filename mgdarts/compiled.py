@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['VECTORS', 'PRODUCTS', 'DEPTHWISE', 'PAIRS', 'NORMS', 'SOURCE', 'FLAGS', 'READS', 'SLACK', 'library', 'compiled',
-           'run_pairs', 'run_norms']
+__all__ = ['VECTORS', 'PRODUCTS', 'DEPTHWISE', 'PAIRS', 'NORMS', 'SOURCE', 'FLAGS', 'READS', 'library', 'compiled', 'run_pairs',
+           'run_norms']
 
 # %% ../nbs/02_compiled.ipynb #c7c5c8b2
 VECTORS = '''
@@ -189,7 +189,7 @@ template<class V, int K> static void scatter(float *x, i64 row, i64 pix, const f
 # %% ../nbs/02_compiled.ipynb #17597fc7
 PAIRS = '''
 enum Reads { MAP, HALF, DILATED, PHASES, SECOND }; // stride 1; stride 2; dilation 2; the same in phases; the same with stride 2
-struct Job { i64 side, reads, filters; float *depth, *point; i64 *place, placed; float *z, *u, *g, *d_depth, *d_point; };
+struct Job { i64 side, reads, filters; float *depth, *point; i64 *place, placed; float *z, *g, *d_depth, *d_point; };
 
 template<class V> struct Pairs {
   static constexpr int L = lanes<V>();
@@ -254,7 +254,7 @@ template<class V> struct Pairs {
     return x + (r + phase / 2) * row + (r + phase % 2) * C;
   }
 
-  template<int K> void convolve(const float *x, const Job &j, const float *k, float *u, int y, int w) {
+  template<int K> void convolved(const float *x, const Job &j, const float *k, float *u, int y, int w) {
     switch (j.reads) {
       case MAP: return line<V, K, 1, 1, false>(x + y * row, row, C, k, u, C, w, C);
       case HALF: return line<V, K, 2, 1, false>(x + 2 * y * row, row, C, k, u, C, w, C);
@@ -262,11 +262,12 @@ template<class V> struct Pairs {
       default: return line<V, K, 2, 2, false>(x + 2 * y * row, row, C, k, u, C, w, C);
     }
   }
+  void convolve(const float *x, const Job &j, const float *k, float *u, int y, int w) { j.side == 3 ? convolved<3>(x, j, k, u, y, w) : convolved<5>(x, j, k, u, y, w); }
   void forward(const float *x) {
     std::vector<Floats> deep, flat;
     for (auto &j : jobs) { deep.push_back(packed(j, false)); flat.push_back(mixing(j, false)); }
     parallel(threads, [&](int t) {
-      Floats map(area), own((size_t)W * C);
+      Floats map(area), u((size_t)W * C);
       for (int n = first(t); n < first(t + 1); n++) {
         open(map, x + (size_t)n * H * W * C);
         for (size_t i = 0; i < jobs.size(); i++) {
@@ -274,9 +275,7 @@ template<class V> struct Pairs {
           int h = out(j, H), w = out(j, W);
           for (int phase = 0; phase < phases(j); phase++) for (int y = 0; y < h; y++) {
             size_t pixel = (((size_t)phase * N + n) * h + y) * w;
-            float *u = j.u ? j.u + pixel * C : (float *)own; // not kept without a backward pass
-            const float *s = corner(map, j, phase);
-            if (j.side == 3) convolve<3>(s, j, deep[i], u, y, w); else convolve<5>(s, j, deep[i], u, y, w);
+            convolve(corner(map, j, phase), j, deep[i], u, y, w);
             mix(u, flat[i], j.z + pixel * b * j.filters, w * b, j.filters, c);
           }
         }
@@ -306,14 +305,14 @@ template<class V> struct Pairs {
     }
   }
   void backward(const float *x, float *d_x) {
-    std::vector<Floats> deep, flat;
+    std::vector<Floats> deep, turned, flat;
     std::vector<std::vector<Floats>> d_deep(threads), d_flat(threads);
     for (auto &j : jobs) {
-      deep.push_back(packed(j, true)); flat.push_back(mixing(j, true));
+      deep.push_back(packed(j, false)); turned.push_back(packed(j, true)); flat.push_back(mixing(j, true));
       for (int t = 0; t < threads; t++) { d_deep[t].emplace_back(this->deep(j)); d_flat[t].emplace_back((size_t)j.filters * up(c)); }
     }
     parallel(threads, [&](int t) {
-      Floats map(area), gx(area), gu((size_t)(H + 8) * (W + 8) * C);
+      Floats map(area), gx(area), u((size_t)W * C), gu((size_t)(H + 8) * (W + 8) * C);
       for (int n = first(t); n < first(t + 1); n++) {
         open(map, x + (size_t)n * H * W * C);
         memset(gx, 0, 4 * area);
@@ -325,16 +324,17 @@ template<class V> struct Pairs {
           memset(gu, 0, 4 * (size_t)e * grow);
           memset(gu + (h + e) * grow, 0, 4 * (size_t)e * grow);
           for (int y = e; y < h + e; y++) for (i64 side : {(i64)0, (i64)(e + w) * C}) memset(gu + y * grow + side, 0, 4 * (size_t)e * C);
-          for (int phase = 0; phase < phases(j); phase++) {
-            for (int y = 0; y < h; y++) {
+          for (int phase = 0; phase < phases(j); phase++) for (int y = 0; y < h + e; y++) { // a line goes on once those around it are there
+            if (y < h) {
               size_t pixel = (((size_t)phase * N + n) * h + y) * w;
               const float *g = j.g + pixel * b * j.filters;
               mix(g, flat[i], gu + (y + e) * grow + e * C, w * b, c, j.filters);
-              mix_outer(g, j.u + pixel * C, d_flat[t][i], j.filters, c, w * b);
+              convolve(corner(map, j, phase), j, deep[i], u, y, w);
+              mix_outer(g, u, d_flat[t][i], j.filters, c, w * b);
             }
-            for (int y = 0; y < h; y++)
-              if (j.side == 3) back<3>(map, gx, gu, grow, j, deep[i], d_deep[t][i], phase, y, w);
-              else back<5>(map, gx, gu, grow, j, deep[i], d_deep[t][i], phase, y, w);
+            if (y < e) continue;
+            if (j.side == 3) back<3>(map, gx, gu, grow, j, turned[i], d_deep[t][i], phase, y - e, w);
+            else back<5>(map, gx, gu, grow, j, turned[i], d_deep[t][i], phase, y - e, w);
           }
         }
         close(d_x + (size_t)n * H * W * C, map, gx);
@@ -505,7 +505,7 @@ extern "C" void norms(i64 back, i64 rows, i64 b, i64 count, const Map *maps, con
 
 # %% ../nbs/02_compiled.ipynb #550d6a7c
 SOURCE = VECTORS + PRODUCTS + DEPTHWISE + PAIRS + NORMS
-FLAGS = "-std=c++17 -O2 -march=native -shared -fPIC -pthread -w".split()
+FLAGS = "-std=c++17 -O3 -march=native -shared -fPIC -pthread -w".split()
 
 def _compiler()->list|None: # its command
     named = shlex.split(os.environ.get("CXX", ""))
@@ -559,7 +559,6 @@ def compiled(x: Tensor)->bool:
 
 # %% ../nbs/02_compiled.ipynb #4c73f1a3
 READS = ("map", 1, 1), ("map", 1, 2), ("map", 2, 1), ("phases", 1, 1), ("second", 1, 1) # what a depthwise convolution runs on, its dilation, its stride: in the order of `Reads`
-SLACK = 16 # numbers behind a map of depthwise results, for whole vectors
 
 def _addresses(values): return (ctypes.c_int64 * len(values))(*(0 if v is None else v.data_ptr() if isinstance(v, Tensor) else v for v in values))
 def _real(x): return type(x) in (Tensor, torch.nn.Parameter)
@@ -567,7 +566,7 @@ def _real(x): return type(x) in (Tensor, torch.nn.Parameter)
 def run_pairs(back: bool, x: Tensor, # [N/B, B C, H, W]
               d_x: Tensor|None, # its gradient, written
               b: int, relu: bool,
-              jobs: list # of (k, place in `READS`, filters of the result, depth, point, place, how many places, result, depthwise result or None, gradient of the result, of depth, of point)
+              jobs: list # of (k, place in `READS`, filters of the result, depth, point, place, how many places, result, gradient of the result, of depth, of point)
              ):
     "All pairs of convolutions that read a map, or their gradients."
     if _real(x): library().pairs(back, x.data_ptr(), 0 if d_x is None else d_x.data_ptr(), *x.shape, b, relu, len(jobs), _addresses([v for j in jobs for v in j]), torch.get_num_threads())

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .compiled import compiled, READS, run_norms, run_pairs, SLACK
+from .compiled import compiled, READS, run_norms, run_pairs
 
 EPS = 1e-5 # of every batch norm
 
@@ -210,33 +210,29 @@ class _Pairs(torch.autograd.Function):
 
 class _CompiledPairs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, how, b, relu, keep, x, *weights):
+    def forward(ctx, how, b, relu, x, *weights):
         ctx.set_materialize_grads(False)
         x, weights = _dense(x), [w.contiguous() for w in weights]
-        n, wide, h, w = x.shape
-        jobs, us, out = [], [], []
+        n, _, h, w = x.shape
+        jobs, out = [], []
         for (place, width, what, dilation, stride), depth, point in zip(how, weights[::2], weights[1::2]):
             m, hh, ww = (4 * n, h // 2, w // 2) if what == "phases" else (n, (h + 1) // 2, (w + 1) // 2) if what == "second" or stride == 2 else (n, h, w)
             filters = len(point) if place is None else width
-            us.append(x.new_empty(m * hh * ww * wide + SLACK) if keep else None)
             out.append(torch.empty((m, b * filters, hh, ww), dtype=x.dtype, memory_format=torch.channels_last))
-            jobs.append((depth.shape[-1], READS.index((what, dilation, stride)), filters, depth, point, place, 0 if place is None else len(place), out[-1], us[-1], None, None, None))
+            jobs.append((depth.shape[-1], READS.index((what, dilation, stride)), filters, depth, point, place, 0 if place is None else len(place), out[-1], None, None, None))
         run_pairs(False, x, None, b, relu, jobs)
-        ctx.how, ctx.jobs = (b, relu), [j[:3] + j[5:7] for j in jobs]
-        ctx.save_for_backward(x, *us, *weights)
+        ctx.how = b, relu, [(*j[:3], *j[5:7]) for j in jobs]
+        ctx.save_for_backward(x, *weights)
         return tuple(out)
 
     @staticmethod
     def backward(ctx, *grads):
-        (b, relu), n = ctx.how, len(grads)
-        x, *saved = ctx.saved_tensors
-        us, weights, out, d_x = saved[:n], saved[n:], [], torch.empty_like(x)
-        jobs = []
-        for (side, reads, filters, place, placed), u, depth, point, g in zip(ctx.jobs, us, weights[::2], weights[1::2], grads):
-            out += [torch.empty_like(depth), torch.empty_like(point)]
-            jobs.append((side, reads, filters, depth, point, place, placed, None, u, g if g is None else _dense(g), *out[-2:]))
+        (b, relu, how), (x, *weights) = ctx.how, ctx.saved_tensors
+        jobs, d_x, out = [], torch.empty_like(x), [torch.empty_like(w) for w in weights]
+        for (side, reads, filters, *placed), depth, point, g, d_depth, d_point in zip(how, weights[::2], weights[1::2], grads, out[::2], out[1::2]):
+            jobs.append((side, reads, filters, depth, point, *placed, None, g if g is None else _dense(g), d_depth, d_point))
         run_pairs(True, x, d_x, b, relu, jobs)
-        return None, None, None, None, d_x, *out
+        return None, None, None, d_x, *out
 
 def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
           jobs: list, # of `Pair`
@@ -246,7 +242,7 @@ def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
     if not jobs: return []
     how = [(p.place, p.width, *p.reads(x.shape[-1])) for p in jobs]
     weights = [w for p in jobs for w in (p.depth, p.point)]
-    if not native(x): return list(_CompiledPairs.apply(how, b, relu, torch.is_grad_enabled(), x, *weights) if compiled(x) else _Pairs.apply(how, b, relu, x, *weights))
+    if not native(x): return list((_CompiledPairs if compiled(x) else _Pairs).apply(how, b, relu, x, *weights))
     seen, out = {"map": F.relu(x) if relu else x}, []
     for p, (place, width, what, dilation, stride) in zip(jobs, how):
         if what not in seen: seen[what] = SEEN[what](seen["map"])
