@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['VECTORS', 'PRODUCTS', 'DEPTHWISE', 'PAIRS', 'NORMS', 'SOURCE', 'FLAGS', 'READS', 'library', 'compiled', 'run_pairs',
-           'run_norms']
+__all__ = ['VECTORS', 'PRODUCTS', 'DEPTHWISE', 'PAIRS', 'NORMS', 'SOURCE', 'FLAGS', 'READS', 'library', 'kernels_in_use',
+           'compiled', 'run_pairs', 'run_norms']
 
 # %% ../nbs/02_compiled.ipynb #c7c5c8b2
 VECTORS = '''
@@ -543,7 +543,10 @@ def library()->ctypes.CDLL|None:
         name = hashlib.sha256("\0".join([SOURCE, *FLAGS, *command, version, _processor()]).encode()).hexdigest()[:16]
         path = _folder() / f"kernels-{name}.so"
         if not path.exists(): _build(path, command)
-        lib = ctypes.CDLL(str(path))
+        try: lib = ctypes.CDLL(str(path))
+        except OSError: # damaged
+            _build(path, command)
+            lib = ctypes.CDLL(str(path))
     except (OSError, subprocess.SubprocessError) as e:
         said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
         warnings.warn(f"kernels cannot be compiled, PyTorch's are used: {said[0] if said else e}")
@@ -552,6 +555,10 @@ def library()->ctypes.CDLL|None:
     lib.pairs.argtypes, lib.norms.argtypes = [i64, ptr, ptr, *[i64] * 7, ptr, i64], [i64, i64, i64, i64, ptr, ptr, i64, i64, ctypes.c_float, i64]
     lib.pairs.restype = lib.norms.restype = None
     return lib
+
+def kernels_in_use()->str:
+    "What a run's last bits depend on: `compiled` or `torch`."
+    return "compiled" if library() else "torch"
 
 def compiled(x: Tensor)->bool:
     "Whether the compiled functions are there, and are for such a map."

@@ -4,12 +4,13 @@
 
 # %% ../nbs/14_runs.ipynb #d59cd725
 from __future__ import annotations
-import hashlib, json, os, platform, signal, subprocess, threading, time
+import hashlib, json, os, platform, signal, subprocess, threading, time, warnings
 from pathlib import Path
 import torch
 from . import __version__
 from . import architecture as arch_files, derive, mobile_derive
 from .architecture import Discovered, counts, fitted, random_architecture
+from .compiled import kernels_in_use
 from .config import LONG, Config, InputError, from_dict, to_dict
 from .data import Augment, Loader, Splits, halves, load_data, root
 from .events import Event, NonFiniteLoss, RunFailed, Stopped
@@ -22,7 +23,7 @@ from .store import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links
 from .train import Trainer
 
 # %% auto #0
-__all__ = ['SPACES', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder',
+__all__ = ['BITS', 'SPACES', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder',
            'read_events', 'Signals', 'Clock', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer',
            'read_record', 'read_config', 'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain',
            'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
@@ -40,6 +41,8 @@ def device_of(cfg: Config)->torch.device:
         raise InputError(f"device {name!r} is not there: use --set device=cpu, or auto")
     return device
 
+BITS = "torch", "device", "threads", "cpu_capability", "kernels" # of an environment: what results depend on to the last bit
+
 def environment(device: torch.device)->dict:
     "What the bits of a run depend on besides its configuration."
     def git(*what):
@@ -47,7 +50,7 @@ def environment(device: torch.device)->dict:
         except (OSError, subprocess.SubprocessError): return ""
     return {"mgdarts": __version__, "python": platform.python_version(), "torch": torch.__version__, "device": device.type,
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(), "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernels": kernels_in_use(), "commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 def new_folder(out: str|Path)->Path:
     "A path where a run may be made. `InputError` if something is there, or it cannot be written."
@@ -220,9 +223,12 @@ def read_config(run: str|Path)->Config:
 
 def _restore(loop, run: Path, splits: Splits)->dict|None: # mark of the events so far; None: there is no state yet
     "Bring a loop to its last state. `InputError` when the state or the data are not this run's."
-    if read_record(run)["data_fingerprint"] != splits.fingerprint: raise InputError(f"the images of {splits.label} are not those that {run} began with: put them back, or start a new run")
+    record = read_record(run)
+    if record["data_fingerprint"] != splits.fingerprint: raise InputError(f"the images of {splits.label} are not those that {run} began with: put them back, or start a new run")
     saved = Checkpoints(run / "checkpoint").load()
     if saved is None: return None
+    before, now = {"kernels": "torch"} | record["environment"], environment(loop.device) # older records had no others
+    if changed := [f"{k} {before.get(k)}, now {now[k]}" for k in BITS if before.get(k) != now[k]]: warnings.warn(f"{run} was begun with {'; '.join(changed)}: it goes on, but not to the same last bits")
     try:
         loop.load_state_dict(saved)
         return {"bytes": int(saved["record"]["bytes"]), "sha256": str(saved["record"]["sha256"]), **{k: float(saved["record"].get(k, 0)) for k in ("wall_s", "cpu_s")}} # older states do not say what they cost

@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import settings
 
-from mgdarts import runs
+from mgdarts import compiled, runs
 
 # Nets this small are fastest on one thread, and tests may share the machine.
 torch.set_num_threads(1)
+# Compiled now, if ever: commands that tests start say nothing of it then.
+compiled.library()
 # In continuous integration every run draws the same examples; elsewhere new ones are tried.
 settings.register_profile("ci", derandomize=True)
 if os.environ.get("CI"):

@@ -36,11 +36,11 @@ def readme() -> str:
 
 
 def environment() -> str:
-    "environment.yml: Python and pip from conda, everything else the requirements of settings.ini."
+    "environment.yml: Python, pip and a compiler from conda, everything else the requirements of settings.ini."
     cfg = settings()
     pins = [r for key in ("requirements", "lab_requirements", "dev_requirements") for r in shlex.split(cfg[key])]
     lines = [f"# generated from settings.ini by tools/project.py", f"name: {cfg['lib_name']}", "channels:",
-             "  - conda-forge", "dependencies:", f"  - python>={cfg['min_python']}", "  - pip", "  - pip:"]
+             "  - conda-forge", "dependencies:", f"  - python>={cfg['min_python']}", *(f"  - {p}" for p in shlex.split(cfg["conda_packages"])), "  - pip", "  - pip:"]
     return "\n".join(lines + [f'      - "{r}"' for r in pins] + ["      - -e ."]) + "\n"
 
 

@@ -1,0 +1,100 @@
+"How kernels are compiled, and what happens where they cannot be."
+import stat
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mgdarts import compiled, kernels, runs
+from mgdarts.config import preset
+
+build = compiled.library.__wrapped__
+TINY = 'extern "C" void pairs() {} extern "C" void norms() {}'
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    "A small source, an empty cache, and a compiler that counts its calls."
+    command = compiled._compiler()
+    if not command: pytest.skip("no C++ compiler")
+    script = tmp_path / "counting"
+    script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo called >> {tmp_path}/calls;; esac\nexec {" ".join(command)} "$@"\n')
+    script.chmod(script.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setattr(compiled, "SOURCE", TINY)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", str(script))
+    monkeypatch.delenv("MGDARTS_KERNELS", raising=False)
+    return tmp_path
+
+
+def calls(folder): return len((folder / "calls").read_text().splitlines())
+
+
+def test_compiled_once_and_kept(tiny, capsys):
+    assert build() and build() and calls(tiny) == 1
+    assert capsys.readouterr().err == "compiling kernels for this machine, once ...\n"
+    assert [p.suffix for p in (tiny / "cache/mgdarts").iterdir()] == [".so"]
+
+
+def test_another_source_is_another_library(tiny, monkeypatch):
+    build()
+    monkeypatch.setattr(compiled, "SOURCE", TINY + " // changed")
+    build()
+    assert calls(tiny) == 2
+
+
+def test_a_damaged_library_is_compiled_again(tiny):
+    code = f"from mgdarts import compiled; compiled.SOURCE = {TINY!r}; print(compiled.library() is not None)"
+    def process(): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert process() == "True\n"
+    path, = (tiny / "cache/mgdarts").iterdir()
+    path.write_bytes(path.read_bytes()[:100])
+    assert process() == "True\n"
+    assert calls(tiny) == 2
+
+
+def test_source_that_does_not_compile(tiny, monkeypatch):
+    monkeypatch.setattr(compiled, "SOURCE", "nonsense")
+    with pytest.warns(UserWarning, match="cannot be compiled, PyTorch's are used: .*error"): assert build() is None
+    assert not list((tiny / "cache/mgdarts").iterdir())
+
+
+@pytest.mark.parametrize("name, value", [("MGDARTS_KERNELS", "torch"), ("CXX", "no-such-compiler")])
+def test_there_need_be_none(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    assert build() is None
+
+
+def test_a_cache_that_cannot_be_made(tiny, monkeypatch):
+    (tiny / "cache").write_text("a file")
+    assert build()
+
+
+def test_a_search_is_the_same_search_with_both(tmp_path, monkeypatch):
+    "But for the last bits: losses of the first epoch agree, and the run that goes on with others says so."
+    if not compiled.library(): pytest.skip("no C++ compiler")
+    cfg = preset("smoke", **{"data.subset": 128, "search.max_epochs": 4})
+    monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0, (), None)) # a state after every step
+    def begin(folder):
+        losses = []
+        def stop(event):
+            if event.type == "epoch":
+                losses.append(event.loss)
+                if event.epoch == 2: raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt): runs.search(cfg, folder, listeners=(stop,))
+        return losses[0]
+    first = begin(tmp_path / "compiled")
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    assert begin(tmp_path / "torch") == pytest.approx(first, rel=1e-3)
+    assert runs.read_record(tmp_path / "torch")["environment"]["kernels"] == "torch"
+    with pytest.warns(UserWarning, match="kernels compiled, now torch: it goes on"): runs.search(cfg, tmp_path / "compiled", resume=True)
+
+
+def test_a_diverged_map_stays_visible():
+    "NaN passes the ReLU of both."
+    x = torch.full((2, 16, 4, 4), float("nan")).to(memory_format=torch.channels_last)
+    y, = kernels.pairs(x, [kernels.Pair(torch.randn(16, 1, 3, 3), torch.randn(8, 16, 1, 1))], relu=True)
+    assert y.isnan().all()
+    ys, _, _ = kernels.normalise([x], torch.ones(16), torch.zeros(16), (None, None), kernels.spread_index([16], 1), 1, True, relu=True)
+    assert ys[0].isnan().all()
