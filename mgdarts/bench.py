@@ -190,10 +190,11 @@ def bench_search(cfg: Config,
             "peak_rss_mb": peak_rss_mb(), "threads": torch.get_num_threads(), "preset": cfg.preset}
 
 # %% ../nbs/15_bench.ipynb #1f6914c9
-def measured(*args # of `mgdarts bench`
+def measured(*args, # of `mgdarts bench`
+             kernels: str = "" # torch: none that are compiled
             )->dict:
     "A benchmark in a fresh process. `InputError` with its message when it fails."
     import json, subprocess, sys
-    done = subprocess.run([sys.executable, "-c", "import sys; from mgdarts.cli import main; sys.exit(main(sys.argv[1:]))", "bench", *map(str, args), "--json"], capture_output=True, text=True, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ})
+    done = subprocess.run([sys.executable, "-c", "import sys; from mgdarts.cli import main; sys.exit(main(sys.argv[1:]))", "bench", *map(str, args), "--json"], capture_output=True, text=True, env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ, **({"MGDARTS_KERNELS": kernels} if kernels else {})})
     if done.returncode: raise InputError(done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "the benchmark failed")
     return json.loads(done.stdout)
