@@ -7,14 +7,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
-from .compiled import compiled, READS, run_norms, run_pairs
+from .compiled import compiled, READS, run_norms, run_pairs, run_pointwise
 
 EPS = 1e-5 # of every batch norm
 
 # %% auto #0
 __all__ = ['EPS', 'SEEN', 'images_abreast', 'widen', 'widen_both', 'abreast', 'narrow', 'pixels', 'from_pixels', 'to_phases',
-           'from_phases', 'every_second', 'native', 'pointwise', 'among', 'Pair', 'pairs', 'normalise', 'weighted_sum',
-           'normalise_sum', 'spread_index']
+           'from_phases', 'every_second', 'native', 'mixed', 'pointwise', 'among', 'Pair', 'pairs', 'normalise',
+           'weighted_sum', 'normalise_sum', 'spread_index']
 
 # %% ../nbs/02_kernels.ipynb #66443aaf
 def images_abreast(n: int, # images in a batch
@@ -92,12 +92,32 @@ def native(x: Tensor)->bool:
     "Whether to leave the work to PyTorch's own kernels: on GPUs, under autocast, and when compiling."
     return x.device.type != "cpu" or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling()
 
+class _Mixed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, w):
+        x, w = x.contiguous(memory_format=torch.channels_last), w.contiguous()
+        out = torch.empty((len(x), len(w), *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
+        run_pointwise(False, x, w, None, out)
+        ctx.save_for_backward(x, w)
+        return out
+    @staticmethod
+    def backward(ctx, g):
+        (x, w), out = ctx.saved_tensors, [torch.empty_like(t) if needed else None for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+        run_pointwise(True, x, w, g.contiguous(memory_format=torch.channels_last), *out)
+        return tuple(out)
+
+def mixed(x: Tensor, # [N, C, H, W]
+          w: Tensor # [F, C, 1, 1]
+         )->Tensor: # [N, F, H, W]
+    "A 1x1 convolution of a map with its own channels only."
+    return _Mixed.apply(x, w) if not native(x) and compiled(x) else F.conv2d(x, w)
+
 def pointwise(x: Tensor, # [N/B, B C, H, W] channels-last
               w: Tensor, # [F, C, 1, 1]
               b: int = 1
              )->Tensor: # [N/B, B F, H, W]
-    "A 1x1 convolution."
-    return from_pixels(F.conv2d(pixels(x, b), w), b)
+    "A 1x1 convolution of a wide map."
+    return from_pixels(mixed(pixels(x, b), w), b)
 
 def among(x: Tensor, # [N/B, B F, H, W]
           place: Tensor, # [F] int64, distinct

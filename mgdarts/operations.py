@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .kernels import every_second, from_phases, from_pixels, narrow, native, normalise, normalise_sum, pixels, spread_index, to_phases
+from .kernels import every_second, from_phases, from_pixels, mixed, narrow, native, normalise, normalise_sum, pixels, spread_index, to_phases
 
 # %% auto #0
 __all__ = ['reset_uniform', 'init_conv', 'depthwise', 'dilated_depthwise', 'even_odd', 'factorized_reduce', 'avg_pool',
@@ -73,7 +73,7 @@ def factorized_reduce(parts: tuple, # `even_odd` of a map [N, C, H, W]
                      )->Tensor: # [N, A + B, ceil(H/2), ceil(W/2)]
     "Two strided 1x1 convolutions, the second on the map shifted by a pixel, side by side."
     # pruning may leave nothing of a half
-    return from_pixels(torch.cat([F.conv2d(pixels(m, b), w) for m, w in zip(parts, (wa, wb)) if len(w)], 1), b)
+    return from_pixels(torch.cat([mixed(pixels(m, b), w) for m, w in zip(parts, (wa, wb)) if len(w)], 1), b)
 
 # %% ../nbs/02_operations.ipynb #9472be64
 def avg_pool(x: Tensor, # [N, C, H, W]
