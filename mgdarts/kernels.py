@@ -102,7 +102,8 @@ class _Mixed(torch.autograd.Function):
         return out
     @staticmethod
     def backward(ctx, g):
-        (x, w), out = ctx.saved_tensors, [torch.empty_like(t) if needed else None for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad)]
+        x, w = ctx.saved_tensors
+        out = [torch.empty_like(t) if needed else None for t, needed in zip((x, w), ctx.needs_input_grad)]
         run_pointwise(True, x, w, g.contiguous(memory_format=torch.channels_last), *out)
         return tuple(out)
 
