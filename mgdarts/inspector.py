@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 import torch
 from torch import Tensor
+from .compiled import compiled
 from .config import InputError
 from .space import *
 from .data import train_batch
@@ -171,10 +172,11 @@ def memory_estimate(view: View, ops: Tensor, alive: list # [cells, 14, 7] bool, 
                    )->int: # bytes
     "About what a training step needs; the exact plan is `memory.step_memory`."
     net, maps, again = view.net, 0, 0
+    lean = compiled(net.alpha) and not net.compute.amp # depthwise results are not kept
     for c, (cell, unit) in enumerate(zip(net.cells, alive)):
         spec = cell.spec
         n = [int(unit[spec.state_unit(s):spec.state_unit(s) + spec.width].sum()) for s in range(STATES)]
-        inside = sum(n[EDGES[e][0]] * (1 if is_conv(o) or not spec.reduces(e, o) else 2) for e, o in ops[c].nonzero().tolist()) + sum(n[INPUTS:])
+        inside = sum(n[EDGES[e][0]] * (1 if is_conv(o) or not spec.reduces(e, o) else 2) for e, o in ops[c].nonzero().tolist() if not (lean and is_conv(o))) + sum(n[INPUTS:])
         gated = unit[spec.mid_unit(0, 0):]
         seps = unit[spec.mid_unit(0, 0):spec.mid_unit(len(EDGES), 0)]
         own = (inside + int(gated.sum()) + int(seps.sum())) * spec.side ** 2 + 2 * sum(n[:INPUTS]) * spec.side_in ** 2
