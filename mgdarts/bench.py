@@ -116,7 +116,7 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     held = tensor_bytes([*net.parameters(), *net.buffers(), *indices, *(p.grad for p in net.parameters() if p.grad is not None), *(v["momentum_buffer"] for v in opt.state.values())])
     out = {"cpu_s": cpu, "wall_s": wall, "split_cpu_s": dict(zip(("forward", "backward", "optimizer"), parts)), "peak_rss_mb": peak, "rss_before_mb": before, "peak_allocated_mb": (held + allocated(step)) / 2**20 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20, "flop": flop,
            "matmul_gflops": rate, "floor_s": floor, "times_floor": cpu / floor, "percent_of_floor_rate": 100 * floor / cpu, "params": count.params, "macs": count.macs_dense, "live_ops": count.ops,
-           "channels": channels, "cells": cells, "batch": batch, "stage": stage, "size": size, "threads": torch.get_num_threads(), "live": live, "device": device, "kernels": kernels_in_use() if device == "cpu" else "torch", **vars(compute)}
+           "channels": channels, "cells": cells, "batch": batch, "stage": stage, "size": size, "threads": torch.get_num_threads(), "live": live, "device": device, "kernels": kernels_in_use(x.device.type), **vars(compute)}
     return out
 
 # %% ../nbs/15_bench.ipynb #d525fea8

@@ -580,9 +580,10 @@ def library()->ctypes.CDLL|None:
         f.argtypes, f.restype = arguments, None
     return lib
 
-def kernels_in_use()->str:
+def kernels_in_use(device: str = "cpu" # its type
+                  )->str:
     "What a run's last bits depend on: `compiled` or `torch`."
-    return "compiled" if library() else "torch"
+    return "compiled" if device == "cpu" and library() else "torch"
 
 def compiled(x: Tensor)->bool:
     "Whether the compiled functions are there, and are for such a map."

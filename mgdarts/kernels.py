@@ -10,6 +10,7 @@ from torch import Tensor
 from .compiled import compiled, READS, run_norms, run_pairs, run_pointwise
 
 EPS = 1e-5 # of every batch norm
+def _dense(x): return x.contiguous(memory_format=torch.channels_last)
 
 # %% auto #0
 __all__ = ['EPS', 'SEEN', 'images_abreast', 'widen', 'widen_both', 'abreast', 'narrow', 'pixels', 'from_pixels', 'to_phases',
@@ -85,7 +86,7 @@ def from_phases(x: Tensor # [4N, C, H/2, W/2]
 def every_second(x: Tensor # [N, C, H, W]
                 )->Tensor: # [N, C, ceil(H/2), ceil(W/2)] channels-last
     "Pixels of even rows and columns."
-    return x[:, :, ::2, ::2].contiguous(memory_format=torch.channels_last)
+    return _dense(x[:, :, ::2, ::2])
 
 # %% ../nbs/02_kernels.ipynb #572af17a
 def native(x: Tensor)->bool:
@@ -95,7 +96,7 @@ def native(x: Tensor)->bool:
 class _Mixed(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, w):
-        x, w = x.contiguous(memory_format=torch.channels_last), w.contiguous()
+        x, w = _dense(x), w.contiguous()
         out = torch.empty((len(x), len(w), *x.shape[2:]), dtype=x.dtype, memory_format=torch.channels_last)
         run_pointwise(False, x, w, None, out)
         ctx.save_for_backward(x, w)
@@ -104,7 +105,7 @@ class _Mixed(torch.autograd.Function):
     def backward(ctx, g):
         x, w = ctx.saved_tensors
         out = [torch.empty_like(t) if needed else None for t, needed in zip((x, w), ctx.needs_input_grad)]
-        run_pointwise(True, x, w, g.contiguous(memory_format=torch.channels_last), *out)
+        run_pointwise(True, x, w, _dense(g), *out)
         return tuple(out)
 
 def mixed(x: Tensor, # [N, C, H, W]
@@ -146,7 +147,6 @@ class Pair:
 SEEN = {"map": lambda x: x, "phases": to_phases, "second": every_second}
 
 _backward = torch.ops.aten.convolution_backward.default
-def _dense(x): return x.contiguous(memory_format=torch.channels_last)
 def _rows(x, c): return x.as_strided((x.numel() // c, c), (c, 1)) # dense memory, of any shape
 def _map(x, shape, c=None): # memory of a dense map, in the shape of another one, or as narrow pixels of `c` channels
     n, wide, h, w = shape

@@ -50,7 +50,7 @@ def environment(device: torch.device)->dict:
         except (OSError, subprocess.SubprocessError): return ""
     return {"mgdarts": __version__, "python": platform.python_version(), "torch": torch.__version__, "device": device.type,
             "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(), "threads": torch.get_num_threads(),
-            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernels": kernels_in_use() if device.type == "cpu" else "torch", "commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
+            "cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernels": kernels_in_use(device.type), "commit": git("rev-parse", "HEAD") or None, "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 def new_folder(out: str|Path)->Path:
     "A path where a run may be made. `InputError` if something is there, or it cannot be written."
