@@ -132,10 +132,9 @@ def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESE
             splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
             print(in_words(estimate(cfg, out or "runs", splits)), file=sys.stderr)
         result = runs.search(cfg, out, splits=splits, quiet=as_json)
-    if not result["reached"]: print(f"target not reached: {result['params']} parameters, {result['target']} asked for; allow more with --set max_epochs=N, or a larger lambda_step", file=sys.stderr)
-    rows = [("target reached", result["reached"]), ("parameters", result["params"]), ("target", result["target"]), ("MACs", result["macs"]), ("operations", result["ops"]),
-            *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("derived: deployable parameters", result["derived"]["params_deployable"]),
-            ("derived: non-zero", result["derived"]["params_nonzero"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("run", result["run"])]
+    if not result["reached"]: print(f"target not reached: the derived network has {result['params']} parameters, {result['gap']:+.1%} of the {result['target']} asked for" + ("; allow more with --set max_epochs=N, or a larger lambda_step" if result["gap"] > 0 else ""), file=sys.stderr)
+    rows = [("target reached", result["reached"]), ("parameters of the derived network", result["params"]), ("target", result["target"]), ("parameters before alignment", result["params_searched"]), ("MACs", result["macs"]), ("operations", result["ops"]),
+            *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("with masked weights", result["derived"]["params_deployable"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("run", result["run"])]
     _show(result, as_json, _table("search", ["", ""], rows))
 
 @app.command()

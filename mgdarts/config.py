@@ -67,7 +67,7 @@ class Data:
 @dataclass
 class Search:
     "How the super-net is trained, pruned, regrown (paper, section IV)."
-    target_m: float = knob(0.7, "deployable parameters of the searched net, in millions, without the auxiliary head", 0.0)
+    target_m: float = knob(0.7, "deployable parameters of the derived net, in millions, without the auxiliary head and without masked weights", 0.0)
     stages: int = knob(3, "sub-nets searched one after the other: 3, or 1 for the whole net at once (Table IV)", choices=(1, 3))
     stage_keep: tuple = knob((0.3, 0.3, 0.3), "each stage stops at this share of the parameters it started with", 0.0, 1.0)
     regrow: float = knob(0.2, "r of Eq. 10: share of the operations pruned in a stage that return", 0.0, 1.0)
@@ -80,7 +80,7 @@ class Search:
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns (Table IX); alpha on other images than the weights, to first or second order; or nothing",
                              choices=("joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order", "none"))
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)", choices=("operation", "filter", "weight"))
-    threshold_init: str = knob("min", "start of the thresholds: just under the smallest live unit (paper), or 0 (authors' code)", choices=("min", "zero"))
+    threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit (paper); each under the smallest of its own units; or 0 (authors' code)", choices=("min", "own", "zero"))
     threshold_margin: float = knob(0.1, "how far under the smallest live unit thresholds start, as a share of it", 0.0, 1.0)
     batch: int = knob(96, "images a step", 1, 8192)
     lr_weights: float = knob(0.01, "learning rate of the weights", 0.0, 10.0)
@@ -98,9 +98,10 @@ class Search:
     clip: float = knob(5.0, "largest gradient norm of the weights", 0.0)
     cost: str = knob("params", "resource in R_size", choices=("params", "macs"))
     reg: float = knob(1.0, "constant price of an operation in R_size", 0.0)
-    mu: float = knob(0.0, "price of an operation's cost (in millions) in R_size", 0.0)
+    mu: float = knob(0.0, "price of an operation's cost in R_size; at 1 the average operation's cost weighs as much as a constant price of 1", 0.0)
     lambda_step: float = knob(1e-5, "first step d of the lambda controller", 0.0, 1.0)
-    lambda_cap: float = knob(1.0, "lambda grows while lambda R_size is at most so many times the cross-entropy (half of it in fine-tuning)", 0.0)
+    lambda_cap: float = knob(1.0, "in a stage lambda grows while lambda R_size is at most so many times the cross-entropy", 0.0)
+    lambda_cap_fine: float = knob(2.0, "the same in fine-tuning", 0.0)
     lambda_growth: float = knob(4.0, "factor on d whenever too little is pruned", 1.0, 100.0)
     prune_high: float = knob(48 / 784, "share of a stage's operations pruned at once from which lambda is halved", 0.0, 1.0)
     prune_low: float = knob(24 / 784, "share of a stage's operations pruned at once under which lambda grows", 0.0, 1.0)
@@ -290,11 +291,19 @@ def to_dict(cfg: Config)->dict:
     "Plain nested dictionary, JSON-ready."
     return json.loads(json.dumps(asdict(cfg)))
 
+def _modern(d: dict)->dict:
+    "Whole configurations written before some knobs got their present meaning, in today's words."
+    s = d.get("search")
+    if not isinstance(s, dict) or "threshold_init" not in s or "lambda_cap_fine" in s: return d
+    cap = s.get("lambda_cap", 1.)
+    return {**d, "search": {**s, "threshold_init": "own" if s["threshold_init"] == "min" else s["threshold_init"], **({"lambda_cap_fine": cap / 2} if isinstance(cap, (int, float)) else {})}}
+
 def from_dict(d: dict)->Config:
     "Inverse of `to_dict`. `InputError` names a missing part, an unknown key or a wrong value."
     cfg = Config()
     names = knobs(cfg)
     if not isinstance(d, dict): raise InputError("a configuration must be a JSON object")
+    d = _modern(d)
     flat = {k: v for k, v in d.items() if k not in PARTS}
     for part in PARTS:
         if not isinstance(d.get(part, {}), dict): raise InputError(f"configuration part {part!r} must be a JSON object")

@@ -18,9 +18,9 @@ from .store import write_whole
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'RING', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS',
            'RUN_SYMBOLS', 'OP_STYLES', 'SIDES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'names_apart', 'epochs_of',
-           'stage_spans', 'series', 'linked', 'dynamics', 'size_and_lambda', 'learning', 'progress', 'retrain_curves',
-           'Look', 'quarters', 'draw_cell', 'derived_look', 'cell_title', 'op_legend', 'cell_graph', 'cells',
-           'distribution', 'memory_figure', 'scaling', 'report', 'write_report']
+           'stage_spans', 'series', 'linked', 'dynamics', 'size_name', 'size_and_lambda', 'learning', 'progress',
+           'retrain_curves', 'Look', 'quarters', 'draw_cell', 'derived_look', 'cell_title', 'op_legend', 'cell_graph',
+           'cells', 'distribution', 'memory_figure', 'scaling', 'report', 'write_report']
 
 # %% ../nbs/30_plots.ipynb #2ecef2b9
 GREY, GRID, BAND, RING = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)", "#D55E00"
@@ -158,9 +158,14 @@ def dynamics(events: list)->go.Figure: # events of a search
     return _dynamics_axes(fig, 1)
 
 # %% ../nbs/30_plots.ipynb #f7800a43
+def size_name(epochs: list # from `epochs_of`
+             )->str:
+    "What the sizes of a run are called: older runs say how large the super-net was before its filters were aligned."
+    return "parameters, derived" if any("params_searched" in e for e in epochs) else "parameters, before alignment"
+
 def _size(fig, epochs, row):
     million = lambda v: None if v is None else v / 1e6
-    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", row, hover="%{y:.4g} M")
+    _line(fig, *series(epochs, lambda e: million(e.get("params"))), size_name(epochs), RUN_COLOURS[0], "circle", row, hover="%{y:.4g} M")
     x, y = [], []
     for name, a, b in stage_spans(epochs):
         target = next((e["target"] for e in epochs if e["stage"] == name and e.get("target") is not None), None)

@@ -86,7 +86,7 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
         data = runs.load_run(run)
         r = data["result"]
         if r is None: raise InputError(f"{run.name} is not finished")
-        row |= {"reached": r["reached"], "searched_m": r["params"] / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
+        row |= {"reached": r["reached"], "gap": r.get("gap"), "searched_m": r.get("params_searched", r["params"]) / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
                 **shape_of(data["arch"]), **pace_of(data["events"]), "environment": data["record"]["environment"], "dataset": data["record"]["dataset"]}
         if (run / "memory.json").exists():
             row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
@@ -278,7 +278,7 @@ class Ran(Asked):
         self.todo, self.failed, self.wall = self.todo + todo, failed, self.wall + time.time() - start
         self.record = make_record(self.item, self.todo, self.folder, self.parameters, failed, self.wall, known)
         for r in self.record["rows"]:
-            if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}, {r['searched_m']:.4g} M left")
+            if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}, {r['gap']:+.1%}" if "gap" in r else f"target not reached: {r['label']}, seed {r['seed']}")
         for f in self.record["failed"]: print(f"FAILED {f['label']}, seed {f['seed']}: {f['why']}")
         if self.record["rows"]: print(f"{self.record['scale']}: {self.record['dataset']}; commit {(self.record['environment']['commit'] or 'unknown')[:7]}")
         else: raise RunFailed(f"no arm of {self.item} came to an end: {self.record['failed'][0]['why']}")
