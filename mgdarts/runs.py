@@ -205,7 +205,7 @@ def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict
     return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state)
 
 def _record(cfg, device, splits)->dict:
-    return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_fingerprint": splits.fingerprint,
+    return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_source": splits.origin, "data_fingerprint": splits.fingerprint,
             "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "skipped": splits.skipped,
             "scale": "paper" if cfg.preset in LONG else "scaled down"}
 
@@ -416,7 +416,7 @@ def write_report(run: str|Path)->Path:
 def _page(name, data)->str:
     from mgdarts import plots
     cfg, env = data["record"]["config"], data["record"]["environment"]
-    facts = {"dataset": data["record"]["dataset"], "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
+    facts = {"dataset": data["record"]["dataset"] + (f" ({origin})" if (origin := data["record"].get("data_source")) else ""), "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
              "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)", "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
     r, tables, figures = data["result"], {}, {"Thresholds and retention ratios": plots.dynamics(data["events"]), "Size and lambda": plots.size_and_lambda(data["events"]), "Learning": plots.learning(data["events"])}
     if r: facts |= {"target reached": "yes" if r["reached"] else "no: target not reached", "searched size": f"{r['params'] / 1e6:.4f} M of {r['target'] / 1e6:.4f} M", "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}

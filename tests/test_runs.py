@@ -76,7 +76,7 @@ def test_a_run_folder_is_complete(run, capsys):
     names = {p.name for p in run.iterdir()}
     assert {"config.json", "events.jsonl", "checkpoint", "architecture.json", "masks.safetensors", "report.html", "result.json", "train", "random"} <= names
     record = json.loads((run / "config.json").read_text())
-    assert record["config"]["seed"] == 0 and record["environment"]["torch"] and record["dataset"] == "digits"
+    assert record["config"]["seed"] == 0 and record["environment"]["torch"] and (record["dataset"], record["data_source"]) == ("digits", "scikit-learn")
     events = runs.read_events(run / "events.jsonl")
     assert events[-1]["type"] == "done" and all({"type", "step", "epoch", "stage", "time"} <= e.keys() for e in events)
     assert all("loss" in e for e in events if e["type"] == "epoch")
@@ -88,7 +88,7 @@ def test_a_run_folder_is_complete(run, capsys):
     code, out, _ = call(["runs", run.parent, "--json"], capsys)
     assert code == 0 and json.loads(out)["runs"][0]["run"] == str(run)
     page = (run / "report.html").read_text("utf-8")
-    assert "digits" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "digits (scikit-learn)" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_events_depend_on_the_clock_in_nothing_but_time(run, tmp_path):
