@@ -6,7 +6,7 @@ from PIL import Image
 import mgdarts.data as D
 from mgdarts.config import Data, InputError
 from mgdarts.data import (Augment, Files, Loader, apportion, autoaugment, channel_stats, crop_box, crop_flip, cutout, decode, epoch_order, eval_batches, fit,
-                          hold_out, load_data, normalise, open_source, read_idx, resize, root, stream, subset, train_batch)
+                          hold_out, load_data, normalise, open_source, read_idx, resize, root, stream, subset, train_and_val, train_batch)
 
 def picture(key, c=3, h=12, w=12):
     "A smooth random image, the same for the same key."
@@ -410,6 +410,36 @@ def test_autoaugment(c):
     assert a.dtype == torch.uint8 and a.shape == x.shape and a.equal(b) and not a.equal(other) and torch.get_rng_state().equal(state)
     changed = (a != x).flatten(1).any(1)
     assert 0.5 < changed.float().mean() < 1 # each image its own draw
+
+def test_each_policy_of_autoaugment_is_torchvisions():
+    from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+    x = torch.stack([picture(i, 3, 16, 16) for i in range(60)])
+    found = {p: autoaugment(x, stream(0), p) for p in ("cifar10", "imagenet")}
+    assert found["cifar10"].equal(autoaugment(x, stream(0))) and not found["cifar10"].equal(found["imagenet"])
+    for name, policy in (("cifar10", AutoAugmentPolicy.CIFAR10), ("imagenet", AutoAugmentPolicy.IMAGENET)):
+        seed = int(torch.randint(2 ** 62, (), generator=stream(0)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            change = AutoAugment(policy, fill=128)
+            assert torch.stack([change(image) for image in x]).equal(found[name])
+
+def test_the_policy_reaches_the_batches(tmp_path):
+    image_folder(tmp_path, "toy", 30, 3)
+    d = load_data(Data(name="toy", dir=str(tmp_path), val_fraction=.1), 0)
+    batch = lambda **k: Loader(d, "train", 50, 0, Augment.of(Data(**k))).batch(0, 0)[0]
+    assert batch(policy="cifar10").equal(batch()) and not batch(policy="imagenet").equal(batch()) and batch(policy="imagenet", autoaugment=False).equal(batch(autoaugment=False))
+
+def test_training_on_the_images_of_validation_too(tmp_path, monkeypatch):
+    image_folder(tmp_path, "toy", 20, 5)
+    cfg = Data(name="toy", dir=str(tmp_path), subset=30, val_fraction=.2)
+    for limit in (2 << 30, 100): # decoded at once, and on disk
+        monkeypatch.setattr(D, "IN_MEMORY", limit)
+        d = load_data(cfg, 0)
+        every = train_and_val(d)
+        content = lambda *splits: sorted((x.numpy().tobytes(), int(y)) for s in splits for x, y in zip(s.images[torch.arange(len(s))], s.labels))
+        assert isinstance(d.train.images, Files) == (limit == 100) and content(every.train) == content(d.train, d.val) and len(every.train) == 30 and every.val is None and len(d.val) == 6
+        assert content(every.test) == content(d.test) and every.fingerprint == d.fingerprint
+        assert every.train.mean.equal(every.test.mean) and every.train.mean.equal(channel_stats(every.train.images)[0]) and not every.mean.equal(d.mean)
 
 def test_augment_sizes():
     assert Augment().at(32) == Augment(4, True, 16) and Augment().at(16) == Augment(2, True, 8) and Augment(0, False, 0).at(8) == Augment(0, False, 0)
