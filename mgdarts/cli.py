@@ -163,8 +163,8 @@ def train(what: Annotated[Path, typer.Argument(metavar="RUN-or-ARCH", help="Run 
         if baseline: arch = arch.random(cfg.seed)
         folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
         result = runs.train(cfg, arch, folder, resume=resume, quiet=as_json)
-    rows = [("test accuracy, final epoch, %", result["test_acc_final"]), ("test accuracy, best validation epoch, %", result["test_acc_best_val"]), ("validation accuracy, final, %", result["val_acc_final"]),
-            ("non-zero parameters", result["params_nonzero"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("folder", result["run"])]
+    rows = [("test accuracy, final epoch, %", result["test_acc_final"]), *((name, result[k]) for name, k in (("test accuracy, best validation epoch, %", "test_acc_best_val"), ("validation accuracy, final, %", "val_acc_final")) if k in result),
+            ("trained on", result.get("trained_on", "train")), ("non-zero parameters", result["params_nonzero"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("folder", result["run"])]
     _show(result, as_json, _table("train", ["", ""], rows))
 
 # %% ../nbs/15_cli.ipynb #3c05f8f0

@@ -57,7 +57,8 @@ class Data:
     subset: float = knob(1.0, "training images used: a fraction up to 1, or a count above 1, stratified", 0.0)
     test_subset: float = knob(1.0, "test images used: a fraction up to 1, or a count above 1, stratified", 0.0)
     val_fraction: float = knob(0.1, "share of the training images held out for validation, stratified", 0.01, 0.9)
-    autoaugment: bool = knob(True, "AutoAugment (CIFAR-10 policy) during the search")
+    autoaugment: bool = knob(True, "AutoAugment during the search")
+    policy: str = knob("cifar10", "AutoAugment's policy, by the images it was learnt on", choices=("cifar10", "imagenet"))
     flip: bool = knob(True, "random horizontal flips")
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
     cutout: int = knob(-1, "side of the Cutout square in pixels; -1: half of the image side, 0: none", -1, 512)
@@ -121,7 +122,9 @@ class Train:
     aux_weight: float = knob(0.4, "weight of the auxiliary head's loss; 0: no head", 0.0, 10.0)
     drop_path: float = knob(0.2, "drop-path probability at the last epoch, growing linearly from 0", 0.0, 0.99)
     label_smoothing: float = knob(0.0, "label smoothing", 0.0, 0.99)
-    autoaugment: bool = knob(False, "AutoAugment (CIFAR-10 policy)")
+    autoaugment: bool = knob(False, "AutoAugment during the retraining, with the policy of data.policy")
+    cutout: bool = knob(True, "Cutout during the retraining, with the square of data.cutout")
+    images: str = knob("train", "images that are trained on; train+val: those held out for validation too, so that nothing is validated and the last epoch counts", choices=("train", "train+val"))
     weights: str = knob("scratch", "start from fresh weights, or from the super-net's", choices=("scratch", "supernet"))
 
 # %% ../nbs/00_config.ipynb #6d5b38b4
@@ -341,16 +344,16 @@ PRESETS = {
     "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
               "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.length": 6, "search.arch_speed": 100, "rules.samples": 2, "rules.batches": 2, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
               "train.epochs": 12, "train.batch": 32, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10-jpeg", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
+    "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
             "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.length": 20, "search.arch_speed": 40, "rules.samples": 4, "rules.batches": 10, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
             "train.epochs": 60, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "small": {"compute.recompute": "earlier", "space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},
-    "large": {"compute.recompute": "earlier", "space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.0},
-    "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 4.0,
-                 "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
+    "small": {"compute.recompute": "earlier", "space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7, "train.images": "train+val"},
+    "large": {"compute.recompute": "earlier", "space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.2, "train.images": "train+val"},
+    "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.policy": "imagenet", "search.target_m": 4.0,
+                 "train.images": "train+val", "train.cutout": False, "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
-    "mobilenet": {"compute.recompute": "earlier", "space.kind": "mobilenet", "space.cells": 17, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 7.4,
-                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
+    "mobilenet": {"compute.recompute": "earlier", "space.kind": "mobilenet", "space.cells": 17, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.policy": "imagenet", "search.target_m": 7.4,
+                  "train.images": "train+val", "train.cutout": False, "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
                   "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
 }
 LONG = ("small", "large", "imagenet", "mobilenet") # the paper's sizes

@@ -189,6 +189,7 @@ def _learning(fig, epochs, row):
         # the loss of a retraining is cross-entropy with label smoothing and the auxiliary head's
         loss = (lambda e: e.get("ce", e.get("loss"))) if split == "train" else lambda e: e.get("val_loss")
         symbol = "circle" if split == "train" else "square"
+        if split == "val" and not any(loss(e) is not None for e in epochs): continue # a retraining on all images
         _line(fig, *series(epochs, loss), split, colour, symbol, row, legendgroup=split, hover="%{y:.3f}")
         _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, row + 1, legendgroup=split, showlegend=False, hover="%{y:.2f} %")
 
@@ -218,14 +219,18 @@ def progress(events: list)->go.Figure: # events of a search
 # %% ../nbs/30_plots.ipynb #7c735808
 def retrain_curves(runs: dict # label -> events of a retraining
                   )->go.Figure:
-    "Validation accuracies of several trainings against epochs."
+    "Validation accuracies of several trainings against epochs; of those without validation, training accuracies."
     found = {label: epochs for label, events in runs.items() if (epochs := epochs_of(events, training=True))}
     if not found: return empty("no epoch of a retraining has been done yet")
     fig, end = _panels(1), max(epochs[-1]["epoch"] + 1 for epochs in found.values())
+    validated = {label: any(e.get("val_acc") is not None for e in epochs) for label, epochs in found.items()}
     for i, (label, epochs) in enumerate(found.items()):
-        _line(fig, *series(epochs, lambda e: e.get("val_acc")), html.escape(label), RUN_COLOURS[i % 5], RUN_SYMBOLS[i % 5], hover="%{y:.2f} %")
+        what, note = ("val_acc", "") if validated[label] else ("train_acc", ", images it learns from")
+        _line(fig, *series(epochs, lambda e: e.get(what)), html.escape(label) + note, RUN_COLOURS[i % 5], RUN_SYMBOLS[i % 5], hover="%{y:.2f} %")
+        if note: fig.data[-1].line.dash = "dot"
     theme(fig, 340, 44)
-    return fig.update_xaxes(title_text="epochs done", range=[0, end * 1.02]).update_yaxes(title_text="validation accuracy (%)")
+    kinds = set(validated.values())
+    return fig.update_xaxes(title_text="epochs done", range=[0, end * 1.02]).update_yaxes(title_text=("" if len(kinds) > 1 else "validation " if True in kinds else "training ") + "accuracy (%)")
 
 # %% ../nbs/30_plots.ipynb #ed509f42
 def _arc_heights(ops: tuple # of Op

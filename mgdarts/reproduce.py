@@ -93,8 +93,8 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
             if row["memory_mb"]: row["peak_mb"] = max(row["memory_mb"].values())
     if job.train:
         record, r = runs.read_record(out), read_json(out / "result.json", "a result")
-        row |= {"acc": r["test_acc_final"], "acc_best_val": r["test_acc_best_val"], "val_acc": r["val_acc_final"], "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
-                "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": seconds(r, record), "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"]}
+        row |= {"acc": r["test_acc_final"], "acc_best_val": r.get("test_acc_best_val"), "val_acc": r.get("val_acc_final"), "trained_on": r.get("trained_on", "train"), "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
+                "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": seconds(r, record), "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"], "data_source": record.get("data_source", "")}
         if job.keep: row["ratio_weight"] = job.keep
         if job.build or job.random: # what was searched is another network
             arch = arch_files.load(out)
@@ -111,7 +111,7 @@ def scale_of(config: dict # of a training, or of a search
     cfg = from_dict(config)
     if cfg.preset not in LONG or Path(cfg.data.name).name not in PAPER_DATA: return "scaled down"
     base = preset_config(cfg.preset)
-    whole = all(getattr(cfg.data, k) == getattr(base.data, k) for k in ("size", "subset", "test_subset")) and cfg.train.epochs >= min(200, base.train.epochs) and cfg.space.cells >= 8 # Table X trains for 200
+    whole = all(getattr(cfg.data, k) == getattr(base.data, k) for k in ("size", "subset", "test_subset")) and cfg.train.images == base.train.images and cfg.train.epochs >= min(200, base.train.epochs) and cfg.space.cells >= 8 # Table X trains for 200
     return "paper" if whole else "scaled down"
 
 # %% ../nbs/40_reproduce.ipynb #bd9fba84

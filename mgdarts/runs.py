@@ -12,7 +12,7 @@ from . import architecture as arch_files, derive, mobile_derive
 from .architecture import Discovered, counts, fitted, random_architecture
 from .compiled import kernels_in_use
 from .config import LONG, Config, InputError, from_dict, to_dict
-from .data import Augment, Loader, Splits, halves, load_data, root
+from .data import Augment, Loader, Splits, halves, load_data, root, train_and_val
 from .events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
 from .mobile import KERNELS, MobileSpec
@@ -169,7 +169,7 @@ class Progress:
         d = e.data
         if e.type == "stage" and d["status"] == "open": self.stage, self.start = self.stage + 1, d["params"]
         elif e.type == "epoch" and e.stage == "train":
-            self.bar.update(self.task, completed=e.epoch + 1, description=f"{self.bar.tasks[0].description.split(' ·')[0]} · epoch {e.epoch + 1} loss {e.loss:.3f} val {d['val_acc']:.1f} %")
+            self.bar.update(self.task, completed=e.epoch + 1, description=f"{self.bar.tasks[0].description.split(' ·')[0]} · epoch {e.epoch + 1} loss {e.loss:.3f}" + (f" val {d['val_acc']:.1f} %" if "val_acc" in d else ""))
         elif e.type == "epoch":
             if "progress" in d: way = d["progress"]
             else: way = math.log(max(self.start or d["params"], 1) / max(d["params"], 1)) / max(math.log(max(self.start or 1, 1) / d["target"]), 1e-9) if (self.start or 0) > d["target"] else 1
@@ -201,13 +201,18 @@ def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict
     "A retraining as a configuration describes it, not begun."
     if (arch.classes, arch.size, arch.in_channels) != (splits.num_classes, splits.size, splits.in_channels):
         raise InputError(f"the architecture is for {arch.classes} classes of {arch.size}-pixel images with {arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and {splits.in_channels}: choose other data, or set data.size={arch.size}")
-    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment)
-    loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), "val": Loader(splits, "val"), "test": Loader(splits, "test")}
+    if cfg.train.images == "train+val": splits = train_and_val(splits)
+    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, **({} if cfg.train.cutout else {"cutout": 0}))
+    loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), **{k: Loader(splits, k) for k in ("val", "test") if getattr(splits, k)}}
     return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state)
 
-def _record(cfg, device, splits)->dict:
-    return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_fingerprint": splits.fingerprint,
-            "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "skipped": splits.skipped,
+def _record(cfg, device, splits,
+            all_images: bool = False # the images of validation are trained on
+           )->dict:
+    images = {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}
+    if all_images: images |= {"train": images["train"] + images["val"], "val": 0}
+    return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_source": splits.origin, "data_fingerprint": splits.fingerprint,
+            "images": images, "skipped": splits.skipped,
             "scale": "paper" if cfg.preset in LONG else "scaled down"}
 
 def read_record(run: str|Path)->dict:
@@ -356,7 +361,7 @@ def train(cfg: Config, arch: Discovered,
     with lock(out):
         kept = _restore(loop, out, splits) if resume and (out / "config.json").exists() else None
         if kept: clock = Clock(kept)
-        else: write_json(out / "config.json", _record(cfg, loop.device, splits))
+        else: write_json(out / "config.json", _record(cfg, loop.device, splits, cfg.train.images == "train+val"))
         arch_files.save(arch, out, overwrite=True)
         recorder = Recorder(out / "events.jsonl", kept)
         with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, recorder, clock, ("epoch", "result"), (bar, *listeners), ())
@@ -429,7 +434,7 @@ def _sizes(r)->dict:
 def _page(name, data)->str:
     from mgdarts import plots
     cfg, env = data["record"]["config"], data["record"]["environment"]
-    facts = {"dataset": data["record"]["dataset"], "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
+    facts = {"dataset": data["record"]["dataset"] + (f" ({origin})" if (origin := data["record"].get("data_source")) else ""), "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
              "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)", "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
     r, tables, figures = data["result"], {}, {"Thresholds and retention ratios": plots.dynamics(data["events"]), "Size and lambda": plots.size_and_lambda(data["events"]), "Learning": plots.learning(data["events"])}
     if r: facts |= {"target reached": "yes" if r["reached"] else "no: target not reached", **_sizes(r), "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}
@@ -441,8 +446,8 @@ def _page(name, data)->str:
     done = {k: t["result"] for k, t in data["trainings"].items() if t["result"]}
     if done:
         tables["Retraining (test accuracy, percent; the test images were read once, at the end)"] = [
-            {"architecture": {"train": "searched", "random": "random, same size"}[k], "final epoch": f"{t['test_acc_final']:.2f}", "best validation epoch": f"{t['test_acc_best_val']:.2f}",
-             "non-zero parameters": t["params_nonzero"], "epochs": t["epochs"]} for k, t in done.items()]
+            {"architecture": {"train": "searched", "random": "random, same size"}[k], "final epoch": f"{t['test_acc_final']:.2f}", **({"best validation epoch": f"{t['test_acc_best_val']:.2f}"} if "test_acc_best_val" in t else {}),
+             "trained on": t.get("trained_on", "train"), "non-zero parameters": t["params_nonzero"], "epochs": t["epochs"]} for k, t in done.items()]
         if len(done) == 2: facts["searched minus random"] = _advantage(done["train"], done["random"], data["record"]["images"]["test"])
         figures["Retraining"] = plots.retrain_curves({{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()})
     replay = data["folder"] / "replay.html" # written by `mgdarts replay`
