@@ -131,6 +131,17 @@ class Sizes:
             if bool(whole.any()): off.rows = torch.where(whole, cell.spec.units + index.kernels["op"].int().index_select(0, off.kernel.int()), off.rows)
             self.cells.append((index, torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates), strength, weights[at], off))
 
+    def widths(self)->Tensor: # [m] int64
+        "For each candidate the cell whose width it has a say in, or -1."
+        n, whose = len(self.net.cells), []
+        for i, off in enumerate(self.c.off.split(self.c.sizes)):
+            at = off.nonzero().flatten()
+            if 1 <= i <= n: # filters
+                cell = self.net.cells[i - 1]
+                whose.append(torch.where(cell.index.ends[cell.layout.slots["gates"][at]], i - 1, -1))
+            else: whose.append(torch.full_like(at, -1))
+        return torch.cat(whose)
+
     def __call__(self, taken: Tensor # [m] bool: which candidates are gone
                 )->int: # parameters
         net, out = self.net, self.net.spec.stem_params
@@ -146,7 +157,7 @@ class Sizes:
             alive.append(index.out(a)); aligned.append(index.out(d))
         return out + net.top_size(d).params
 
-# %% ../nbs/08_prune.ipynb #d35e4a3a
+# %% ../nbs/08_prune.ipynb #0f9e0fd4
 def choose(net: SuperNet, c: Candidates,
            target: float, # parameters of the derived network, plain number
            slack: float = SLACK, # how far below the target is near enough, as a share of it
@@ -164,15 +175,17 @@ def choose(net: SuperNet, c: Candidates,
         k = (few + high) // 2
         few, high = (few, k) if size(first(k)) <= target else (k, high)
     if size(first(high)) >= low: return c.only(first(high))
-    taken, order = first(few), torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m)) # the unit at `few` waits
-    at, block = high, 1
+    taken, queue, block = first(few), torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m))[few:], 1
+    widths = size.widths()
     for _ in range(probes):
-        if at >= m: break
-        more = taken.index_fill(0, order[at:at + block], True)
+        if not len(queue): break
+        more = taken.index_fill(0, queue[:block], True)
         n = size(more)
-        if n >= low: taken, at, block = more, at + block, 2 * block
+        if n >= low: taken, queue, block = more, queue[block:], 2 * block
         elif block > 1: block = max(1, block // 4)
-        else: at += 1
+        else: # this unit waits, and so do others of its cell where it would change the width of all maps
+            mine, queue = int(widths[queue[0]]), queue[1:]
+            if mine >= 0: queue = queue[widths[queue] != mine]
         if low <= n <= target: break
     return c.only(taken if wait or size(taken) <= target else first(high))
 
