@@ -436,8 +436,10 @@ def _page(name, data)->str:
     cfg, env = data["record"]["config"], data["record"]["environment"]
     facts = {"dataset": data["record"]["dataset"] + (f" ({origin})" if (origin := data["record"].get("data_source")) else ""), "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
              "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)", "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
-    r, tables, figures = data["result"], {}, {"Thresholds and retention ratios": plots.dynamics(data["events"]), "Size and lambda": plots.size_and_lambda(data["events"]), "Learning": plots.learning(data["events"])}
+    r, tables, figures = data["result"], {}, {"Thresholds and retention ratios": plots.dynamics(data["events"]), "Size and lambda": plots.size_and_lambda(data["events"]), "Learning": plots.learning(data["events"]),
+                             **({"Do the weak ones go?": plots.prunings(data["events"])} if any(e.get("auc") for e in data["events"]) else {}), **({"Where the thresholds start": plots.starts(data["events"])} if any(e["type"] == "start" for e in data["events"]) else {})}
     if r: facts |= {"target reached": "yes" if r["reached"] else "no: target not reached", **_sizes(r), "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}
+    if r and r.get("drift"): tables["Do the weak ones go? (of all that was pruned)"] = [{"granularity": g, "pruned": d["pruned"], "while λ was 0": "" if d["free"] is None else f"{d['free']:.0%}", "chance that the weaker went": "" if d["auc"] is None else f"{d['auc']:.3f}"} for g, d in r["drift"].items()]
     if data["arch"]:
         size = counts(data["arch"])
         tables["Derived network"] = [{"cell": c["index"], "reduction": c["reduction"], "width": c["widths"][0] if "widths" in c else c["width"], "operations": c["ops"], "convolutions": c["convs"], "parameters": c["params"]} for c in size["cells"]]
