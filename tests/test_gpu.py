@@ -45,6 +45,8 @@ def test_parts_in_processes_of_their_own_have_a_time_limit(tmp_path):
     args = type("Args", (), {"device": "cpu", "toy": True, "inline": False})
     with open(tmp_path / "log", "w") as log: found = gpu.measured("no such part", args, tmp_path, log, 30)
     assert "code 1" in found["note"] and found["rows"] == []
+    with open(tmp_path / "log", "w") as log: found = gpu.measured("losses", args, tmp_path, log, -11.5)
+    assert "too long" in found["note"] and found["seconds"] < 10
 
 
 @pytest.mark.parametrize("copies", [1, 4])

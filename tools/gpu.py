@@ -6,7 +6,7 @@ usage: python tools/gpu.py [measure] [--device auto|cpu|cuda] [--toy] [--budget 
                                           the arms of some records as a list of jobs, with other seeds and settings
        python tools/gpu.py pack LIST.json --out PACK.safetensors [--data-dir FOLDER]
                                           the images that the jobs need, for a machine without them
-       python tools/gpu.py jobs LIST.json --out FOLDER [--images PACK] [--runs FOLDER] [--workers N] [--device cpu|cuda] [--limit SECONDS] [--mps]
+       python tools/gpu.py jobs LIST.json --out FOLDER [--images PACK] [--runs FOLDER] [--workers N] [--device cpu|cuda] [--limit SECONDS]
                                           run them side by side, one thread each, until the time is up; put the run folders into archives
        python tools/gpu.py unpack ARCHIVE... [--runs runs/repro]
                                           at home: `mgdarts reproduce` finds the runs finished
@@ -32,27 +32,32 @@ for folder in (ROOT, ROOT / "tools"):
 # name: (module, seconds it may take), by what they are worth
 PARTS = {"machine": ("gpu_parts", 40), "losses": ("gpu_parts", 45), "steps": ("gpu_parts", 100), "layouts": ("gpu_layouts", 70), "retraining": ("gpu_parts", 40), "real": ("gpu_parts", 30),
          "bits": ("gpu_parts", 45), "advice": ("gpu_parts", 25), "table4": ("gpu_parts", 45), "crowd": ("gpu_parts", 60), "crowd_cpu": ("gpu_parts", 45), "convolutions": ("gpu_layouts", 30)}
-BESIDE = {"triton": "gpu_layouts", "planned": "gpu_parts"}  # run beside the others, from the second on: they compile and count, and measure nothing
+BESIDE = {"compiled": ("gpu_parts", 0), "triton": ("gpu_layouts", 1), "planned": ("gpu_parts", 1)}  # run beside the others, from the first or second on: they compile and count, and measure nothing
 
 
-def rows_of(part: str, device: str, toy: bool, seconds: float):
-    "Measure a part here; a part that fails ends with a row that says so."
+def rows_of(part: str, device: str, toy: bool, seconds=None):
+    "Measure a part here; a part that fails ends with a row that says so. seconds: it may take; None: they are read from stdin, once all is imported."
     import importlib
 
     import torch
 
     torch.set_num_threads(1)
     parts = importlib.import_module("gpu_parts")
-    module = importlib.import_module(BESIDE.get(part) or PARTS[part][0])
+    module = importlib.import_module((BESIDE.get(part) or PARTS[part])[0])
+    if seconds is None: seconds = float(sys.stdin.readline() or 0)
     try: yield from getattr(module, part)(parts.Ground(device, toy, time.monotonic() + seconds))
     except Exception as e: yield {"part_error": parts.said(e)}
 
 
-def start(part: str, path: Path, log, args, seconds: float) -> subprocess.Popen:
-    "A part in a process of its own, which is the head of its group; it writes a row a line."
+def start(part: str, folder: Path, log, args) -> subprocess.Popen:
+    "A part in a process of its own, which is the head of its group; it imports all it needs, waits for `go`, and writes a row a line."
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))), "OMP_WAIT_POLICY": "PASSIVE", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, __file__, "part", part, "--device", args.device, "--seconds", str(seconds), "--rows", str(path)] + ["--toy"] * args.toy
-    return subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)
+    command = [sys.executable, __file__, "part", part, "--device", args.device, "--rows", str(folder / f"{part}.jsonl")] + ["--toy"] * args.toy
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, text=True, start_new_session=True)
+
+
+def go(process: subprocess.Popen, seconds: float):
+    with contextlib.suppress(OSError): print(seconds, file=process.stdin, flush=True)
 
 
 def end(process: subprocess.Popen):
@@ -74,17 +79,18 @@ def plain(value):
     return value if isinstance(value, (int, str, type(None))) else str(value)
 
 
-def measured(name: str, args, folder: Path, log, seconds: float) -> dict:
+def measured(name: str, args, folder: Path, log, seconds: float, process=None) -> dict:  # process: started before
     "A part: its rows, how long it took, what went wrong."
-    begun, path, out = time.monotonic(), folder / f"{name}.jsonl", {}
+    begun, out = time.monotonic(), {}
     if args.inline: rows = [plain(r) for r in rows_of(name, args.device, args.toy, seconds)]
     else:
-        process = start(name, path, log, args, seconds)
+        process = process or start(name, folder, log, args)
+        go(process, seconds)
         try:
             if code := process.wait(seconds + 12): out["note"] = f"its process ended with code {code}"  # it ends by itself, if it does not hang
         except subprocess.TimeoutExpired: out["note"] = "it took too long and was ended"
         finally: end(process)
-        rows = read_rows(path)
+        rows = read_rows(folder / f"{name}.jsonl")
     return {"seconds": round(time.monotonic() - begun, 1), **out, "rows": rows}
 
 
@@ -121,13 +127,19 @@ def measure(args) -> dict:
               "command": shlex.join(["tools/gpu.py", *args.argv]), "budget_s": args.budget, "parts": {}}
     chosen, left = [p for p in (args.parts.split(",") if args.parts else [*PARTS, *BESIDE])], lambda: args.budget - (time.monotonic() - begun)
     with tempfile.TemporaryDirectory() as folder, open(out / "log.txt", "w") as log:
-        folder, beside = Path(folder), {}
+        folder, beside, ahead = Path(folder), {}, {}
         try:
             for i, name in enumerate(chosen):
-                if i == 1 and not args.inline: beside = {b: start(b, folder / f"{b}.jsonl", log, args, args.budget) for b in BESIDE if b in chosen}
+                for b in (b for b, (_, at) in BESIDE.items() if b in chosen and at == i and not args.inline): go(beside.setdefault(b, start(b, folder, log, args)), args.budget)
                 if name in beside: continue
+                this = ahead.pop(name, None)
+                for n in chosen[i + 1 : i + 2]:  # imports its libraries while this one measures
+                    if n not in BESIDE and not args.inline: ahead[n] = start(n, folder, log, args)
                 most = min(PARTS.get(name, (0, 60))[1], left() - 5)
-                record["parts"][name] = measured(name, args, folder, log, most) if most > 10 or args.toy and most > 0 else {"seconds": 0, "note": "skipped: the time is spent", "rows": []}
+                if most > 10 or args.toy and most > 0: record["parts"][name] = measured(name, args, folder, log, most, this)
+                else:
+                    record["parts"][name] = {"seconds": 0, "note": "skipped: the time is spent", "rows": []}
+                    if this: end(this)
                 part = record["parts"][name]
                 said = [f"## {name}: {len(part['rows'])} rows, {part['seconds']} s" + (f", {part['note']}" if "note" in part else "")] + [line({k: r[k] for k in BRIEF.get(name, r) if k in r} or r) for r in part["rows"]]
                 print("\n".join(said), flush=True)
@@ -139,7 +151,7 @@ def measure(args) -> dict:
                 except subprocess.TimeoutExpired: record["parts"][name]["note"] = "it took too long and was ended"
                 record["parts"][name]["rows"] = read_rows(folder / f"{name}.jsonl")
         finally:
-            for process in beside.values(): end(process)
+            for process in (*beside.values(), *ahead.values()): end(process)
         record["wall_s"] = round(time.monotonic() - begun, 1)
         write_json(out / "record.json", record)
     return record
@@ -184,13 +196,13 @@ def main(argv: list):
     p.add_argument("what", choices=("measure", "part", "list", "pack", "jobs", "unpack"))
     p.add_argument("paths", nargs="*")
     for name, value in (("device", "auto"), ("out", ""), ("parts", ""), ("commit", os.environ.get("MGDARTS_COMMIT", "")), ("rows", ""), ("seeds", ""), ("set", ""), ("arms", ""), ("images", ""), ("runs", ""), ("data-dir", "")): p.add_argument(f"--{name}", default=value)
-    for name, kind, value in (("budget", float, 300.0), ("seconds", float, 60.0), ("limit", float, 0.0), ("workers", int, 0)): p.add_argument(f"--{name}", type=kind, default=value)
+    for name, kind, value in (("budget", float, 300.0), ("limit", float, 0.0), ("workers", int, 0)): p.add_argument(f"--{name}", type=kind, default=value)
     for name in ("toy", "inline"): p.add_argument(f"--{name}", action="store_true")
     args = p.parse_args(argv if argv and not argv[0].startswith("-") else ["measure", *argv])
     args.argv = argv
     if args.what == "part":
         with open(args.rows, "w", encoding="utf-8") as f:
-            for row in rows_of(args.paths[0], args.device, args.toy, args.seconds): print(json.dumps(plain(row)), file=f, flush=True)
+            for row in rows_of(args.paths[0], args.device, args.toy): print(json.dumps(plain(row)), file=f, flush=True)
     elif args.what == "measure":
         args.out = args.out or str(ROOT / "runs/gpu")
         print(summary(measure(args)))

@@ -54,6 +54,8 @@ def pack(jobs: list, out: Path, data_dir: str = ""):
 
     wanted = {name_of(c.data, c.seed): c for j in jobs for d in (j.search, j.train) if d for c in (from_dict(d),)}
     splits = [load_data(dataclasses.replace(c.data, dir=data_dir or c.data.dir), c.seed) for c in wanted.values()]
+    for s in splits:
+        if not isinstance(s.train.images, torch.Tensor): raise InputError(f"{s.label} is too large to be packed: its images stay on disk")
     tensors, meta, pools = {}, [], {}
     for i, (name, s) in enumerate(zip(wanted, splits)):
         for part in ("train", "val", "test"): pools.setdefault(tuple(s.train.images.shape[1:]), []).append((f"{i}.{part}", getattr(s, part).images))
@@ -124,7 +126,7 @@ def run(jobs: list, folder: Path, images: str = "", workers: int = 0, limit: flo
 
 
 # bringing them home
-def collected(jobs: list, folder: Path, out: Path, most: int = 6, mib: float = 14.0) -> dict:
+def collected(jobs: list, folder: Path, out: Path, most: int = 5, mib: float = 14.0) -> dict:
     "Put run folders into archives of at most about `mib`: finished ones first, and without their states where all their jobs are finished."
     folder, groups = Path(folder), {}
     for j in jobs: groups.setdefault(j.key(), []).append(j)

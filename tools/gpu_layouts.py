@@ -169,7 +169,7 @@ def layouts(g: Ground):
         for name, f, formats in variants(g, own):
             for layout in formats:
                 if g.left() < 4: return
-                x0, x1, towards = (m.contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format) for m in made)
+                x0, x1, towards = (m.detach().contiguous(memory_format=torch.channels_last if layout == "nhwc" else torch.contiguous_format) for m in made)
                 towards = torch.cat([towards] * NODES, 1)
                 row = {"C": C, "side": side, "batch": n, "how": how, "variant": name, "layout": layout}
                 try:

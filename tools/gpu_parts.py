@@ -129,6 +129,14 @@ def syncs(g: Ground):  # a Counter of lines
             if g.gpu: torch.cuda.set_sync_debug_mode("default")
 
 
+def compiled(g: Ground):
+    "Whether the C++ kernels compile, and how long that takes. Runs beside the first parts."
+    from mgdarts.compiled import kernels_in_use
+
+    start = time.perf_counter()
+    yield {"kernels": kernels_in_use(), "seconds": time.perf_counter() - start, "compiler": shutil.which("c++") or shutil.which("g++") or "none"}
+
+
 # 1: the same losses
 def losses(g: Ground):
     "Three steps of the same search on the CPU and on the device, and what makes the third one wait."
@@ -552,8 +560,7 @@ def crowd_cpu(g: Ground):
 
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown")
     cores = len(os.sched_getaffinity(0))
-    start = time.perf_counter()
-    yield {"cpu": cpu, "cores": cores, "capability": torch.backends.cpu.get_cpu_capability(), "kernels": kernels_in_use(), "compile_s": time.perf_counter() - start}
+    yield {"cpu": cpu, "cores": cores, "capability": torch.backends.cpu.get_cpu_capability(), "kernels": kernels_in_use()}
     found = bench_step(4, 3, 8, size=8, steps=1) if g.toy else bench_step(8, 6, 64, size=16, steps=5)
     yield {"bench_step": {k: found[k] for k in ("cpu_s", "wall_s", "matmul_gflops", "times_floor", "kernels", "channels", "cells", "batch", "size")}}
     many = max(2, cores - 1)
@@ -565,7 +572,7 @@ def crowd(g: Ground):
     rounds, seconds = ([1], 0.2) if g.toy else ([1, 4, 8], 3.0)
     for row in together(rounds, seconds, g.device.type, g.toy): yield {"mps": False, **row}
     server = shutil.which("nvidia-cuda-mps-control")
-    if not g.gpu or not server or g.left() < 40:
+    if not g.gpu or not server or g.left() < 25:
         yield {"mps": "not tried" if g.gpu and server else "not there"}
         return
     with tempfile.TemporaryDirectory() as folder:
