@@ -164,7 +164,7 @@ def summary(record: dict) -> str:
     planned = {tuple(r[k] for k in same): r for r in rows("planned") if r.get("of") == "steps"}
     num = lambda v, n=1: f"{v:.{n}f}" if isinstance(v, (int, float)) else "-"
     out = ["", "# steps: C L live how impl layout | ms, graph ms | kernels, busy ms | allocated, planned now, planned native, MiB"]
-    for r in rows("steps"):
+    for r in (r for r in rows("steps") if "C" in r):
         p, k = planned.get(tuple(r[x] for x in same), {}), r.get("launches") or {}
         out.append(f"{r['C']} {r['L']} {r['live']} {r['how']} {r['impl']} {r['layout']}{' search' if r['cudnn_search'] else ''} | {num(r.get('ms'))} {num(r.get('graph_ms'))} | {k.get('kernels', '-')} {num(k.get('busy_ms'))} | {num(r.get('allocated_mib'), 0)} {num(p.get('planned_mib'), 0)} {num(p.get('planned_native_mib'), 0)} {r.get('error', r.get('graph_error', ''))[:120]}")
     found = {}
@@ -175,7 +175,7 @@ def summary(record: dict) -> str:
         cost = lambda r: r.get("graph_ms", r["ms"])
         out.append(f"{key} | " + "; ".join(f"{r['variant']} {r['layout']} {cost(r):.2f}" for r in [*(r for r in of if r["variant"] == "apart"), *sorted((r for r in of if r["variant"] != "apart"), key=cost)[:3]]))
     out.append("# failed: " + ("; ".join(f"{n}: {r[k][:110]}" for n, p in parts.items() for r in p["rows"] for k in r if k.endswith("error")) or "nothing")[:2500])
-    out.append("# notes: " + ("; ".join(f"{n}: {p['note']}" for n, p in parts.items() if "note" in p) or "none") + f"; {record['wall_s']} s")
+    out.append("# notes: " + ("; ".join(f"{n}: {r['note']}" for n, p in parts.items() for r in (p, *p["rows"]) if "note" in r) or "none") + f"; {record['wall_s']} s")
     return "\n".join(out)
 
 

@@ -234,7 +234,9 @@ TOY_STEPS = [(4, 3, 8, 1.0, "fp32", "fused", "nhwc", False), (4, 3, 8, 0.3, "bf1
 def steps(g: Ground):
     "A training step of the last stage's net: eager and as one graph, time, memory, launches."
     for C, L, n, live, how, impl, layout, search in TOY_STEPS if g.toy else STEPS:
-        if g.left() < 8: return
+        if g.left() < 8:
+            yield {"note": "cut short: the time is spent"}
+            return
         row = {"C": C, "L": L, "batch": n, "live": live, "how": how, "impl": impl, "layout": layout, "cudnn_search": search}
         try:
             g.precision(how)
@@ -319,7 +321,9 @@ def real(g: Ground):
     "Steps of a search as it is run: batch, forward, backward, update."
     cases = [(16, "tf32", True), (16, "tf32", False), (16, "bf16", False)]
     for C, how, auto in cases if not g.toy else [(4, "fp32", True)]:
-        if g.left() < 6: return
+        if g.left() < 6:
+            yield {"note": "cut short: the time is spent"}
+            return
         row, n = {"C": C, "how": how, "autoaugment": auto}, 16 if g.toy else 96
         try:
             cfg = preset("small", device=g.device.type, **{"space.channels": C, "space.cells": 3 if g.toy else 8, "data.autoaugment": auto, "search.batch": n, "compute.tf32": how != "fp32", "compute.amp": how == "bf16", "compute.recompute": "none", "search.target_m": 0.03 if g.toy else 0.3})
@@ -353,7 +357,9 @@ def retraining(g: Ground):
     arch = random_architecture(spec, 8_000 if g.toy else 700_000, 0)
     size = count(arch)
     for how, n, layout in [("tf32", n, "nhwc"), ("bf16", n, "nhwc"), ("fp32", n, "nhwc"), ("bf16", n, "nchw"), ("bf16", 4 * n, "nhwc")][: 2 if g.toy else None]:
-        if g.left() < 6: return
+        if g.left() < 6:
+            yield {"note": "cut short: the time is spent"}
+            return
         row = {"how": how, "batch": n, "layout": layout, "params": size.params, "macs": size.macs_dense}
         try:
             g.precision(how)
@@ -487,7 +493,9 @@ def stage_nets(g: Ground):
 def table4(g: Ground):
     "The most memory that a joint step of each stage takes (Table IV); `planned` says what was planned."
     for row, net, n in stage_nets(g):
-        if g.left() < 3: return
+        if g.left() < 3:
+            yield {"note": "cut short: the time is spent"}
+            return
         try:
             g.precision(row["how"])
             on = copy.deepcopy(net).to(g.device)
