@@ -134,6 +134,7 @@ class Rules:
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)", 1, 64)
     superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)", choices=("none", "kernels", "kernels+filters"))
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
+    pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
     ops: tuple = knob(("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"), "operations that the search begins with",
                       choices=("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"))
     init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, before any training", choices=("zero", "normal", "saliency"))
@@ -253,6 +254,7 @@ def _check_rules(cfg):
     if cfg.space.kind == "mobilenet":
         need(r.relaxation == "sigmoid" and own == "thresholds" and r.gates and r.keep == 1 and r.superpose == "none" and r.partial == 1 and cfg.space.constraint == 3 and s.optimisation not in ("first-order", "second-order", "none"),
              "in the MobileNet-like space operations are searched by learned thresholds only: choose method mg-darts, or space.kind=darts")
+        need(not r.pool_norm, "the MobileNet-like space has no pools: set rules.pool_norm=false, or space.kind=darts")
     if own not in PRUNING:
         need(s.stages == 1 or r.growing, f"rules.discretiser={own} decides once, at the end: set search.stages=1")
         need(own != "argmax" or s.optimisation != "none", "rules.discretiser=argmax needs a search that moves alpha: choose another search.optimisation")

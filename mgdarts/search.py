@@ -135,7 +135,7 @@ class StagedSearch:
             rules = replace(rules, zero=rules.zero and stage < 2)
         if self.settled: self.spec, rules = replace(self.spec, partial=1), replace(rules, partial=1, superpose="none", edge_norm=False)
         self.net = supernet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.compute, rules).to(self.device)
-        if rules.init == "normal": self.net.alpha.data.copy_((1e-3 * torch.randn(self.net.alpha.shape, generator=self.net._generator(6)))[self.spec.kinds])
+        if rules.init == "normal": self.net.start_normal()
         self.mom = torch.zeros_like(self.net.alpha)
 
     def _emit(self, type, loss=None, epoch=None, **data):
@@ -246,6 +246,8 @@ class SavedSearch(StagedSearch):
         if not isinstance(state, dict) or state.get("version") != 1: raise InputError("this is not the state of a search, or one of another version")
         own = lambda what, given: {**plain(asdict(type(what)())), **given} == plain(asdict(what)) # settings that are younger than the state have their defaults
         if not (own(self.cfg, state["config"]) and own(self.rules, state.get("rules", {})) and type(self.whole)(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
+        # from before pools could have batch norms: the preprocessing after a reduction was of another kind then, in tensors of the same shapes
+        if self.rules.partial > 1 and "pool_norm" not in state["rules"] and not state["counters"].get("settled"): raise InputError("this state is of a PC-DARTS search that an older version began, with another preprocessing after reductions: it cannot go on here, search anew")
         for k, v in state["counters"].items(): setattr(self, k, copy.copy(v))
         self.spec = self.whole
         self._make_net()
@@ -364,7 +366,7 @@ class Search(SavedSearch):
         if self.events.wants("step"): self._emit("step", float(loss.detach()))
 
     def _check(self):
-        seen = [self.sums[:3], *(v for c in self.net.cells for v in (c.mean, c.var))] # running statistics may overflow before the loss does
+        seen = [self.sums[:3], *(v for c in self.net.cells for v in c.statistics)] # running statistics may overflow before the loss does
         if not bool(torch.stack([v.isfinite().all() for v in seen]).all()): raise NonFiniteLoss(self.epoch, self.epoch_step - 1)
 
     def validate(self)->tuple: # accuracy in percent, mean cross-entropy
@@ -443,12 +445,12 @@ class Search(SavedSearch):
     @torch.no_grad()
     def _among(self, ops, score):
         "A score of the net with some operations only. The net is as before afterwards."
-        net, live, statistics = self.net, self.net.op_live.clone(), [(c.mean.clone(), c.var.clone()) for c in self.net.cells]
+        net, live, statistics = self.net, self.net.op_live.clone(), [[v.clone() for v in c.statistics] for c in self.net.cells]
         net.op_live[:len(net.cells)] = self._spread(ops).to(live.device)
         net.requires_grad_(False) # gradients are asked of images only
         with torch.enable_grad(): found = score(net)
         net.requires_grad_().op_live.copy_(live)
-        for c, (mean, var) in zip(net.cells, statistics): c.mean.copy_(mean); c.var.copy_(var)
+        for c, before in zip(net.cells, statistics): torch._foreach_copy_(c.statistics, before)
         return found
 
     def _try(self):

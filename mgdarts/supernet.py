@@ -108,7 +108,7 @@ class SuperNet(nn.Module):
            ):
         "Append a cell."
         c = len(self.cells)
-        self.cells.append(self.CELL(layout(self.spec.cell[c], ops, alive), self._generator(2, c), self.rules.gates, self.rules.keep < 1).to(self.alpha.device))
+        self.cells.append(self.CELL(layout(self.spec.cell[c], ops, alive), self._generator(2, c), self.rules.gates, self.rules.keep < 1, self.rules.pool_norm).to(self.alpha.device))
 
     @torch.no_grad()
     def tie(self):
@@ -125,6 +125,13 @@ class SuperNet(nn.Module):
         if c < 0: return torch.ones(self.spec.stem_out[-1 - c], dtype=torch.bool)
         return self.cells[c].index.out(self.cells[c].layout.alive)
     def _inputs(self, c: int)->tuple: return self._out(c - 2), self._out(c - 1)
+
+    @torch.no_grad()
+    def start_normal(self):
+        "Alpha, and what else has a strength, as DARTS and PC-DARTS start: 1e-3 times normal noise, alike in cells of a kind."
+        for i, name in enumerate(n for n in ("alpha", "zero", "edge", "widths") if hasattr(self, n)):
+            p = getattr(self, name)
+            p.copy_((1e-3 * torch.randn(p.shape, generator=self._generator(6, *(i,) * (i > 0))))[self.spec.kinds])
 
     def _by(self, relaxation, noise):
         n = len(self.cells)
