@@ -474,7 +474,7 @@ class Cell(ReferenceCell):
               some: bool = False # NaN stands for what was not computed
              ):
         "Move the running statistics towards those of a batch."
-        count, sizes = self.area * n, [len(self.mean), sum(self.pool_sizes)]
+        count, sizes = (self.area * n).to(var), [len(self.mean), sum(self.pool_sizes)]
         news = zip(*(v.split(sizes) for v in (mean, var * (count / (count - 1).clamp(min=1))))) # (mean, var) of filters, (mean, var) of pools
         for old, new in zip(self.statistics, (v for pair in news for v in pair)):
             new = new.to(old)
