@@ -200,7 +200,7 @@ def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict
     "A retraining as a configuration describes it, not begun."
     if (arch.classes, arch.size, arch.in_channels) != (splits.num_classes, splits.size, splits.in_channels):
         raise InputError(f"the architecture is for {arch.classes} classes of {arch.size}-pixel images with {arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and {splits.in_channels}: choose other data, or set data.size={arch.size}")
-    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment)
+    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout)
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), "val": Loader(splits, "val"), "test": Loader(splits, "test")}
     return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state)
 

@@ -124,6 +124,10 @@ class StagedSearch:
         "Share of the stage that is done, by the clock."
         return (self.phase_epoch + (0 if self.warmup else self.warm_epochs) + self.epoch_step / len(self.loaders["train"])) / max(self.length, 1)
     @property
+    def turn(self)->int:
+        "Epochs of the stage that are over, by the clock."
+        return math.floor(min(self.clock, 1.) * self.length + 1e-9)
+    @property
     def sparse(self)->bool: return self.rules.keep < 1 and self.clock >= 1 - self.rules.sparse - 1e-9
 
     def _make_net(self):
@@ -285,27 +289,29 @@ class Search(SavedSearch):
         if self.events.wants("rest"): self._emit("rest")
 
     def _fading(self)->float:
-        "P-DARTS's drop-out fades: linearly in warm-up, then exponentially."
-        return max(0., 1 - self.phase_epoch / max(self.warm_epochs, 1)) if self.warmup else math.exp(-.2 * self.phase_epoch)
+        "P-DARTS's drop-out fades: linearly in warm-up, as if it went on to the end of the stage, then from anew exponentially."
+        return max(0., 1 - (self.phase_epoch + 1) / max(self.length, 1)) if self.warmup else math.exp(-.2 * self.phase_epoch)
 
     # the parts of a step are methods of their own, so that they can be timed
     def _batch(self, images="train"):
         loader = self.loaders[images]
         return tuple(t.to(self.device, non_blocking=True) for t in loader.batch(self.epoch, self.epoch_step % len(loader)))
 
-    def _forward(self, x, y)->tuple: # loss, and what the epoch's means are made of
-        logits = self.net(x)
+    def _forward(self, x, y, smoothing=0.)->tuple: # loss, and what the epoch's means are made of
+        also = []
+        logits = self.net(x, also) if self.rules.aux else self.net(x)
         ce = F.cross_entropy(logits, y)
         price, pressure = regulariser(self.net, self.cfg.cost, self.cfg.reg, self.cfg.mu)
-        loss = ce + (0. if self.warmup else self.lam.value) * (price + pressure)
+        loss = (F.cross_entropy(logits, y, label_smoothing=smoothing) if smoothing else ce) + (0. if self.warmup else self.lam.value) * (price + pressure)
+        for aux in also: loss = loss + self.rules.aux * F.cross_entropy(aux, y, label_smoothing=smoothing)
         if self.rules.beta_decay: loss = loss + self._decay(self.net.alpha)
         with torch.no_grad(): seen = torch.stack([ce.double() * len(y), price.double() * len(y), pressure.double() * len(y), (logits.argmax(1) == y).sum().double(), self.sums.new_full((), len(y))])
         return loss, seen
 
     def _decay(self, alpha)->Tensor:
-        "What beta-DARTS adds, a larger part of it with every step."
+        "What beta-DARTS adds, a larger part of it with every epoch."
         n = len(self.net.cells)
-        return self.rules.beta_decay * min(self.clock, 1.) * beta_decay(alpha[:n], self.net.op_live[:n])
+        return self.rules.beta_decay * self.turn / max(self.length, 1) * beta_decay(alpha[:n], self.net.op_live[:n])
 
     def _backward(self, loss):
         self.net.zero_grad(set_to_none=True)
@@ -333,7 +339,7 @@ class Search(SavedSearch):
                 for p in group["params"]: p.grad = None
             elif group["name"] == "weights":
                 if cfg.clip: nn.utils.clip_grad_norm_(group["params"], cfg.clip)
-                if cfg.lr_end >= 0: group["lr"] = cfg.lr_end + (cfg.lr_weights - cfg.lr_end) * (1 + math.cos(math.pi * math.floor(min(self.clock, 1.) * self.length) / max(self.length, 1))) / 2
+                if cfg.lr_end >= 0: group["lr"] = cfg.lr_end + (cfg.lr_weights - cfg.lr_end) * (1 + math.cos(math.pi * self.turn / max(self.length, 1))) / 2
         self.optimizer.step()
         if self.adam and "strengths" in move: self.adam.step()
         if net.discretising:
@@ -345,7 +351,7 @@ class Search(SavedSearch):
         net.train()
         due = turns(cfg.optimisation, self.warmup, self.phase_epoch, self.epoch_step / steps, self.steps % rules.arch_every == 0, self.sparse)
         net.sparse = self.sparse
-        if rules.relaxation == "gumbel": net.tau = rules.tau[0] + (rules.tau[1] - rules.tau[0]) * min(self.clock, 1.)
+        if rules.relaxation == "gumbel": net.tau = rules.tau[0] + (rules.tau[1] - rules.tau[0]) * min(self.turn / max(self.length - 1, 1), 1.)
         net.skip_dropout = rules.skip_dropout[min(self.stage, 2)] * self._fading()
         for i, (images, move) in enumerate(due):
             if rules.relaxation not in ("sigmoid", "softmax") or net.skip_dropout: net.noise = net._generator(7, self.epoch, self.epoch_step, i)
@@ -355,7 +361,7 @@ class Search(SavedSearch):
                 if len(due) > 1: # gradients are made for what moves
                     for name, ps in groups(net).items():
                         for p in ps: p.requires_grad_(name in move)
-                loss, seen = self._forward(*self._batch(images))
+                loss, seen = self._forward(*self._batch(images), cfg.label_smoothing if images == "train" else 0.)
                 self._backward(loss)
             if len(due) > 1: net.requires_grad_()
             self._update(move)
