@@ -13,7 +13,7 @@ from .config import InputError, closest
 from .space import *
 from .kernels import Pair, abreast, from_phases, from_pixels, images_abreast, native, pairs, pixels, pointwise, widen_both
 from .operations import *
-from .size import CellCount, NetCount
+from .size import CellCount, NetCount, Size
 from .store import digest, parse_json, read_bytes, write_whole
 
 # %% auto #0
@@ -213,7 +213,8 @@ def count(arch: Architecture)->NetCount:
             n.by_op[op.edge, op.index] = [sum(gates), len(gates) * spec.width, *((kept, initial) if op.is_conv else (0, 0)), kept + bn]
         cells.append(n)
     out = arch.out(len(arch.cells) - 1)
-    return NetCount(cells, arch.spec.stem_params, arch.spec.stem_macs, (out + 1) * arch.classes, out * arch.classes)
+    fixed = lambda n, macs: Size(n, n, macs, macs)
+    return NetCount(cells, fixed(arch.spec.stem_params, arch.spec.stem_macs), fixed((out + 1) * arch.classes, out * arch.classes))
 
 # %% ../nbs/11_architecture.ipynb #69bbf978
 CONVS = sum(map(is_conv, range(len(OPS)))) * len(EDGES) # searched convolutions of a super-net cell
@@ -243,7 +244,7 @@ def _counts(arch):
     for c, (cell, n, r) in enumerate(zip(arch.cells, net.cells, net.retention_by_cell())):
         rows.append({"index": c, "channels": arch.spec.cell[c].width, "widths": list(cell.widths), "reduction": arch.spec.cell[c].reduction,
                      "ops": n.ops, "convs": convs[c], "edges": edges[c], "params": n.dense, "nonzero": n.params, "macs": n.macs_dense, "macs_nonzero": n.macs,
-                     "retention": {**r, "conv": convs[c] / CONVS}, "by_type": types(NetCount([n]), [cell])})
+                     "retention": {**r, "conv": convs[c] / CONVS}, "by_type": types(NetCount([n], Size(), Size()), [cell])})
     return {**sizes(net, arch.aux_head), "convs": sum(convs), "edges": sum(edges), "cells": rows, "retention": {**net.retention(), "conv": sum(convs) / CONVS / len(rows)},
             "by_type": types(net, arch.cells), "breakdown": breakdown(arch)}
 

@@ -48,8 +48,9 @@ def remap(old: Tensor, # [m] int64, ascending slots stored so far
          )->tuple: # ([n] int64 positions in the old vector, [n] bool: False where there is no old value)
     "How to carry vectors over from one layout to another."
     if not len(old): return torch.zeros_like(new), torch.zeros(len(new), dtype=torch.bool)
-    at = torch.searchsorted(old, new).clamp(max=len(old) - 1)
-    return at, old[at] == new
+    place = torch.full((max(int(old[-1]), int(new[-1]) if len(new) else 0) + 1,), -1, dtype=torch.int32)
+    at = place.index_copy_(0, old, torch.arange(len(old), dtype=torch.int32)).index_select(0, new)
+    return at.clamp(min=0).long(), at >= 0
 
 def carry(value: Tensor, # [m]
           at: Tensor, kept: Tensor, # from `remap`
@@ -57,9 +58,8 @@ def carry(value: Tensor, # [m]
          )->Tensor: # [n]
     "A vector in its new layout."
     out = torch.full(at.shape, fresh, dtype=value.dtype, device=value.device) if isinstance(fresh, (int, float)) else fresh.to(value)
-    kept = kept.to(value.device)
-    out[kept] = value[at.to(value.device)[kept]]
-    return out
+    at, kept = at.to(value.device), kept.to(value.device)
+    return torch.where(kept, value.index_select(0, at), out) if len(value) else out
 
 def carry_columns(value: Tensor, # [k, m, ...], a head: its second dimension runs over channels
                   at: Tensor, kept: Tensor # from `remap`
@@ -277,6 +277,11 @@ class StoredCell(PlannedCell):
     def statistics(self)->tuple:
         "The running statistics: tensors that training moves, besides the parameters."
         return tuple(getattr(self, n) for n in ("mean", "var") + self.POOLS * self.pool_norm)
+    def pool_statistics(self, state: int, op: int)->tuple: # two [width], on the CPU: running mean and variance, as fresh for channels that are gone
+        "Those of one pool of a state."
+        C = self.spec.width
+        here = self.pool_slots.div(C, rounding_mode="floor") == state * len(POOL) + op - AVG
+        return tuple(torch.full((C,), fresh).index_copy_(0, self.pool_slots[here] % C, v.cpu()[here].float()) for v, fresh in zip(self.statistics[2:], (0., 1.)))
 
 # %% ../nbs/06_cell.ipynb #f81d98df
 class ReferenceCell(StoredCell):

@@ -11,40 +11,18 @@ from .architecture import Architecture, ArchCell, DerivedNet, Op
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['width_of', 'channels', 'derive', 'inherited']
-
-# %% ../nbs/13_derive.ipynb #9c42e3a2
-def width_of(kept: list, # kept output filters of each live convolution; if there is none, of each node
-            most: int # filters of the full cell
-            )->int:
-    "Mean, rounded to even, at least 2."
-    mean = sum(kept) / len(kept)
-    return max(2, min(most, 2 * int(mean / 2 + .5)))
+__all__ = ['derive', 'inherited']
 
 # %% ../nbs/13_derive.ipynb #db575785
-@torch.no_grad()
-def channels(net: SuperNet, c: int # cell
-            )->Tensor: # [width] int64, ascending
-    "The channels of a cell that the derived network keeps."
-    cell, spec = net.cells[c], net.spec.cell[c]
-    score, kept = torch.zeros(spec.width), []
-    for (gate, ids), g in zip(cell.layout.gates, torch.sigmoid(cell.beta).cpu().split(cell.gate_sizes)):
-        if gate.learned and gate.role != "mid": score[ids] += g
-        if gate.learned and gate.role == "out": kept.append(len(ids))
-    width = width_of(kept or cell.channels[INPUTS:], spec.width)
-    best = lambda s, n: s.argsort(descending=True, stable=True)[:n]
-    half = spec.width // 2
-    if spec.reduction or spec.reduction_prev:
-        return torch.cat([best(score[:half], width // 2), half + best(score[half:], width // 2)]).sort().values
-    return best(score, width).sort().values
+def _channels(net: SuperNet)->list: # of (the cell's channels, {(edge, op): those in its middle}), ascending
+    "The channels of each cell that the derived network keeps."
+    out = []
+    for spec, unit in zip(net.spec.cell, net.channels_left()):
+        ids = lambda at: unit[at:at + spec.width].nonzero().flatten()
+        out.append((ids(spec.state_unit(0)), {(e, o): ids(spec.mid_unit(e, o)) for e in range(len(EDGES)) for o in (SEP3, SEP5)}))
+    return out
 
 # %% ../nbs/13_derive.ipynb #0027d762
-def _mid(cell, e, o)->Tensor:
-    "Kept middle filters of a separable convolution, topped up to two."
-    ids = next(i for g, i in cell.layout.gates if (g.edge, g.op, g.role) == (e, o, "mid"))
-    if len(ids) >= 2: return ids
-    return torch.tensor(sorted([*ids.tolist(), next(i for i in range(cell.spec.width) if i not in ids)]))
-
 @torch.no_grad()
 def _full(cell)->dict: # (edge, op, role) -> (weights, masks) in the full kernel's shape
     "Stored kernels at their places in the full ones: 0 and True elsewhere."
@@ -68,11 +46,11 @@ def derive(net: SuperNet,
           )->Architecture:
     "The architecture that a searched super-net stands for (paper, end of section IV-B)."
     cells, masks = [], {}
-    for c, cell in enumerate(net.cells):
-        keep, full, ops = channels(net, c), _full(cell), []
+    for cell, (keep, middle) in zip(net.cells, _channels(net)):
+        c, full, ops = cell.spec.index, _full(cell), []
         for e, o in cell.layout.ops.nonzero().tolist():
             w = len(keep)
-            mid = _mid(cell, e, o) if is_sep(o) else keep
+            mid = middle[e, o] if is_sep(o) else keep
             ops.append(Op(OPS[o], *EDGES[e], (w, len(mid), w) if is_sep(o) else (w, w) if is_conv(o) else (w,)))
             rows = {"dw1": keep, "pw1": mid, "dw2": mid, "pw2": keep, "dw": keep, "pw": keep}
             cols = {"pw1": keep, "pw2": mid, "pw": keep}
@@ -93,8 +71,8 @@ def inherited(net: SuperNet,
     out = {k: v.clone() for k, v in DerivedNet(arch).state_dict().items()}
     out.update({f"stem.{k}": v.cpu() for k, v in net.stem.state_dict().items()})
     sets = [torch.arange(net.spec.stem_out[0])] + [torch.arange(net.spec.stem_out[1])] # channels of the two maps a cell reads
-    for c, cell in enumerate(net.cells):
-        spec, keep, full = net.spec.cell[c], channels(net, c), _full(cell)
+    for cell, (keep, middle) in zip(net.cells, _channels(net)):
+        c, spec, full = cell.spec.index, cell.spec, _full(cell)
         alpha = torch.sigmoid(net.alpha[c]).cpu()
         gate = dict(zip(((g.edge, g.op, g.role) for g, _ in cell.layout.gates), zip((i for _, i in cell.layout.gates), *(
             v.cpu().split(cell.gate_sizes) for v in (torch.sigmoid(cell.beta), cell.scale, cell.shift, cell.mean, cell.var)))))
@@ -112,7 +90,7 @@ def inherited(net: SuperNet,
         for i, (e, o) in enumerate(cell.layout.ops.nonzero().tolist()):
             at, a = f"cells.{c}.ops.{i}", float(alpha[e, o])
             if is_conv(o):
-                mid = _mid(cell, e, o) if is_sep(o) else keep
+                mid = middle[e, o] if is_sep(o) else keep
                 rows = {"dw1": keep, "pw1": mid, "dw2": mid, "pw2": keep, "dw": keep, "pw": keep}
                 cols = {"pw1": keep, "pw2": mid, "pw": keep}
                 for role in rows:
@@ -127,7 +105,9 @@ def inherited(net: SuperNet,
                     w = full[e, o, role][0] * g[spec.width // 2:].view(-1, 1, 1, 1) if b else full[e, o, role][0] * g[:spec.width // 2].view(-1, 1, 1, 1)
                     out[f"{at}.{role}"] = w[half(keep, b)][:, keep]
                 norm(f"{at}.norms.0", (e, o, "out"), keep, a, gated=False)
-            elif o != SKIP: out[f"{at}.norms.0.weight"] = torch.full((len(keep),), a)
+            elif o != SKIP:
+                out[f"{at}.norms.0.weight"] = torch.full((len(keep),), a)
+                if cell.pool_norm: out |= {f"{at}.norms.0.{k}": v[keep] for k, v in zip(("running_mean", "running_var"), cell.pool_statistics(EDGES[e][0], o))}
         sets = [sets[1], torch.cat([n * spec.width + keep for n in range(NODES)])]
     live = net._out(len(net.cells) - 1).nonzero().flatten()
     whole = torch.zeros(net.spec.classes, net.spec.cell[-1].out); whole[:, live] = net.head.weight.detach().cpu()

@@ -12,7 +12,7 @@ from .architecture import Discovered, MaskedNet, MAX_WIDTH, counts, sizes, _nume
 from .mobile import *
 from .mobilenet import ACTIVATIONS, MobileHead, MobileStem, squeeze_excite
 from .operations import AuxHead, Norm, depthwise, init_conv
-from .size import CellCount, NetCount
+from .size import CellCount, NetCount, Size
 from .space import HeadSpec
 
 # %% auto #0
@@ -103,15 +103,16 @@ def count(arch: MobileArchitecture)->NetCount:
         n.dense, n.params, n.macs_dense = layer.params, sum(r[4] for r in rows), layer.macs
         n.by_op = {(0, KERNELS.index(b.kernel)): r for b, r in zip(layer.branches, rows)}
         cells.append(n)
-    return NetCount(cells, spec.stem_params, spec.stem_macs, *spec.top(spec.cell[-1].cout), spec.ops)
+    fixed = lambda n, macs: Size(n, n, macs, macs)
+    return NetCount(cells, fixed(spec.stem_params, spec.stem_macs), fixed(*spec.top(spec.cell[-1].cout)), names=spec.ops)
 
 def _counts(arch):
     net, spec, rows = count(arch), arch.spec, []
     def types(n): return {name: {"ops": sum((0, i) in c.by_op for c in n.cells), **r} for i, (name, r) in enumerate(n.retention_by_type().items())}
     for layer, n, r in zip(arch.layers, net.cells, net.retention_by_cell()):
         rows.append({"index": layer.index, "channels": layer.cout, "widths": [layer.cout], "reduction": layer.reduction, "blocks": [[b.kernel, b.mid, b.squeeze] for b in layer.branches],
-                     "ops": n.ops, "convs": n.ops, "edges": 1, "params": n.dense, "nonzero": n.params, "macs": n.macs_dense, "macs_nonzero": n.macs, "retention": {**r, "conv": r["operation"]}, "by_type": types(NetCount([n], names=spec.ops))})
-    parts = {"stem": spec.stem_params, "blocks": sum(n.dense for n in net.cells), "classifier": net.classifier, "aux_head": arch.aux_head.params}
+                     "ops": n.ops, "convs": n.ops, "edges": 1, "params": n.dense, "nonzero": n.params, "macs": n.macs_dense, "macs_nonzero": n.macs, "retention": {**r, "conv": r["operation"]}, "by_type": types(NetCount([n], Size(), Size(), names=spec.ops))})
+    parts = {"stem": spec.stem_params, "blocks": sum(n.dense for n in net.cells), "classifier": net.top.params, "aux_head": arch.aux_head.params}
     return {**sizes(net, arch.aux_head), "convs": net.ops, "edges": len(rows), "cells": rows, "retention": {**net.retention(), "conv": net.retention()["operation"]}, "by_type": types(net), "breakdown": parts}
 
 # %% ../nbs/11_mobile.ipynb #fcdee23c

@@ -8,7 +8,8 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .cell import Cell, LiveOp
 from .kernels import EPS, normalise, normalise_sum
-from .mobile import LayerSpec, MobileSpec
+from .mobile import KERNELS, LayerSpec, MobileSpec
+from .size import Index
 from .operations import Classifier, ConvNorm, Norm, depthwise, init_conv
 from .supernet import SuperNet
 
@@ -16,10 +17,12 @@ from .supernet import SuperNet
 __all__ = ['ACTIVATIONS', 'LayerIndex', 'squeeze_excite', 'MobileCell', 'MobileStem', 'MobileHead', 'MobileNet', 'supernet']
 
 # %% ../nbs/10_mobilenet.ipynb #1a86d4d9
-class LayerIndex:
+class LayerIndex(Index):
     "Where gates lie in the unit vector of a `LayerSpec`, and which channels live."
+    GRID = 1, len(KERNELS)
+
     def __init__(self, spec: LayerSpec):
-        self.spec = spec
+        super().__init__(spec)
         none = spec.units - 1 # the batch norm before the depthwise convolution goes with the filter, and is none
         self.gate_unit = torch.cat([torch.full((g.width,), none) if g.role == "exp" else torch.arange(g.unit0, g.unit0 + g.width) for g in spec.gates])
 
@@ -35,6 +38,9 @@ class LayerIndex:
         for g in spec.gates:
             if g.learned and ops[0, g.op]: unit[g.unit0:g.unit0 + g.width] = gates[g.start:g.start + g.width]
         return unit
+    def align(self, ops, gates, strength, in0, in1)->Tensor: # [units] bool
+        "Blocks are derived as they are: only what is added needs one width, and that is not searched."
+        return self.alive(ops, gates, in0, in1)
     def out(self, unit: Tensor)->Tensor: # [cout] bool
         return unit[self.spec.cin:self.spec.cin + self.spec.cout]
     def regrown(self, gate, alive)->bool: return True # a block returns with all its filters

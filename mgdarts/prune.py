@@ -9,12 +9,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 from .discretise import strongest
-from .size import NetCount
+from .size import Masked, NetCount
 from .cell import carry, carry_columns
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['Candidates', 'units', 'bounded', 'candidates', 'choose', 'follow', 'settle', 'Commit', 'commit']
+__all__ = ['Candidates', 'units', 'bounded', 'candidates', 'Sizes', 'choose', 'follow', 'settle', 'Commit', 'commit']
 
 # %% ../nbs/08_prune.ipynb #f25da617
 @dataclass
@@ -27,23 +27,31 @@ class Candidates:
     kinds: Tensor # [cells] int64: cells with the same number share their operations
 
     @cached_property
-    def score(self)->Tensor: # [n]
-        "|g| / t of those that are off, inf for the others."
-        ratio = torch.cat([g / t.clamp(min=1e-12) for g, t in self.values])
-        return ratio.masked_fill(~self.off, float("inf"))
+    def places(self)->Tensor: # [m] int64, ascending
+        "Where the units that are off stand."
+        return self.off.nonzero().flatten()
+    @cached_property
+    def rank(self)->Tensor: # [m] int32
+        "How many of those that are off are less important than each: by |g| / t, by place where that is equal."
+        ratio = torch.cat([g[o] / t[o].clamp(min=1e-12) for (g, t), o in zip(self.values, self.off.split(self.sizes))])
+        order = ratio.float().view(torch.int32).argsort(stable=True) # the bits of numbers from 0 up are in their order, and whole numbers are sorted faster
+        return torch.empty(len(order), dtype=torch.int32).index_copy_(0, order, torch.arange(len(order), dtype=torch.int32))
 
     def masks(self, off: Tensor # [n] bool: units to leave out
              )->dict: # what `SuperNet.count` takes
         "Keep-masks in the form of the net."
         parts = (~off).split(self.sizes)
-        n, gone = (len(parts) - 1) // 2, ~(parts[0].view_as(self.live) & self.live)
-        if len(self.kinds.unique()) < n: gone = torch.zeros_like(gone, dtype=torch.int).index_add_(0, self.kinds, gone.int())[self.kinds] > 0 # one of a kind takes all with it
-        return {"ops": ~gone, "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
-    def first(self, k: int)->Tensor: # [n] bool
-        "The `k` least important candidates."
-        out = torch.zeros_like(self.off)
-        out[self.score.argsort(stable=True)[:k]] = True
-        return out
+        n = (len(parts) - 1) // 2
+        return {"ops": self.tied(parts[0].view_as(self.live) & self.live), "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
+    def tied(self, ops: Tensor # [cells, 14, 7] bool
+            )->Tensor: # the same
+        "One of a kind takes all with it, where cells of a kind are alike."
+        if len(self.kinds.unique()) == len(ops): return ops
+        return torch.zeros_like(ops, dtype=torch.int).index_add_(0, self.kinds, (~ops).int())[self.kinds] == 0
+    def only(self, taken: Tensor # [m] bool
+            )->Tensor: # [n] bool
+        "Some of the units that are off."
+        return torch.zeros_like(self.off).index_fill_(0, self.places[taken], True)
 
 @torch.no_grad()
 def units(net: SuperNet)->list: # of (granularity, |g|, live, never pruned), on the CPU
@@ -79,20 +87,67 @@ def candidates(net: SuperNet,
     return bounded(net, found, [t.cpu() if name in net.granularities else None for (name, *_), t in zip(found, bounds)])
 
 # %% ../nbs/08_prune.ipynb #b5c5d403
+class Sizes:
+    "Derived sizes of a net with some of its candidates gone. What all these questions have in common is worked out once."
+    def __init__(self, net: SuperNet, c: Candidates):
+        self.net, self.c, m = net, c, len(c.places)
+        self.gone, self.there = m, m + 1 # in place of a candidate's number: pruned long ago; no candidate
+        number = torch.full((len(c.off),), self.there, dtype=torch.int32).index_copy_(0, c.places, torch.arange(m, dtype=torch.int32))
+        n, (ops, *others) = len(net.cells), number.split(c.sizes)
+        self.ops, self.cells = ops.view_as(c.live).masked_fill(~c.live, self.gone).flatten(), []
+        for cell, gates, weights in zip(net.cells, others[:n], others[n:]):
+            index, slots, width = cell.index, cell.layout.slots["gates"], cell.spec.sizes["gates"]
+            strength = torch.zeros(width).index_copy_(0, slots, torch.sigmoid(cell.beta.detach()).cpu().float())
+            weights = weights.masked_fill(~cell.omega_live.cpu(), self.gone)
+            at = (weights != self.there).nonzero().flatten()
+            off = Masked.of(cell.layout, at)
+            whole = (off.rows == off.cols) & (off.rows < cell.spec.ungated) # these read and write channels of a state: whether their operation lives is asked behind the units
+            if bool(whole.any()): off.rows = torch.where(whole, cell.spec.units + index.kernels["op"].int().index_select(0, off.kernel.int()), off.rows)
+            self.cells.append((index, torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates), strength, weights[at], off))
+
+    def __call__(self, taken: Tensor # [m] bool: which candidates are gone
+                )->int: # parameters
+        net, out = self.net, self.net.spec.stem_params
+        gone = torch.cat([taken, torch.tensor([True, False])])
+        ops = self.c.tied(~gone.index_select(0, self.ops).view_as(self.c.live))
+        alive, aligned = [net._out(-2), net._out(-1)], [net._out(-2), net._out(-1)]
+        for live, (index, gates, strength, number, off) in zip(ops, self.cells):
+            here = live, ~gone.index_select(0, gates)
+            a, d = index.alive(*here, *alive[-2:]), index.align(*here, strength, *aligned[-2:])
+            weights, norms = index.existing(live, d)
+            masked = off.between(torch.cat([a & d, index.live(live)])).logical_and_(gone.index_select(0, number))
+            out += int(weights.sum() + 2 * (norms.sum() + index.more_norms(live, d).sum())) - int(masked.count_nonzero())
+            alive.append(index.out(a)); aligned.append(index.out(d))
+        return out + net.top_size(d).params
+
+# %% ../nbs/08_prune.ipynb #52ba4bd7
 def choose(net: SuperNet, c: Candidates,
-           target: float # parameters, plain number
-          )->tuple: # ([n] bool: units to prune, NetCount after it)
-    "All candidates, or as many of the least important ones as bring the size to the target."
-    after = net.count(**c.masks(c.off))
-    if after.params >= target or not c.off.any(): return c.off, after
-    low, high = 0, int(c.off.sum()) # too few, enough
-    if net.count().params <= target: high = 0
-    while high - low > 1:
-        k = (low + high) // 2
-        if net.count(**c.masks(c.first(k))).params <= target: high = k
-        else: low = k
-    off = c.first(high)
-    return off, net.count(**c.masks(off))
+           target: float, # parameters of the derived network, plain number
+           slack: float = .01, # how far below the target is near enough, as a share of it
+           probes: int = 200 # sizes to ask for, at most
+          )->Tensor: # [n] bool: units to prune
+    "All candidates, or the least important ones that bring the derived size to the target, from below."
+    m, low, size = len(c.places), (1 - slack) * target, Sizes(net, c)
+    if size(torch.ones(m, dtype=torch.bool)) >= low: return c.off
+    if size(torch.zeros(m, dtype=torch.bool)) <= target: return torch.zeros_like(c.off)
+    first, step = lambda k: c.rank < k, max(1, m // 16)
+    high = next((k for k in range(step, m, step) if size(first(k)) <= target), m) # a look at every sixteenth, then between two of them
+    few = max(0, high - step)
+    while high - few > 1:
+        k = (few + high) // 2
+        few, high = (few, k) if size(first(k)) <= target else (k, high)
+    if size(first(high)) >= low: return c.only(first(high))
+    taken, order = first(few), torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m)) # the unit at `few` waits
+    at, block = high, 1
+    for _ in range(probes):
+        if at >= m: break
+        more = taken.index_fill(0, order[at:at + block], True)
+        n = size(more)
+        if n >= low: taken, at, block = more, at + block, 2 * block
+        elif block > 1: block = max(1, block // 4)
+        else: at += 1
+        if low <= n <= target: break
+    return c.only(taken)
 
 # %% ../nbs/08_prune.ipynb #1cedc7f9
 @torch.no_grad()
@@ -135,13 +190,13 @@ def commit(net: SuperNet,
     "Prune what the thresholds switch off, down to the target at most, and compact the net (Algorithm 1, lines 7-14)."
     before = net.count()
     found = found or candidates(net)
-    off, after = choose(net, found, target)
-    masks = found.masks(off)
+    masks = found.masks(choose(net, found, target))
     for cell, keep in zip(net.cells, masks["weights"]): cell.omega_live &= keep.to(cell.omega_live.device)
     moved = net.rebuild(masks["ops"], [net.full_gates(c, g) for c, g in enumerate(masks["gates"])], stamp)
     for one in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
         if one is None: continue
         follow(one, moved)
         settle(net, one)
+    after = net.count()
     gone = lambda i: sum(row[i] - new[i] for b, a in zip(before.cells, after.cells) for key, new in a.by_op.items() for row in [b.by_op[key]])
     return Commit({"operation": before.ops - after.ops, "filter": gone(0), "weight": gone(2)}, before, after)

@@ -5,21 +5,88 @@
 # %% ../nbs/05_size.ipynb #f783fe3d
 from __future__ import annotations
 from dataclasses import dataclass, field
-import torch
+from functools import cached_property
+import torch, torch.nn.functional as F
 from torch import Tensor
 from .space import *
 
+CONV_OPS = [o for o in range(len(OPS)) if is_conv(o)]
+
 # %% auto #0
-__all__ = ['UNITS', 'CellIndex', 'Layout', 'layout', 'CellCount', 'count_cell', 'NetCount']
+__all__ = ['CONV_OPS', 'UNITS', 'width_of', 'best_channels', 'Index', 'CellIndex', 'Layout', 'layout', 'Size', 'CellCount',
+           'Masked', 'size_of', 'count_cell', 'NetCount']
+
+# %% ../nbs/05_size.ipynb #ab78cfb5
+def width_of(kept: int, # output filters that live convolutions keep; where there are none, channels of the nodes
+             maps: int, # how many convolutions, or nodes
+             most: int # filters of the full cell
+            )->int:
+    "Mean, rounded to even, at least 2."
+    return max(2, min(most, 2 * int(kept / maps / 2 + .5)))
+
+def best_channels(score: Tensor, # [width]
+                  n: int, # how many stay
+                  halves: bool = False # as many of each half
+                 )->Tensor: # [width] bool
+    "The channels with the highest scores, the first ones among equals."
+    keep = torch.zeros(len(score), dtype=torch.bool)
+    half = len(score) // 2
+    for at, part, m in ((0, score[:half], n // 2), (half, score[half:], n - n // 2)) if halves else ((0, score, n),):
+        keep[at + part.argsort(descending=True, stable=True)[:m]] = True
+    return keep
+
+# %% ../nbs/05_size.ipynb #72be6abd
+class Index:
+    "Tables of the kernels and the batch norms of a cell, as tensors. What a space adds: which channels live (`alive`), and which a derived network would have (`align`)."
+    GRID = None # edges, operations
+
+    def __init__(self, spec): self.spec = spec
+    @property
+    def none(self)->int:
+        "The last place of a vector over operations stands for no operation: preprocessing is always live."
+        return self.GRID[0] * self.GRID[1]
+
+    def live(self, ops: Tensor # [edges, operations] bool
+            )->Tensor: # [operations + 1] bool
+        return torch.cat([ops.flatten(), torch.ones(1, dtype=torch.bool)])
+    def _column(self, things, of)->Tensor: return torch.tensor([of(x) for x in things], dtype=torch.long)
+    def _op(self, x)->int: return x.edge * self.GRID[1] + x.op if x.op >= 0 else self.none
+
+    @cached_property
+    def kernels(self)->dict:
+        "A column for each thing that the count asks of a kernel."
+        s, of = self.spec.segments, lambda f: self._column(self.spec.segments, f)
+        return {"row0": of(lambda s: s.row0), "row1": of(lambda s: s.row0 + s.rows), "col0": of(lambda s: s.col0), "col1": of(lambda s: s.col0 + (0 if s.depthwise else s.cols)),
+                "taps": of(lambda s: s.k ** 2), "side2": of(lambda s: s.side ** 2), "op": of(self._op), "deep": of(lambda s: s.depthwise).bool(), "searched": of(lambda s: s.group == "omega").bool()}
+    @cached_property
+    def norms(self)->dict:
+        "The same for batch norms."
+        of = lambda f: self._column(self.spec.gates, f)
+        return {"first": of(lambda g: g.unit0), "end": of(lambda g: g.unit0 + g.width), "width": of(lambda g: g.width), "op": of(self._op), "learned": of(lambda g: g.learned).bool()}
+
+    def existing(self, ops: Tensor, # [edges, operations] bool
+                 unit: Tensor # [units] bool: channels that there are
+                )->tuple: # (weights of each kernel, channels of each batch norm), int64
+        "What a cell with these channels consists of."
+        live, before = self.live(ops), F.pad(unit.cumsum(0), (1, 0))
+        k, n = self.kernels, self.norms
+        columns = torch.where(k["deep"], 1, before[k["col1"]] - before[k["col0"]])
+        return (before[k["row1"]] - before[k["row0"]]) * columns * k["taps"] * live[k["op"]], (before[n["end"]] - before[n["first"]]) * live[n["op"]]
+
+    def more_norms(self, ops: Tensor, unit: Tensor)->Tensor: # [operations + 1] int64
+        "Channels of the batch norms that only a derived network has."
+        return torch.zeros(self.none + 1, dtype=torch.long)
 
 # %% ../nbs/05_size.ipynb #321c1999
-class CellIndex:
-    "Where gates, thresholds and operations of a `CellSpec` lie in the flat vectors, as tensors."
+class CellIndex(Index):
+    "Where the channels of a `CellSpec` lie in the flat vectors, and which of them live."
+    GRID = len(EDGES), len(OPS)
+
     def __init__(self, spec: CellSpec):
-        self.spec = spec
+        super().__init__(spec)
         self.gate_unit = torch.cat([torch.arange(g.unit0, g.unit0 + g.width) for g in spec.gates])
-        n = len(EDGES) * len(OPS) # the last entry of the 99 stands for "no operation": preprocessing is always live
-        self.gate_op = torch.tensor([g.edge * len(OPS) + g.op if g.op >= 0 else n for g in spec.gates]).repeat_interleave(torch.tensor([g.width for g in spec.gates]))
+        n, widths = self.none, torch.tensor([g.width for g in spec.gates])
+        self.gate_op = torch.tensor([g.edge * len(OPS) + g.op if g.op >= 0 else n for g in spec.gates]).repeat_interleave(widths)
 
     def alive(self, ops: Tensor, # [14, 7] bool, live operations
               gates: Tensor, # [gates * width] bool, live filters of the full cell, in storage order
@@ -40,6 +107,42 @@ class CellIndex:
                     lives = lives | unit[src:src + C]
             unit[spec.state_unit(node):spec.state_unit(node) + C] = lives
         return unit
+
+    @cached_property
+    def filters(self)->dict:
+        "For each filter: its channel, and whether it speaks for its channel (all but those in the middle of an operation), ends a convolution, or stands in a middle."
+        of = lambda f: torch.cat([torch.full((g.width,), f(g)) for g in self.spec.gates])
+        return {"channel": torch.cat([torch.arange(g.width) for g in self.spec.gates]), "speaks": of(lambda g: g.learned and g.role != "mid"), "ends": of(lambda g: g.learned and g.role == "out"), "mid": of(lambda g: g.role == "mid")}
+
+    def align(self, ops: Tensor, gates: Tensor, # as for `alive`
+              strength: Tensor, # [gates * width] sigma(beta)
+              in0: Tensor, in1: Tensor # bool, channels that the derived network has of the two incoming maps
+             )->Tensor: # [units] bool
+        "The channels that the derived network would have: one width for all states of the cell (paper, end of section IV-B)."
+        spec, C, f = self.spec, self.spec.width, self.filters
+        there = gates & self.live(ops)[self.gate_op]
+        convs = int(ops[:, CONV_OPS].sum())
+        if spec.rest: return self.alive(ops, gates, in0, in1) # is cut into shape as a whole, once it is decided
+        kept = [int((there & f["ends"]).sum()), convs]
+        if not convs: # as wide as the nodes are
+            unit = self.alive(ops, gates, in0, in1)
+            kept = [int(unit[spec.state_unit(INPUTS):spec.state_unit(STATES)].sum()), NODES]
+        score = torch.zeros(C).index_add_(0, f["channel"][f["speaks"]], (strength * there)[f["speaks"]])
+        keep = best_channels(score, width_of(*kept, C), spec.reduction or spec.reduction_prev)
+        unit = torch.zeros(spec.units, dtype=torch.bool)
+        unit[:spec.in0], unit[spec.in0:spec.in0 + spec.in1] = in0, in1
+        unit[spec.state_unit(0):spec.state_unit(STATES)] = keep.repeat(STATES)
+        mids, outs = unit[spec.mid_unit(0, 0):spec.out_unit(0, 0)].view(-1, C), unit[spec.out_unit(0, 0):spec.out_unit(len(EDGES), 0)].view(-1, C)
+        outs[:] = keep & ops.reshape(-1, 1)
+        unit[self.gate_unit[f["mid"]]] = there[f["mid"]]
+        for e, o in ops.nonzero().tolist(): # a middle has two filters at least
+            if is_sep(o) and (short := 2 - int((m := mids[e * len(OPS) + o]).sum())) > 0: m[(~m).nonzero().flatten()[:short]] = True
+        return unit
+
+    def more_norms(self, ops, unit): # after pools
+        out = torch.zeros(self.GRID, dtype=torch.long)
+        out[:, [AVG, MAX]] = ops[:, [AVG, MAX]] * unit[self.spec.state_unit(INPUTS):self.spec.state_unit(INPUTS + 1)].sum()
+        return F.pad(out.flatten(), (0, 1))
 
     def out(self, unit: Tensor # [units] bool
            )->Tensor: # [4 * width] bool
@@ -67,13 +170,6 @@ class Layout:
     segs: dict = field(default_factory=dict) # omega, plain -> [n] int16, kernel each weight belongs to
     kernels: list = field(default_factory=list) # (Segment, (filters, channels, k, k)) of each stored kernel
     gates: list = field(default_factory=list) # (Gate, ids of its live channels in 0..width-1)
-    _runs: dict = field(default_factory=dict, repr=False, compare=False)
-
-    def runs(self, group: str # omega or plain
-            )->tuple: # ([m] int64 kernels that have weights, [m] int64 how many)
-        "The weights of a kernel follow one another in the flat vectors."
-        if group not in self._runs: self._runs[group] = tuple(t.long() for t in torch.unique_consecutive(self.segs[group], return_counts=True))
-        return self._runs[group]
 
 def _entries(seg: Segment, alive: Tensor)->tuple:
     "Slots, rows and columns of the weights of a kernel that exist, and the kernel's shape."
@@ -115,60 +211,75 @@ def layout(spec: CellSpec,
 
 # %% ../nbs/05_size.ipynb #35949ca6
 @dataclass
-class CellCount:
-    "Sizes of one cell. Parameters and MACs are plain numbers, not millions."
+class Size:
+    "A size. Parameters and MACs are plain numbers, not millions."
     params: int = 0 # deployable: kernels and batch norm, without masked weights
     dense: int = 0 # the same, masked weights included
     macs: int = 0 # multiply-accumulates of one image, masked weights left out
     macs_dense: int = 0
+
+    def __add__(self, other: Size)->Size: return Size(*(getattr(self, k) + getattr(other, k) for k in Size.__dataclass_fields__))
+
+@dataclass
+class CellCount(Size):
+    "Sizes of one cell of the derived network."
+    searched: Size|None = None # of the cell before its filters are brought to one width: what the super-net computes
     ops: int = 0
     ops_initial: int = 0
     by_op: dict = field(default_factory=dict) # (edge, op) -> units, see `UNITS`
 
-UNITS = ("filters", "filters_initial", "weights", "weights_initial", "params") # of one live operation
+UNITS = ("filters", "filters_initial", "weights", "weights_initial", "params") # of one live operation, as searched; params: as derived
 
-def _sums(there: Tensor, lengths: Tensor)->Tensor: # [n] bool, [m] int64 -> [m] int64
-    "How many there are in each run of some lengths."
-    if not len(lengths): return lengths
-    return torch.segment_reduce(there.float(), "sum", lengths=lengths, unsafe=True).long() # exact up to 2^24 weights a kernel
+@dataclass
+class Masked:
+    "The stored weights of a cell that are off: the channel each writes, the channel it reads, the kernel it belongs to."
+    rows: Tensor # [m] int32
+    cols: Tensor # the same
+    kernel: Tensor # [m] int16
 
-def count_cell(lay: Layout,
-               ops: Tensor|None = None, # [14, 7] bool: live operations, None: those of the layout
-               alive: Tensor|None = None, # [units] bool: live channels, None: those of the layout
-               weights: Tensor|None = None # [stored omega] bool: weights not masked, None: all
+    @classmethod
+    def of(cls, lay: Layout, at: Tensor # [m] int64, places among the stored searched weights
+          )->Masked: return cls(*(v["omega"].index_select(0, at) for v in (lay.rows, lay.cols, lay.segs)))
+    def among(self, unit: Tensor # [units] bool
+             )->Masked:
+        "Those between channels that there are."
+        there = self.between(unit)
+        return Masked(self.rows[there], self.cols[there], self.kernel[there])
+    def between(self, unit: Tensor)->Tensor: return unit.index_select(0, self.rows).logical_and_(unit.index_select(0, self.cols)) # [m] bool
+    def by_kernel(self, unit: Tensor, # [units] bool
+                  n: int # kernels of the full cell
+                 )->Tensor: # [n] int64
+        "How many of them a cell with these channels would have."
+        return torch.bincount(self.kernel[self.between(unit)], minlength=n)
+
+# %% ../nbs/05_size.ipynb #32df0eca
+def size_of(index: Index, ops: Tensor, unit: Tensor, masked: Masked, more: Tensor|None = None # from `more_norms`
+           )->tuple: # (Size; by operation: kernels' weights left, kernels' weights, channels of batch norms)
+    "The size of a cell with some channels and weights off."
+    k, n = index.kernels, index.norms
+    weights, channels = index.existing(ops, unit)
+    left = weights - masked.by_kernel(unit, len(weights)) * index.live(ops)[k["op"]]
+    by = lambda of, v: torch.zeros(index.none + 1, dtype=torch.long).index_add_(0, of["op"], v)
+    norms = by(n, channels) + (0 if more is None else more)
+    bn = 2 * int(norms.sum())
+    return Size(int(left.sum()) + bn, int(weights.sum()) + bn, int((left * k["side2"]).sum()), int((weights * k["side2"]).sum())), by(k, left), by(k, left * k["searched"]), by(k, weights * k["searched"]), norms
+
+def count_cell(index: Index,
+               ops: Tensor, # [14, 7] bool: live operations
+               alive: Tensor, # [units] bool: live channels, from `alive`
+               aligned: Tensor, # [units] bool: channels of the derived network, from `align`
+               masked: Masked # weights that are off
               )->CellCount:
-    "Count a cell, mask-aware."
-    spec, n = lay.spec, len(lay.spec.segments)
-    ops = lay.ops if ops is None else ops
-    out = CellCount(ops=int(ops.sum()), ops_initial=ops.numel())
-    dense, nonzero = torch.zeros(n, dtype=torch.long), torch.zeros(n, dtype=torch.long)
-    for group in ("omega", "plain"):
-        at, lengths = lay.runs(group)
-        there = None if alive is None else alive.index_select(0, lay.rows[group]) & alive.index_select(0, lay.cols[group])
-        of = lambda there: lengths if there is None else _sums(there, lengths)
-        dense[at] = of(there)
-        if group == "omega" and weights is not None: there = weights if there is None else there & weights
-        nonzero[at] = of(there)
-    live = lambda x: x.op < 0 or bool(ops[x.edge, x.op])
-    for seg, d, z in zip(spec.segments, dense.tolist(), nonzero.tolist()):
-        if not live(seg): continue
-        out.dense += d; out.params += z
-        out.macs_dense += d * seg.side ** 2; out.macs += z * seg.side ** 2
-        if seg.op >= 0: # weights are searched in convolutions only
-            row = out.by_op.setdefault((seg.edge, seg.op), [0] * len(UNITS))
-            row[4] += z
-            if seg.group == "omega": row[2] += z; row[3] += d
-    unit = lay.alive if alive is None else alive
-    for gate in spec.gates:
-        if not live(gate): continue
-        kept = int(unit[gate.unit0:gate.unit0 + gate.width].sum())
-        out.params += 2 * kept; out.dense += 2 * kept
-        if gate.op >= 0:
-            row = out.by_op.setdefault((gate.edge, gate.op), [0] * len(UNITS))
-            row[4] += 2 * kept
-            if gate.learned: row[0] += kept; row[1] += gate.width
-    for e, o in ops.nonzero().tolist(): out.by_op.setdefault((e, o), [0] * len(UNITS))
-    return out
+    "Count a cell, mask-aware, as searched and as derived."
+    masked = masked.among(alive) # of a filter that goes, and that alignment brings back, nothing is masked any more
+    searched, _, weights, dense, _ = size_of(index, ops, alive, masked)
+    derived, kernels, *_, norms = size_of(index, ops, aligned, masked, index.more_norms(ops, aligned))
+    n = index.norms
+    filters = torch.zeros(2, index.none + 1, dtype=torch.long)
+    learned = n["learned"] & index.live(ops)[n["op"]]
+    filters.index_add_(1, n["op"], torch.stack([index.existing(ops, alive)[1], n["width"]]) * learned)
+    rows = torch.stack([*filters, weights, dense, kernels + 2 * norms], 1)[:-1].tolist()
+    return CellCount(derived.params, derived.dense, derived.macs, derived.macs_dense, searched, int(ops.sum()), ops.numel(), {divmod(i, index.GRID[1]): rows[i] for i in ops.flatten().nonzero().flatten().tolist()})
 
 # %% ../nbs/05_size.ipynb #c6069efd
 def _ratios(ops, ops_initial, rows)->dict:
@@ -179,24 +290,29 @@ def _ratios(ops, ops_initial, rows)->dict:
 
 @dataclass
 class NetCount:
-    "Sizes of a net: cells, and what surrounds them. Parameters and MACs are plain numbers."
+    "Sizes of a net: cells, and what surrounds them. Parameters and MACs are plain numbers, of the derived network where nothing else is said."
     cells: list # CellCount of each cell
-    stem: int = 0
-    stem_macs: int = 0
-    classifier: int = 0 # 0 while a stage ends in an auxiliary head, which is never counted
-    classifier_macs: int = 0
+    stem: Size # and whatever else nothing of is searched
+    top: Size # the classifier; nothing while a stage ends in an auxiliary head, which is never counted
+    top_searched: Size|None = None # the same before alignment
     names: tuple = OPS # of the operation types
 
     @property
-    def params(self)->int:
-        "Param(U): deployable parameters, without auxiliary heads and without masked weights."
-        return self.stem + self.classifier + sum(c.params for c in self.cells)
+    def derived(self)->Size:
+        "The network that would be derived now, with `params` = Param(U) of the paper."
+        return sum(self.cells, self.stem + self.top)
     @property
-    def dense(self)->int: return self.stem + self.classifier + sum(c.dense for c in self.cells)
+    def searched(self)->Size:
+        "The super-net as it is, before filters are aligned to one width a cell."
+        return sum((c.searched for c in self.cells), self.stem + self.top_searched)
     @property
-    def macs(self)->int: return self.stem_macs + self.classifier_macs + sum(c.macs for c in self.cells)
+    def params(self)->int: return self.derived.params
     @property
-    def macs_dense(self)->int: return self.stem_macs + self.classifier_macs + sum(c.macs_dense for c in self.cells)
+    def dense(self)->int: return self.derived.dense
+    @property
+    def macs(self)->int: return self.derived.macs
+    @property
+    def macs_dense(self)->int: return self.derived.macs_dense
     @property
     def ops(self)->int: return sum(c.ops for c in self.cells)
 
@@ -215,5 +331,6 @@ class NetCount:
         return out
     def summary(self)->dict:
         "The figures a record keeps."
-        return {"params": self.params, "params_dense": self.dense, "macs": self.macs, "macs_dense": self.macs_dense, "ops": self.ops,
+        d, s = self.derived, self.searched
+        return {"params": d.params, "params_dense": d.dense, "macs": d.macs, "macs_dense": d.macs_dense, "params_searched": s.params, "macs_searched": s.macs, "ops": self.ops,
                 "retention": self.retention(), "retention_by_cell": self.retention_by_cell(), "retention_by_type": self.retention_by_type()}

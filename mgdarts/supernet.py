@@ -14,7 +14,7 @@ from .discretise import discretise, strongest
 from .relax import HARD, MEANS, RELAXATIONS, edge_shares
 from .kernels import images_abreast, native, widen_both
 from .operations import Classifier, Stem, AuxHead
-from .size import NetCount, layout, count_cell
+from .size import Masked, NetCount, Size, count_cell, layout
 from .cell import Cell, carry_columns, remap
 
 # %% auto #0
@@ -225,19 +225,40 @@ class SuperNet(nn.Module):
     def _forget(self):
         if self.compute.compile: self._compiled = {}; torch._dynamo.reset()
 
+    def channels_left(self, ops: Tensor|None = None, gates: list|None = None, # as for `count`
+                      derived: bool = True # of the network that would be derived; else of the super-net
+                     )->list: # of [units] bool, a vector for each cell
+        "Which channels the cells have, or would have."
+        out, outs = [], [self._out(-2), self._out(-1)]
+        for c, cell in enumerate(self.cells):
+            lay, index, slots = cell.layout, cell.index, cell.layout.slots["gates"]
+            if not derived and ops is None: out.append(lay.alive)
+            else:
+                now, full = lay.ops if ops is None else ops[c], self.full_gates(c, None if gates is None else gates[c])
+                if derived: strength = torch.zeros(len(full)).index_copy_(0, slots, torch.sigmoid(cell.beta.detach()).cpu().float())
+                out.append(index.align(now, full, strength, *outs[-2:]) if derived else index.alive(now, full, *outs[-2:]))
+            outs.append(index.out(out[-1]))
+        return out
+
+    @torch.no_grad()
     def count(self, ops: Tensor|None = None, # [cells, 14, 7] bool: operations that would be live
               gates: list|None = None, # per cell [stored filters] bool: filters that would be
               weights: list|None = None # per cell [stored searched weights] bool: weights that would be
              )->NetCount:
         "Size of the sub-net, mask-aware, as it is or as it would be. The auxiliary head is never counted."
-        parts, outs = [], [self._out(-2), self._out(-1)]
+        parts, alive, aligned = [], *(self.channels_left(ops, gates, derived) for derived in (False, True))
         for c, cell in enumerate(self.cells):
-            lay, live = cell.layout, cell.omega_live.cpu()
-            alive = lay.alive if ops is None else cell.index.alive(ops[c], self.full_gates(c, gates[c]), *outs[-2:])
-            parts.append(count_cell(lay, None if ops is None else ops[c], None if ops is None else alive, live if weights is None else live & weights[c]))
-            outs.append(cell.index.out(alive))
-        top = (0, 0) if isinstance(self.head, AuxHead) else self.spec.top(int(outs[-1].sum()))
-        return NetCount(parts, self.spec.stem_params, self.spec.stem_macs, *top, self.spec.ops)
+            on = cell.omega_live.cpu() if weights is None else cell.omega_live.cpu() & weights[c]
+            off = Masked.of(cell.layout, (~on).nonzero().flatten())
+            parts.append(count_cell(cell.index, cell.layout.ops if ops is None else ops[c], alive[c], aligned[c], off))
+        return NetCount(parts, Size(self.spec.stem_params, self.spec.stem_params, self.spec.stem_macs, self.spec.stem_macs), *(self.top_size(units[-1] if units else None) for units in (aligned, alive)), self.spec.ops)
+
+    def top_size(self, unit: Tensor|None # [units] bool of the last cell
+                )->Size:
+        "The size of the classifier behind these channels; an auxiliary head counts as nothing."
+        if unit is None or isinstance(self.head, AuxHead): return Size()
+        n, macs = self.spec.top(int(self.cells[-1].index.out(unit).sum()))
+        return Size(n, n, macs, macs)
 
     def full_gates(self, c: int, # cell
                    keep: Tensor|None = None # [stored filters] bool; None: all

@@ -10,6 +10,7 @@ from torch import nn
 from mgdarts import architecture, cell, compiled, kernels, operations, runs, supernet
 from mgdarts.config import Compute, InputError, Rules, preset
 from mgdarts.data import load_data
+from mgdarts.derive import derive, inherited
 from mgdarts.methods import METHODS
 from mgdarts.operations import AuxHead
 from mgdarts.space import AVG, EDGES, INPUTS, MAX, NODE_EDGES, STATES, NetSpec
@@ -100,7 +101,7 @@ def test_both_implementations_with_pool_norms(partial):
     for a, b in zip(*out): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
     width = 8 // partial
     assert [len(c.pool_mean) for c in nets[0].cells] == [10 * width * 2 ** c.spec.stage for c in nets[0].cells] # of the channels that operations see
-    assert nets[0].count().params == SuperNet(nets[0].spec).spec.params # nothing to count
+    assert nets[0].count().searched.params == nets[0].spec.params # nothing to count
 
 
 def test_pool_statistics_where_paths_are_drawn():
@@ -153,6 +154,24 @@ def test_pool_statistics_follow_every_layout():
     grown.rebuild(torch.ones_like(ops), [torch.ones_like(k) for k in gates])
     for c, old in zip(grown.cells, kept):
         for slot, mean, var in zip(c.pool_slots.tolist(), c.pool_mean.tolist(), c.pool_var.tolist()): assert (mean, var) == ((7., 3.) if slot in old else (0., 1.))
+
+
+def test_a_derived_network_begins_with_the_pools_statistics():
+    "Where only whole operations were pruned it computes what the super-net computed."
+    net, g = SuperNet(NetSpec(4, 3, size=16), rules=Rules(pool_norm=True)), torch.Generator().manual_seed(0)
+    net.open(2, 2)
+    ops = torch.rand(3, 14, 7, generator=g) < .5
+    ops[..., 0] = False
+    ops[:, :, 6] = True
+    net.rebuild(ops, [net.full_gates(c) for c in range(3)])
+    net.alpha.data.normal_(generator=g)
+    x = torch.randn(8, 3, 16, 16, generator=g)
+    for _ in range(3): net.train()(x)
+    arch = derive(net)
+    derived = architecture.DerivedNet(arch, aux=False)
+    derived.load_state_dict(inherited(net, arch))
+    with torch.no_grad(): a, b = net.eval()(x), derived.eval()(x)[0]
+    torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
 
 
 def test_a_net_without_pool_norms_is_saved_as_before():
@@ -210,6 +229,12 @@ def test_states_of_another_preprocessing_are_refused():
     search.run()
     assert search.settled
     make().load_state_dict(old(search.state_dict())) # what has been decided has whole channels, as before
+    darts = lambda: runs.make_search(preset("smoke", "darts-v1", **{"data.subset": 100, "search.batch": 40, "search.length": 3, "rules.pool_norm": False}))
+    search, again = darts(), darts()
+    search.step()
+    again.load_state_dict(old(search.state_dict())) # other methods are what they were
+    search.run(); again.run()
+    assert all(torch.equal(a, b) for a, b in zip(search.net.state_dict().values(), again.net.state_dict().values()))
 
 
 # ---------------------------------------------------------------- settings
