@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib, json
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -253,23 +254,39 @@ def counts(arch: Discovered)->dict: # JSON-ready
     return arch.counts()
 
 # %% ../nbs/11_architecture.ipynb #c82d9a2e
-def at_width(arch: Architecture, channels: int # C
+def at_width(arch: Architecture, channels: int, # C
+             widths: list|None = None, # of each cell; None: the full width
+             middles: dict|None = None # (cell, operation's place) -> filters in the middle of a separable convolution, where they are fewer
             )->Architecture: # without masks
-    "The operations of an architecture with the full width of every cell."
-    spec = replace(arch.spec, channels=channels)
-    cells = [ArchCell(tuple(replace(op, widths=(c.width,) * len(op.widths)) for op in cell.ops), (c.width,) * STATES) for cell, c in zip(arch.cells, spec.cell)]
+    "The operations of an architecture with other widths."
+    w, narrow = widths or [c.width for c in replace(arch.spec, channels=channels).cell], middles or {}
+    def op(c, i, o): return replace(o, widths=(w[c],) * len(o.widths) if (c, i) not in narrow else (w[c], narrow[c, i], w[c]))
+    cells = [ArchCell(tuple(op(c, i, o) for i, o in enumerate(cell.ops)), (w[c],) * STATES) for c, cell in enumerate(arch.cells)]
     return Architecture(arch.name, channels, arch.classes, arch.size, arch.in_channels, tuple(cells), {}, {**arch.provenance, "width": channels}, arch.stem)
 
 def fitted(arch: Architecture, params: float # deployable parameters, plain number
           )->Architecture:
-    "The width at which an architecture has about so many parameters. `InputError` when even the narrowest has more than twice as many."
-    low, high = 2, 512 # sizes grow with the width
+    "The widths at which an architecture has so many parameters, or just fewer. `InputError` when even the narrowest has more than twice as many."
+    low, high = 1, 512 # sizes grow with the width
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(at_width(arch, middle)).params <= params else (low, middle)
-    out = at_width(arch, min((low, high), key=lambda c: abs(count(at_width(arch, c)).params - params)))
-    if count(out).params > 2 * params: raise InputError(f"search.target_m={params / 1e6:g} is too small for these operations: with 2 filters they have {count(out).params} parameters")
-    return out
+    if low < 2:
+        if (n := count(out := at_width(arch, 2)).params) > 2 * params: raise InputError(f"search.target_m={params / 1e6:g} is too small for these operations: with 2 filters they have {n} parameters")
+        return out
+    widths, middles = [c.width for c in replace(arch.spec, channels=high).cell], {}
+    size = lambda: count(at_width(arch, high, widths, middles)).params
+    for c in cycle(range(len(widths))):
+        widths[c] -= 1
+        if size() <= params: break
+    fits = at_width(arch, high, widths)
+    widths[c] += 1
+    seps = [(k, i) for k, cell in enumerate(arch.cells) for i, o in enumerate(cell.ops) if is_sep(o.index) and widths[k] > 2]
+    for round_ in range(max(widths)):
+        for at in seps:
+            middles[at] = max(2, widths[at[0]] - 1 - round_)
+            if size() <= params: return at_width(arch, high, widths, middles)
+    return fits
 
 # %% ../nbs/11_architecture.ipynb #edd84928
 def random_architecture(spec: NetSpec,

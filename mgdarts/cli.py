@@ -132,10 +132,9 @@ def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESE
             splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
             print(in_words(estimate(cfg, out or "runs", splits)), file=sys.stderr)
         result = runs.search(cfg, out, splits=splits, quiet=as_json)
-    if not result["reached"]: print(f"target not reached: {result['params']} parameters, {result['target']} asked for; allow more with --set max_epochs=N, or a larger lambda_step", file=sys.stderr)
-    rows = [("target reached", result["reached"]), ("parameters", result["params"]), ("target", result["target"]), ("MACs", result["macs"]), ("operations", result["ops"]),
-            *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("derived: deployable parameters", result["derived"]["params_deployable"]),
-            ("derived: non-zero", result["derived"]["params_nonzero"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("run", result["run"])]
+    if not result["reached"]: print(f"target not reached: the derived network has {result['params']} parameters, {result['gap']:+.1%} of the {result['target']} asked for" + ("; allow more with --set max_epochs=N, or a larger lambda_step" if result["gap"] > 0 else ""), file=sys.stderr)
+    rows = [("target reached", result["reached"]), ("parameters of the derived network", result["params"]), ("target", result["target"]), ("parameters before alignment", result["params_searched"]), ("MACs", result["macs"]), ("operations", result["ops"]),
+            *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("with masked weights", result["derived"]["params_deployable"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("run", result["run"])]
     _show(result, as_json, _table("search", ["", ""], rows))
 
 @app.command()
@@ -164,8 +163,8 @@ def train(what: Annotated[Path, typer.Argument(metavar="RUN-or-ARCH", help="Run 
         if baseline: arch = arch.random(cfg.seed)
         folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
         result = runs.train(cfg, arch, folder, resume=resume, quiet=as_json)
-    rows = [("test accuracy, final epoch, %", result["test_acc_final"]), ("test accuracy, best validation epoch, %", result["test_acc_best_val"]), ("validation accuracy, final, %", result["val_acc_final"]),
-            ("non-zero parameters", result["params_nonzero"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("folder", result["run"])]
+    rows = [("test accuracy, final epoch, %", result["test_acc_final"]), *((name, result[k]) for name, k in (("test accuracy, best validation epoch, %", "test_acc_best_val"), ("validation accuracy, final, %", "val_acc_final")) if k in result),
+            ("trained on", result.get("trained_on", "train")), ("non-zero parameters", result["params_nonzero"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("folder", result["run"])]
     _show(result, as_json, _table("train", ["", ""], rows))
 
 # %% ../nbs/15_cli.ipynb #3c05f8f0

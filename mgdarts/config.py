@@ -57,7 +57,8 @@ class Data:
     subset: float = knob(1.0, "training images used: a fraction up to 1, or a count above 1, stratified", 0.0)
     test_subset: float = knob(1.0, "test images used: a fraction up to 1, or a count above 1, stratified", 0.0)
     val_fraction: float = knob(0.1, "share of the training images held out for validation, stratified", 0.01, 0.9)
-    autoaugment: bool = knob(True, "AutoAugment (CIFAR-10 policy) during the search")
+    autoaugment: bool = knob(True, "AutoAugment during the search")
+    policy: str = knob("cifar10", "AutoAugment's policy, by the images it was learnt on", choices=("cifar10", "imagenet"))
     search_cutout: bool = knob(True, "Cutout during the search too; off: in the retraining only, as in DARTS")
     flip: bool = knob(True, "random horizontal flips")
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
@@ -68,7 +69,7 @@ class Data:
 @dataclass
 class Search:
     "How the super-net is trained, pruned, regrown (paper, section IV)."
-    target_m: float = knob(0.7, "deployable parameters of the searched net, in millions, without the auxiliary head", 0.0)
+    target_m: float = knob(0.7, "deployable parameters of the derived net, in millions, without the auxiliary head and without masked weights", 0.0)
     stages: int = knob(3, "sub-nets searched one after the other: 3, or 1 for the whole net at once (Table IV)", choices=(1, 3))
     stage_keep: tuple = knob((0.3, 0.3, 0.3), "each stage stops at this share of the parameters it started with", 0.0, 1.0)
     regrow: float = knob(0.2, "r of Eq. 10: share of the operations pruned in a stage that return", 0.0, 1.0)
@@ -81,7 +82,7 @@ class Search:
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns (Table IX); alpha on other images than the weights, to first or second order; or nothing",
                              choices=("joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order", "none"))
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)", choices=("operation", "filter", "weight"))
-    threshold_init: str = knob("min", "start of the thresholds: just under the smallest live unit (paper), or 0 (authors' code)", choices=("min", "zero"))
+    threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit (paper); each under the smallest of its own units; or 0 (authors' code)", choices=("min", "own", "zero"))
     threshold_margin: float = knob(0.1, "how far under the smallest live unit thresholds start, as a share of it", 0.0, 1.0)
     batch: int = knob(96, "images a step", 1, 8192)
     lr_weights: float = knob(0.01, "learning rate of the weights", 0.0, 10.0)
@@ -100,9 +101,10 @@ class Search:
     label_smoothing: float = knob(0.0, "label smoothing in the loss that weights learn from", 0.0, 0.99)
     cost: str = knob("params", "resource in R_size", choices=("params", "macs"))
     reg: float = knob(1.0, "constant price of an operation in R_size", 0.0)
-    mu: float = knob(0.0, "price of an operation's cost (in millions) in R_size", 0.0)
+    mu: float = knob(0.0, "price of an operation's cost in R_size; at 1 the average operation's cost weighs as much as a constant price of 1", 0.0)
     lambda_step: float = knob(1e-5, "first step d of the lambda controller", 0.0, 1.0)
-    lambda_cap: float = knob(1.0, "lambda grows while lambda R_size is at most so many times the cross-entropy (half of it in fine-tuning)", 0.0)
+    lambda_cap: float = knob(1.0, "in a stage lambda grows while lambda R_size is at most so many times the cross-entropy", 0.0)
+    lambda_cap_fine: float = knob(2.0, "the same in fine-tuning", 0.0)
     lambda_growth: float = knob(4.0, "factor on d whenever too little is pruned", 1.0, 100.0)
     prune_high: float = knob(48 / 784, "share of a stage's operations pruned at once from which lambda is halved", 0.0, 1.0)
     prune_low: float = knob(24 / 784, "share of a stage's operations pruned at once under which lambda grows", 0.0, 1.0)
@@ -122,7 +124,9 @@ class Train:
     aux_weight: float = knob(0.4, "weight of the auxiliary head's loss; 0: no head", 0.0, 10.0)
     drop_path: float = knob(0.2, "drop-path probability at the last epoch, growing linearly from 0", 0.0, 0.99)
     label_smoothing: float = knob(0.0, "label smoothing", 0.0, 0.99)
-    autoaugment: bool = knob(False, "AutoAugment (CIFAR-10 policy)")
+    autoaugment: bool = knob(False, "AutoAugment during the retraining, with the policy of data.policy")
+    cutout: bool = knob(True, "Cutout during the retraining, with the square of data.cutout")
+    images: str = knob("train", "images that are trained on; train+val: those held out for validation too, so that nothing is validated and the last epoch counts", choices=("train", "train+val"))
     weights: str = knob("scratch", "start from fresh weights, or from the super-net's", choices=("scratch", "supernet"))
 
 # %% ../nbs/00_config.ipynb #6d5b38b4
@@ -296,11 +300,19 @@ def to_dict(cfg: Config)->dict:
     "Plain nested dictionary, JSON-ready."
     return json.loads(json.dumps(asdict(cfg)))
 
+def _modern(d: dict)->dict:
+    "Whole configurations written before some knobs got their present meaning, in today's words."
+    s = d.get("search")
+    if not isinstance(s, dict) or "threshold_init" not in s or "lambda_cap_fine" in s: return d
+    cap = s.get("lambda_cap", 1.)
+    return {**d, "search": {**s, "threshold_init": "own" if s["threshold_init"] == "min" else s["threshold_init"], **({"lambda_cap_fine": cap / 2} if isinstance(cap, (int, float)) else {})}}
+
 def from_dict(d: dict)->Config:
     "Inverse of `to_dict`. `InputError` names a missing part, an unknown key or a wrong value."
     cfg = Config()
     names = knobs(cfg)
     if not isinstance(d, dict): raise InputError("a configuration must be a JSON object")
+    d = _modern(d)
     flat = {k: v for k, v in d.items() if k not in PARTS}
     for part in PARTS:
         if not isinstance(d.get(part, {}), dict): raise InputError(f"configuration part {part!r} must be a JSON object")
@@ -338,16 +350,16 @@ PRESETS = {
     "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
               "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.length": 6, "search.arch_speed": 100, "rules.samples": 2, "rules.batches": 2, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
               "train.epochs": 12, "train.batch": 32, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10-jpeg", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
+    "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
             "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.length": 20, "search.arch_speed": 40, "rules.samples": 4, "rules.batches": 10, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
             "train.epochs": 60, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "small": {"compute.recompute": "earlier", "space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7},
-    "large": {"compute.recompute": "earlier", "space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.0},
-    "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 4.0,
-                 "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
+    "small": {"compute.recompute": "earlier", "space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7, "train.images": "train+val"},
+    "large": {"compute.recompute": "earlier", "space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.2, "train.images": "train+val"},
+    "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.policy": "imagenet", "search.target_m": 4.0,
+                 "train.images": "train+val", "train.cutout": False, "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
-    "mobilenet": {"compute.recompute": "earlier", "space.kind": "mobilenet", "space.cells": 17, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.autoaugment": False, "data.cutout": 0, "search.target_m": 7.4,
-                  "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
+    "mobilenet": {"compute.recompute": "earlier", "space.kind": "mobilenet", "space.cells": 17, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.policy": "imagenet", "search.target_m": 7.4,
+                  "train.images": "train+val", "train.cutout": False, "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
                   "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
 }
 LONG = ("small", "large", "imagenet", "mobilenet") # the paper's sizes

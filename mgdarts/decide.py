@@ -28,7 +28,9 @@ def _by_share(net, strength): # units with the share in place of the strength
     return share, [(name, share, live.flatten(), strongest(share, net.node_n.cpu().repeat(len(live)), live.flatten())), *rest]
 
 @torch.no_grad()
-def by_share(net: SuperNet, low: float, high: float, n: int)->Candidates:
+def by_share(net: SuperNet, low: float, high: float, n: int,
+             more: bool = False # let others follow behind them, where these alone would miss the target
+            )->Candidates:
     "GOLD-NAS: operations with a small share of their node."
     share, found = _by_share(net, net.importance()[:len(net.cells)].cpu())
     free = found[0][2] & ~found[0][3]
@@ -36,22 +38,29 @@ def by_share(net: SuperNet, low: float, high: float, n: int)->Candidates:
     weakest = share.masked_fill(~free | (share <= low) | (share >= high), float("inf")).argsort(stable=True)[:n]
     weakest = weakest[(share[weakest] < high) & free[weakest]]
     bound[weakest] = share[weakest]
-    return bounded(net, found, [bound] + [None] * (len(found) - 1))
+    rest = [None] * (len(found) - 1)
+    return bounded(net, found, [1. if more else bound] + rest, [1.] + rest)
 
 # %% ../nbs/09_decide.ipynb #70a580a4
 @torch.no_grad()
-def by_rank(net: SuperNet, ops: int, filters: int # how many go
+def by_rank(net: SuperNet, ops: int, filters: int, # how many go
+            more: bool = False # let others follow behind them, where these alone would miss the target
            )->Candidates:
     "The weakest operations, and the weakest filters of all."
-    found, bounds = units(net), []
+    found, bounds, scales = units(net), [], []
     for name, number in (("operation", ops), ("filter", filters)):
         free = torch.cat([g.masked_fill(~live | keep, float("inf")) for n, g, live, keep in found if n == name])
+        order = free.argsort(stable=True)
+        order = order[free[order].isfinite()]
+        sizes = [len(g) for n, g, *_ in found if n == name]
         rank = torch.full_like(free, -1.) # a bound for each: itself if it goes, none if it stays
-        gone = free.argsort(stable=True)[:number]
-        gone = gone[free[gone].isfinite()]
+        gone = order if more else order[:number]
         rank[gone] = free[gone]
-        bounds += rank.split([len(g) for n, g, *_ in found if n == name])
-    return bounded(net, found, bounds + [None] * (len(found) - len(bounds)))
+        place = torch.ones_like(free) # in units of the number that is due
+        place[order] = free[order].clamp(min=1e-12) * max(number, 1) / torch.arange(1, len(order) + 1)
+        bounds += rank.split(sizes); scales += place.split(sizes)
+    rest = [None] * (len(found) - len(bounds))
+    return bounded(net, found, bounds + rest, scales + rest)
 
 # %% ../nbs/09_decide.ipynb #3b5cbce4
 def strongest_two(strength: Tensor, # [cells, 14, 7], 0 where pruned
@@ -92,7 +101,8 @@ def all_but(net: SuperNet,
            )->Candidates:
     "Whatever is not to stay, to be pruned as a whole."
     found = units(net)
-    return bounded(net, [("operation", (~keep).float().flatten(), found[0][2], keep.flatten()), *found[1:]], [1.] + [None] * (len(found) - 1))
+    name, g, live, _ = found[0]
+    return bounded(net, [(name, g, live, keep.flatten()), *found[1:]], [float("inf")] + [None] * (len(found) - 1))
 
 # %% ../nbs/09_decide.ipynb #e7a276ab
 def plan_round(kinds: int, g: torch.Generator)->list: # of [kind of cell, "edge" or "node", which]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['surrogate', 'step', 'discretise', 'strongest', 'top', 'start_thresholds', 'threshold_loss']
+__all__ = ['surrogate', 'step', 'discretise', 'strongest', 'top', 'start_thresholds', 'common_start', 'threshold_loss']
 
 # %% ../nbs/04_discretise.ipynb #8a07793e
 def surrogate(x: Tensor)->Tensor: # same shape
@@ -107,11 +107,19 @@ def start_thresholds(g: Tensor, # [n]
                      live: Tensor|None = None, # [n] bool
                      margin: float = 0.1 # share of the minimum
                     )->Tensor: # [m]
-    "Thresholds just under the smallest live unit of each group; 0 for a group without live units."
+    "Thresholds just under the smallest live unit of each group (`own`); 0 for a group without live units."
     a = g.detach().abs()
     if live is not None: a = a.masked_fill(~live, float("inf"))
     low = torch.segment_reduce(a, "min", lengths=lengths, unsafe=True)
     return torch.where(torch.isfinite(low), low * (1 - margin), torch.zeros_like(low))
+
+@torch.no_grad()
+def common_start(parts: list, # of (g [n], live [n] bool), all units of a granularity
+                 margin: float = 0.1 # share of the minimum
+                )->Tensor: # scalar
+    "One threshold for a granularity, just under its smallest live unit (`min`); 0 where nothing lives."
+    low = torch.stack([g.detach().abs().masked_fill(~live, float("inf")).amin() for g, live in parts if len(g)]).amin()
+    return torch.where(low.isfinite(), low * (1 - margin), torch.zeros_like(low))
 
 # %% ../nbs/04_discretise.ipynb #9de9e87b
 def threshold_loss(t: Tensor, # thresholds, any shape

@@ -29,13 +29,13 @@ def step_seconds(loop, # a Search or Trainer, begun
         seen.append(time.perf_counter() - start)
     return min(seen[1:])
 
-def _timed(cfg, splits, device): # (seconds of a step of the first stage with a batch of the search, the same for the retraining, the search)
+def _timed(cfg, splits, device): # (seconds of a step of the first stage with a batch of the search, the same for the retraining, the search, images that are retrained on)
     few = lambda batch: batch if device.type == "cuda" else min(batch, FEW)
     search = make_search(configure(cfg, **{"search.batch": few(cfg.search.batch), "search.warmup": 0}), splits)
     drawn = SPACES[cfg.space.kind][2](search.whole, int(cfg.search.target_m * 1e6))
     trainer = make_trainer(configure(cfg, **{"train.batch": few(cfg.train.batch)}), drawn, splits)
     whole = lambda loop, batch: step_seconds(loop) * batch / loop.loaders["train"].batch_size
-    return whole(search, cfg.search.batch), whole(trainer, cfg.train.batch), search
+    return whole(search, cfg.search.batch), whole(trainer, cfg.train.batch), search, len(trainer.loaders["train"].split)
 
 # %% ../nbs/17_estimate.ipynb #c18a4c69
 def memory_there(device: torch.device)->int|None: # bytes; None: not known
@@ -50,7 +50,7 @@ def estimate(cfg: Config, folder: str|Path = ".", # where the run folder will be
     "What a search and its retraining need, and whether it is there. `InputError` when the data or the device are not."
     device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
-    step, train_step, search = _timed(cfg, splits, device)
+    step, train_step, search, trained = _timed(cfg, splits, device)
     parts = memory_plan(search.whole, cfg.search, cfg.search.batch, cfg.search.stages, cfg.space.aux_size, cfg.compute)
     if not search.by_size: parts = [parts[0]] * len(search.stages) # the whole net, to the end
     images = len(search.loaders["train"].split.labels) # of two-level methods one half
@@ -60,8 +60,8 @@ def estimate(cfg: Config, folder: str|Path = ".", # where the run folder will be
         epoch = step * part.macs / parts[0].macs * (images // cfg.search.batch)
         rows.append({"stage": name, "peak_bytes": part.peak_bytes, "epoch_s": epoch, "epochs_at_most": epochs, "hours_at_most": epoch * epochs / 3600})
     near = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
-    out = {"dataset": splits.label, "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "device": str(device), "stages": rows,
-           "search_hours_at_most": sum(r["hours_at_most"] for r in rows), "train_hours": train_step * (len(splits.train.labels) // cfg.train.batch) * cfg.train.epochs / 3600,
+    out = {"dataset": splits.label, "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")} | {"retraining": trained}, "device": str(device), "stages": rows,
+           "search_hours_at_most": sum(r["hours_at_most"] for r in rows), "train_hours": train_step * max(1, trained // cfg.train.batch) * cfg.train.epochs / 3600,
            "peak_bytes": max(p.peak_bytes for p in parts), "memory_bytes": memory_there(device), "disk_bytes": 3 * max(p.params + p.optimizer for p in parts) + 2**26, "disk_free_bytes": shutil.disk_usage(near).free}
     out["problems"] = [f"{what} needs about {need / 1e9:.1f} GB, {there / 1e9:.1f} GB are free: {remedy}" for what, need, there, remedy in (
         ("a step", out["peak_bytes"], out["memory_bytes"], "lower search.batch or space.channels, or set compute.recompute=all"), ("the run folder", out["disk_bytes"], out["disk_free_bytes"], "make room, or choose another --out")) if there is not None and need > there]
@@ -74,5 +74,3 @@ def in_words(found: dict # of `estimate`
     epochs = sum(r["epochs_at_most"] for r in found["stages"])
     return (f"at most {found['search_hours_at_most']:.3g} h of search ({epochs} epochs; an epoch of each stage: {each} s), {found['train_hours']:.3g} h of retraining, "
             f"{found['peak_bytes'] / 1e9:.3g} GB of memory; {found['dataset']} on {found['device']}")
-
-

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 import torch
 from torch import Tensor
 from .space import *
@@ -14,23 +15,28 @@ from .cell import Cell
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['size_loss', 'cost', 'live_thresholds', 'regulariser', 'beta_decay', 'Lambda']
+__all__ = ['size_loss', 'size_by_cell', 'cost', 'average_cost', 'live_thresholds', 'prices', 'pressure', 'regulariser',
+           'beta_decay', 'Lambda']
 
 # %% ../nbs/07_loss.ipynb #a38e1e41
 def size_loss(alpha: Tensor, # [cells, 14, 7]
               live: Tensor, # the same, bool
-              cost: Tensor|None = None, # the same: F of each operation, in millions
+              cost: Tensor|None = None, # the same: F of each operation, in averages (or whatever mu is a price of)
               reg: float = 1.0, mu: float = 0.0,
               nodes: tuple = NetSpec.node_sizes # operations into each node of a cell
              )->Tensor: # scalar
     "R_size over all nodes of some cells."
+    return size_by_cell(alpha, live, cost, reg, mu, nodes).sum()
+
+def size_by_cell(alpha: Tensor, live: Tensor, cost: Tensor|None = None, reg: float = 1.0, mu: float = 0.0, nodes: tuple = NetSpec.node_sizes)->Tensor: # [cells]
+    "The same, cell by cell."
     g = torch.sigmoid(alpha) * live
     price = reg if cost is None or mu == 0 else reg + mu * cost
     parts = []
     for x, on in zip(g.flatten(1).split(nodes, 1), live.flatten(1).split(nodes, 1)):
         n, z = on.sum(1, keepdim=True), x.sum(1, keepdim=True)
         parts.append(torch.log1p(n * x / z.clamp(min=1e-12)))
-    return (torch.cat(parts, 1).view_as(g) * live * price).sum()
+    return (torch.cat(parts, 1).view_as(g) * live * price).sum((1, 2))
 
 # %% ../nbs/07_loss.ipynb #c7787484
 def cost(cell: Cell,
@@ -62,6 +68,15 @@ def cost(cell: Cell,
         out = out.index_add(0, gate_op.repeat_interleave(cell.gate_n, output_size=len(g)), 2 * share)
     return out[:n].view_as(lay.ops) / 1e6
 
+@lru_cache(maxsize=64)
+def average_cost(spec, # a NetSpec or MobileSpec
+                 what: str = "params" # or "macs"
+                )->float: # millions
+    "What an operation of the full super-net costs on average."
+    kernels = sum(s.numel * (s.side ** 2 if what == "macs" else 1) for c in spec.cell for s in c.segments if s.op >= 0)
+    norms = 2 * sum(g.width for c in spec.cell for g in c.gates if g.op >= 0) if what == "params" else 0
+    return (kernels + norms) / (spec.cells * sum(spec.node_sizes)) / 1e6
+
 # %% ../nbs/07_loss.ipynb #b103508d
 def live_thresholds(net: SuperNet)->dict: # name -> bool, like the parameter's first cells
     "Which thresholds still decide something."
@@ -72,17 +87,27 @@ def live_thresholds(net: SuperNet)->dict: # name -> bool, like the parameter's f
     out = {"t_alpha": ops, "t_beta": conv, "t_omega": conv, "t_pre": torch.ones_like(net.t_pre[:n], dtype=torch.bool)}
     return {k: v if searched[k] in net.granularities else torch.zeros_like(v) for k, v in out.items()}
 
-def regulariser(net: SuperNet,
-                what: str = "params", # resource of R_size: params or macs
-                reg: float = 1.0, mu: float = 0.0
-               )->tuple: # (R_size, R_thr)
-    "Both regularisers of the current sub-net, as far as its rules have them."
-    n, nothing = len(net.cells), net.alpha.new_zeros(())
-    if net.rules.regulariser == "none": return nothing, nothing
-    costs = torch.stack([cost(c, *net.thresholds(i), what) for i, c in enumerate(net.cells)]) if mu else None
-    price = size_loss(net.alpha[:n], net.op_live[:n], costs, reg, mu, net.spec.node_sizes)
-    if net.rules.regulariser == "size": return price, nothing
-    return price, sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
+def prices(net: SuperNet,
+           what: str = "params", # resource of R_size: params or macs
+           reg: float = 1.0,
+           mu: float = 0.0 # 1: the average operation's cost weighs as much as `reg` = 1
+          )->Tensor: # [cells]
+    "R_size of each cell of the current sub-net, as far as the rules have it."
+    n = len(net.cells)
+    if net.rules.regulariser == "none": return net.alpha.new_zeros(n)
+    costs = torch.stack([cost(c, *net.thresholds(i), what) for i, c in enumerate(net.cells)]) / average_cost(net.spec, what) if mu else None
+    return size_by_cell(net.alpha[:n], net.op_live[:n], costs, reg, mu, net.spec.node_sizes)
+
+def pressure(net: SuperNet)->Tensor: # scalar
+    "R_thr of the current sub-net, as far as the rules have it."
+    n = len(net.cells)
+    if net.rules.regulariser != "size+threshold": return net.alpha.new_zeros(())
+    return sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
+
+def regulariser(net: SuperNet, what: str = "params", reg: float = 1.0, mu: float = 0.0 # as for `prices`
+               )->tuple: # (R_size of all cells, R_thr)
+    "Both regularisers of the current sub-net."
+    return prices(net, what, reg, mu).sum(), pressure(net)
 
 def beta_decay(alpha: Tensor, # [cells, 14, 7]
                live: Tensor # the same, bool

@@ -18,9 +18,9 @@ from .store import write_whole
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'RING', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS',
            'RUN_SYMBOLS', 'OP_STYLES', 'SIDES', 'MEMORY_PARTS', 'STYLE', 'theme', 'empty', 'names_apart', 'epochs_of',
-           'stage_spans', 'series', 'linked', 'dynamics', 'size_and_lambda', 'learning', 'progress', 'retrain_curves',
-           'Look', 'quarters', 'draw_cell', 'derived_look', 'cell_title', 'op_legend', 'cell_graph', 'cells',
-           'distribution', 'memory_figure', 'scaling', 'report', 'write_report']
+           'stage_spans', 'series', 'linked', 'dynamics', 'size_name', 'size_and_lambda', 'learning', 'prunings',
+           'starts', 'progress', 'retrain_curves', 'Look', 'quarters', 'draw_cell', 'derived_look', 'cell_title',
+           'op_legend', 'cell_graph', 'cells', 'distribution', 'memory_figure', 'scaling', 'report', 'write_report']
 
 # %% ../nbs/30_plots.ipynb #2ecef2b9
 GREY, GRID, BAND, RING = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)", "#D55E00"
@@ -158,9 +158,14 @@ def dynamics(events: list)->go.Figure: # events of a search
     return _dynamics_axes(fig, 1)
 
 # %% ../nbs/30_plots.ipynb #f7800a43
+def size_name(epochs: list # from `epochs_of`
+             )->str:
+    "What the sizes of a run are called: older runs say how large the super-net was before its filters were aligned."
+    return "parameters, derived" if any("params_searched" in e for e in epochs) else "parameters, before alignment"
+
 def _size(fig, epochs, row):
     million = lambda v: None if v is None else v / 1e6
-    _line(fig, *series(epochs, lambda e: million(e.get("params"))), "parameters", RUN_COLOURS[0], "circle", row, hover="%{y:.4g} M")
+    _line(fig, *series(epochs, lambda e: million(e.get("params"))), size_name(epochs), RUN_COLOURS[0], "circle", row, hover="%{y:.4g} M")
     x, y = [], []
     for name, a, b in stage_spans(epochs):
         target = next((e["target"] for e in epochs if e["stage"] == name and e.get("target") is not None), None)
@@ -184,6 +189,7 @@ def _learning(fig, epochs, row):
         # the loss of a retraining is cross-entropy with label smoothing and the auxiliary head's
         loss = (lambda e: e.get("ce", e.get("loss"))) if split == "train" else lambda e: e.get("val_loss")
         symbol = "circle" if split == "train" else "square"
+        if split == "val" and not any(loss(e) is not None for e in epochs): continue # a retraining on all images
         _line(fig, *series(epochs, loss), split, colour, symbol, row, legendgroup=split, hover="%{y:.3f}")
         _line(fig, *series(epochs, lambda e: e.get(f"{split}_acc")), split, colour, symbol, row + 1, legendgroup=split, showlegend=False, hover="%{y:.2f} %")
 
@@ -198,29 +204,66 @@ def learning(events: list)->go.Figure: # of a search, or else of a retraining
     _frame(fig, events if epochs[0]["stage"] != "train" else [], epochs, 2)
     return _learning_axes(fig, 1)
 
+def _prunings(fig, events, row):
+    commits = [e for e in events if e.get("type") == "commit"]
+    for g, colour in GRANULARITY_COLOURS.items():
+        seen = [(e["epoch"] + 1, e["auc"][g], e["pruned"][g], e.get("lambda_before")) for e in commits if (e.get("auc") or {}).get(g) is not None and e["pruned"].get(g)]
+        fig.add_scatter(x=[s[0] for s in seen], y=[s[1] for s in seen], mode="markers", name=g, legendgroup=g, showlegend=False, row=row, col=1, hoverinfo="text",
+                        hovertext=[f"{n:,} {g}s pruned{'' if lam else ', λ = 0'}: one of them is weaker than one that stays with a chance of {v:.2f}" for _, v, n, lam in seen],
+                        marker={"symbol": GRANULARITY_SYMBOLS[g], "color": colour, "size": [5 + 2 * math.log10(n) for *_, n, _ in seen]})
+    fig.add_shape(type="line", x0=0, x1=1, xref="paper", y0=.5, y1=.5, line={"color": GREY, "width": 1, "dash": "dot"}, row=row, col=1)
+
+def _prunings_axes(fig, row): return fig.update_yaxes(title_text="chance that the weaker goes", range=[0, 1.05], row=row, col=1)
+
+def prunings(events: list)->go.Figure: # events of a search
+    "For each commit and granularity, the chance that a pruned unit was weaker than one that stayed; one half is none."
+    epochs = epochs_of(events)
+    if not any(e.get("auc") for e in events): return empty("no commit has said yet how strong the pruned units were")
+    fig = _panels(1)
+    _prunings(fig, events, 1)
+    _frame(fig, events, epochs, 1)
+    for trace in fig.data[:len(GRANULARITY_COLOURS)]: trace.showlegend = True
+    return _prunings_axes(fig, 1).update_layout(height=320)
+
+def starts(events: list)->go.Figure: # events of a search
+    "How far the units of each granularity are from their thresholds when a stage's thresholds start: |g| / t, of which 1 is a unit about to go."
+    found = [e for e in events if e.get("type") == "start"]
+    if not found: return empty("no thresholds have started yet")
+    fig = go.Figure()
+    for g, colour in GRANULARITY_COLOURS.items():
+        at = [(e["stage"], q) for e in found if (q := (e.get("distance") or {}).get(g))]
+        if at: fig.add_box(x=[s for s, _ in at], lowerfence=[q[0] for _, q in at], q1=[q[2] for _, q in at], median=[q[3] for _, q in at], q3=[q[4] for _, q in at], upperfence=[q[6] for _, q in at], name=f"{g}s", marker_color=colour)
+    theme(fig, 320, 44)
+    return fig.add_hline(y=1, line={"color": GREY, "dash": "dot", "width": 1}).update_layout(boxmode="group").update_yaxes(type="log", title_text="|g| / t at the start").update_xaxes(showgrid=False)
+
 def progress(events: list)->go.Figure: # events of a search
-    "Everything that the events of a search tell, over one epoch axis: learning, size and lambda, thresholds and retention ratios."
+    "Everything that the events of a search tell, over one epoch axis: learning, size and lambda, thresholds and retention ratios, and whether the weak units go."
     epochs = epochs_of(events)
     if not epochs: return empty("no epoch of a search has been done yet")
-    fig = _panels(6, 5)
+    fig = _panels(7, 5)
     for draw, row in ((_learning, 1), (_size, 3), (_dynamics, 5)): draw(fig, epochs, row)
-    _frame(fig, events, epochs, 6)
-    for axes, row in ((_learning_axes, 1), (_size_axes, 3), (_dynamics_axes, 5)): axes(fig, row)
-    short = {"cross-entropy (nats)": "loss (nats)", "parameters (millions)": "size (M)", "threshold on σ(α), σ(β)": "threshold", "threshold on |ω|": "on |ω|", "retention ratio": "retention"}
+    _prunings(fig, events, 7)
+    _frame(fig, events, epochs, 7)
+    for axes, row in ((_learning_axes, 1), (_size_axes, 3), (_dynamics_axes, 5), (_prunings_axes, 7)): axes(fig, row)
+    short = {"cross-entropy (nats)": "loss (nats)", "parameters (millions)": "size (M)", "threshold on σ(α), σ(β)": "threshold", "threshold on |ω|": "on |ω|", "retention ratio": "retention", "chance that the weaker goes": "weaker goes"}
     fig.for_each_yaxis(lambda a: a.update(title_text=short.get(a.title.text, a.title.text), nticks=5))
-    return fig.update_xaxes(visible=True).update_yaxes(visible=True).update_layout(height=900, margin={"l": 60, "r": 54, "t": 62, "b": 44}) # a live figure may have been an empty one before
+    return fig.update_xaxes(visible=True).update_yaxes(visible=True).update_layout(height=1040, margin={"l": 60, "r": 54, "t": 62, "b": 44}) # a live figure may have been an empty one before
 
 # %% ../nbs/30_plots.ipynb #7c735808
 def retrain_curves(runs: dict # label -> events of a retraining
                   )->go.Figure:
-    "Validation accuracies of several trainings against epochs."
+    "Validation accuracies of several trainings against epochs; of those without validation, training accuracies."
     found = {label: epochs for label, events in runs.items() if (epochs := epochs_of(events, training=True))}
     if not found: return empty("no epoch of a retraining has been done yet")
     fig, end = _panels(1), max(epochs[-1]["epoch"] + 1 for epochs in found.values())
+    validated = {label: any(e.get("val_acc") is not None for e in epochs) for label, epochs in found.items()}
     for i, (label, epochs) in enumerate(found.items()):
-        _line(fig, *series(epochs, lambda e: e.get("val_acc")), html.escape(label), RUN_COLOURS[i % 5], RUN_SYMBOLS[i % 5], hover="%{y:.2f} %")
+        what, note = ("val_acc", "") if validated[label] else ("train_acc", ", images it learns from")
+        _line(fig, *series(epochs, lambda e: e.get(what)), html.escape(label) + note, RUN_COLOURS[i % 5], RUN_SYMBOLS[i % 5], hover="%{y:.2f} %")
+        if note: fig.data[-1].line.dash = "dot"
     theme(fig, 340, 44)
-    return fig.update_xaxes(title_text="epochs done", range=[0, end * 1.02]).update_yaxes(title_text="validation accuracy (%)")
+    kinds = set(validated.values())
+    return fig.update_xaxes(title_text="epochs done", range=[0, end * 1.02]).update_yaxes(title_text=("" if len(kinds) > 1 else "validation " if True in kinds else "training ") + "accuracy (%)")
 
 # %% ../nbs/30_plots.ipynb #ed509f42
 def _arc_heights(ops: tuple # of Op

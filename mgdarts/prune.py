@@ -14,7 +14,8 @@ from .cell import carry, carry_columns
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['Candidates', 'units', 'bounded', 'candidates', 'Sizes', 'choose', 'follow', 'settle', 'Commit', 'commit']
+__all__ = ['SLACK', 'Candidates', 'chance_weaker', 'units', 'bounded', 'candidates', 'Sizes', 'choose', 'follow', 'settle',
+           'Commit', 'commit']
 
 # %% ../nbs/08_prune.ipynb #f25da617
 @dataclass
@@ -23,8 +24,9 @@ class Candidates:
     sizes: list # length of each flat vector
     off: Tensor # [n] bool over all units stored
     live: Tensor # [cells, 14, 7] bool: operations not pruned before
-    values: list # (|g|, t) of each flat vector
+    values: list # (|g|, t, live) of each flat vector
     kinds: Tensor # [cells] int64: cells with the same number share their operations
+    names: list # granularity of each flat vector
 
     @cached_property
     def places(self)->Tensor: # [m] int64, ascending
@@ -33,7 +35,7 @@ class Candidates:
     @cached_property
     def rank(self)->Tensor: # [m] int32
         "How many of those that are off are less important than each: by |g| / t, by place where that is equal."
-        ratio = torch.cat([g[o] / t[o].clamp(min=1e-12) for (g, t), o in zip(self.values, self.off.split(self.sizes))])
+        ratio = torch.cat([g[o] / t[o].clamp(min=1e-12) for (g, t, _), o in zip(self.values, self.off.split(self.sizes))])
         order = ratio.float().view(torch.int32).argsort(stable=True) # the bits of numbers from 0 up are in their order, and whole numbers are sorted faster
         return torch.empty(len(order), dtype=torch.int32).index_copy_(0, order, torch.arange(len(order), dtype=torch.int32))
 
@@ -53,6 +55,25 @@ class Candidates:
         "Some of the units that are off."
         return torch.zeros_like(self.off).index_fill_(0, self.places[taken], True)
 
+    def auc(self, off: Tensor # [n] bool: units that go
+           )->dict: # granularity -> the chance, None where nothing goes or nothing stays
+        "The chance that a unit that goes is weaker than one that stays, by |g|: 1 where the weakest go, 1/2 where strength does not matter."
+        parts, out = list(zip(self.names, self.values, off.split(self.sizes))), {}
+        for name in dict.fromkeys(self.names):
+            gone, kept = (torch.cat([g[live & (o if goes else ~o)] for k, (g, _, live), o in parts if k == name]) for goes in (True, False))
+            out[name] = chance_weaker(gone, kept)
+        return out
+
+def chance_weaker(a: Tensor, b: Tensor, # any lengths
+                  most: int = 1 << 17 # values of each that are looked at, evenly spread
+                 )->float|None:
+    "P(a < b) + P(a = b) / 2 for a value of each, drawn at random (the area under the curve of Mann and Whitney)."
+    if not len(a) or not len(b): return None
+    a, b = (v[torch.linspace(0, len(v) - 1, min(len(v), most)).round().long()] for v in (a, b))
+    b = b.sort().values
+    below, up_to = (torch.searchsorted(b, a, right=right).double().mean() for right in (False, True))
+    return float(1 - (below + up_to) / 2 / len(b))
+
 @torch.no_grad()
 def units(net: SuperNet)->list: # of (granularity, |g|, live, never pruned), on the CPU
     "The units that are stored, in the order of `Candidates`."
@@ -61,22 +82,24 @@ def units(net: SuperNet)->list: # of (granularity, |g|, live, never pruned), on 
     out = [("operation", g, live, strongest(g, net.node_n.repeat(n), live))]
     for cell in net.cells:
         g = torch.sigmoid(cell.beta)
-        out.append(("filter", g, torch.ones_like(cell.skips), strongest(g, cell.gate_n) | cell.skips))
+        out.append(("filter", g, ~cell.skips, strongest(g, cell.gate_n) | cell.skips)) # a strided skip's filters are not searched
     out += [("weight", cell.omega, cell.omega_live, torch.zeros_like(cell.omega_live)) for cell in net.cells]
     return [(name, g.abs().cpu(), live.cpu(), keep.cpu()) for name, g, live, keep in out]
 
 def bounded(net: SuperNet,
             found: list, # from `units`
-            bounds: list # a bound for each of these vectors, numbers or tensors; None: nothing of it goes
+            bounds: list, # a bound for each of these vectors, numbers or tensors; None: nothing of it goes
+            scales: list|None = None # what importance is measured by, where that is not the bound
            )->Candidates:
     "Units at or under a bound, whatever it is."
     off = [torch.zeros_like(live) if t is None else (g <= t).logical_and_(live).logical_and_(~keep) for (_, g, live, keep), t in zip(found, bounds)]
-    values = [(g, torch.as_tensor(0. if t is None else t, dtype=g.dtype).expand_as(g)) for (_, g, _, _), t in zip(found, bounds)]
-    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:len(net.cells)].cpu(), values, torch.tensor(net.spec.kinds[:len(net.cells)]))
+    values = [(g, torch.as_tensor(1. if t is None else t, dtype=g.dtype).expand_as(g), live) for (_, g, live, _), t in zip(found, scales or bounds)]
+    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:len(net.cells)].cpu(), values, torch.tensor(net.spec.kinds[:len(net.cells)]), [name for name, *_ in found])
 
 @torch.no_grad()
 def candidates(net: SuperNet,
-               thresholds: dict|None = None # name -> tensor like the net's own, in their place
+               thresholds: dict|None = None, # name -> tensor like the net's own, in their place
+               more: bool = False # let units over their thresholds follow behind those under them, where these alone would miss the target
               )->Candidates:
     "What a commit would prune, from the values of parameters and thresholds as they are now."
     n, own = len(net.cells), {k: getattr(net, k) for k in net.THRESHOLDS} | (thresholds or {})
@@ -84,9 +107,12 @@ def candidates(net: SuperNet,
     bounds += [torch.cat([own["t_pre"][c], own["t_beta"][c].flatten(), net.t_pre.new_zeros(1)])[cell.gate_of].repeat_interleave(cell.gate_len) for c, cell in enumerate(net.cells)]
     bounds += [own["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len) for c, cell in enumerate(net.cells)]
     found = units(net)
-    return bounded(net, found, [t.cpu() if name in net.granularities else None for (name, *_), t in zip(found, bounds)])
+    bounds = [t.cpu() if name in net.granularities else None for (name, *_), t in zip(found, bounds)]
+    return bounded(net, found, [None if t is None else float("inf") for t in bounds], bounds) if more else bounded(net, found, bounds)
 
 # %% ../nbs/08_prune.ipynb #b5c5d403
+SLACK = .01 # how far below its target a size counts as having reached it
+
 class Sizes:
     "Derived sizes of a net with some of its candidates gone. What all these questions have in common is worked out once."
     def __init__(self, net: SuperNet, c: Candidates):
@@ -105,6 +131,17 @@ class Sizes:
             if bool(whole.any()): off.rows = torch.where(whole, cell.spec.units + index.kernels["op"].int().index_select(0, off.kernel.int()), off.rows)
             self.cells.append((index, torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates), strength, weights[at], off))
 
+    def widths(self)->Tensor: # [m] int64
+        "For each candidate the cell whose width it has a say in, or -1."
+        n, whose = len(self.net.cells), []
+        for i, off in enumerate(self.c.off.split(self.c.sizes)):
+            at = off.nonzero().flatten()
+            if 1 <= i <= n: # filters
+                cell = self.net.cells[i - 1]
+                whose.append(torch.where(cell.index.ends[cell.layout.slots["gates"][at]], i - 1, -1))
+            else: whose.append(torch.full_like(at, -1))
+        return torch.cat(whose)
+
     def __call__(self, taken: Tensor # [m] bool: which candidates are gone
                 )->int: # parameters
         net, out = self.net, self.net.spec.stem_params
@@ -120,11 +157,12 @@ class Sizes:
             alive.append(index.out(a)); aligned.append(index.out(d))
         return out + net.top_size(d).params
 
-# %% ../nbs/08_prune.ipynb #52ba4bd7
+# %% ../nbs/08_prune.ipynb #0f9e0fd4
 def choose(net: SuperNet, c: Candidates,
            target: float, # parameters of the derived network, plain number
-           slack: float = .01, # how far below the target is near enough, as a share of it
-           probes: int = 200 # sizes to ask for, at most
+           slack: float = SLACK, # how far below the target is near enough, as a share of it
+           probes: int = 200, # sizes to ask for, at most
+           wait: bool = True # stay above a target that cannot be met; else go below it, by one unit
           )->Tensor: # [n] bool: units to prune
     "All candidates, or the least important ones that bring the derived size to the target, from below."
     m, low, size = len(c.places), (1 - slack) * target, Sizes(net, c)
@@ -137,17 +175,19 @@ def choose(net: SuperNet, c: Candidates,
         k = (few + high) // 2
         few, high = (few, k) if size(first(k)) <= target else (k, high)
     if size(first(high)) >= low: return c.only(first(high))
-    taken, order = first(few), torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m)) # the unit at `few` waits
-    at, block = high, 1
+    taken, queue, block = first(few), torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m))[few:], 1
+    widths = size.widths()
     for _ in range(probes):
-        if at >= m: break
-        more = taken.index_fill(0, order[at:at + block], True)
+        if not len(queue): break
+        more = taken.index_fill(0, queue[:block], True)
         n = size(more)
-        if n >= low: taken, at, block = more, at + block, 2 * block
+        if n >= low: taken, queue, block = more, queue[block:], 2 * block
         elif block > 1: block = max(1, block // 4)
-        else: at += 1
+        else: # this unit waits, and so do others of its cell where it would change the width of all maps
+            mine, queue = int(widths[queue[0]]), queue[1:]
+            if mine >= 0: queue = queue[widths[queue] != mine]
         if low <= n <= target: break
-    return c.only(taken)
+    return c.only(taken if wait or size(taken) <= target else first(high))
 
 # %% ../nbs/08_prune.ipynb #1cedc7f9
 @torch.no_grad()
@@ -179,18 +219,21 @@ class Commit:
     pruned: dict # granularity -> units pruned: operations; filters and weights of operations that stay
     before: NetCount
     after: NetCount
+    auc: dict # granularity -> chance that what was pruned was weaker than what was kept, see `Candidates.auc`
 
 @torch.no_grad()
 def commit(net: SuperNet,
-           target: float, # parameters, plain number: never further below it than by one unit
+           target: float, # parameters of the derived network, plain number
            optimizer=None, # its momentum is compacted too; or several
            stamp: int = 0, # of this rebuilding, for fresh weights
-           found: Candidates|None = None # what to choose from; None: what the thresholds switch off
+           found: Candidates|None = None, # what to choose from; None: what the thresholds switch off
+           wait: bool = True # as for `choose`
           )->Commit:
     "Prune what the thresholds switch off, down to the target at most, and compact the net (Algorithm 1, lines 7-14)."
     before = net.count()
     found = found or candidates(net)
-    masks = found.masks(choose(net, found, target))
+    off = choose(net, found, target, wait=wait)
+    masks, auc = found.masks(off), found.auc(off)
     for cell, keep in zip(net.cells, masks["weights"]): cell.omega_live &= keep.to(cell.omega_live.device)
     moved = net.rebuild(masks["ops"], [net.full_gates(c, g) for c, g in enumerate(masks["gates"])], stamp)
     for one in optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]:
@@ -199,4 +242,4 @@ def commit(net: SuperNet,
         settle(net, one)
     after = net.count()
     gone = lambda i: sum(row[i] - new[i] for b, a in zip(before.cells, after.cells) for key, new in a.by_op.items() for row in [b.by_op[key]])
-    return Commit({"operation": before.ops - after.ops, "filter": gone(0), "weight": gone(2)}, before, after)
+    return Commit({"operation": before.ops - after.ops, "filter": gone(0), "weight": gone(2)}, before, after, auc)

@@ -72,10 +72,11 @@ def regrow(net: SuperNet,
     "Bring pruned operations of the current sub-net back."
     n = len(net.cells)
     live = net.op_live[:n].cpu()
-    quota = quotas(potential(torch.sigmoid(net.alpha[:n]).cpu(), mom[:n].cpu(), live, cells), (~live).sum(1), num)
+    gone = net.allowed() & ~live # what was never there was not pruned, and cannot return
+    quota = quotas(potential(torch.sigmoid(net.alpha[:n]).cpu(), mom[:n].cpu(), live, cells), gone.sum(1), num)
     g, ops, gates, back = net._generator(5, stamp), live.clone(), [net.full_gates(c) for c in range(n)], []
     for c, o in quota.nonzero().tolist():
-        edges = (~live[c, :, o]).nonzero().flatten()
+        edges = gone[c, :, o].nonzero().flatten()
         for e in edges[torch.randperm(len(edges), generator=g)[:quota[c, o]]].sort().values.tolist():
             ops[c, e, o] = True
             back.append((c, e, o))

@@ -187,7 +187,7 @@ def _skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
         fig.add_scatter(x=[3], y=[-1.3], mode="text", textfont={"size": 11}, showlegend=False, hoverinfo="skip", cliponaxis=False, **axes[c])
     # what stays
     mode, marker = "lines+markers" if len(epochs) <= 60 else "lines", {"size": 4}
-    fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("params") is None else e["params"] / 1e6))), name="parameters", line={"color": RUN_COLOURS[0], "width": 2}, mode=mode, marker=marker, hovertemplate="%{y:.4g} M", **axes["size"])
+    fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("params") is None else e["params"] / 1e6))), name=plots.size_name(epochs), line={"color": RUN_COLOURS[0], "width": 2}, mode=mode, marker=marker, hovertemplate="%{y:.4g} M", **axes["size"])
     fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("target") is None else e["target"] / 1e6))), name="target", line={"color": GREY, "width": 2, "dash": "dot"}, mode="lines", hovertemplate="%{y:.4g} M", **axes["size"])
     for g, colour in GRANULARITY_COLOURS.items():
         fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: (e.get("retention") or {}).get(g)))), name=f"{g}s", line={"color": colour, "width": 2}, mode=mode, marker=marker, hovertemplate="%{y:.1%}", **axes["retention"])

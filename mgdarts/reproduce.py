@@ -86,15 +86,15 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
         data = runs.load_run(run)
         r = data["result"]
         if r is None: raise InputError(f"{run.name} is not finished")
-        row |= {"reached": r["reached"], "searched_m": r["params"] / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
+        row |= {"reached": r["reached"], "gap": r.get("gap"), "searched_m": r.get("params_searched", r["params"]) / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
                 **shape_of(data["arch"]), **pace_of(data["events"]), "environment": data["record"]["environment"], "dataset": data["record"]["dataset"]}
         if (run / "memory.json").exists():
             row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
             if row["memory_mb"]: row["peak_mb"] = max(row["memory_mb"].values())
     if job.train:
         record, r = runs.read_record(out), read_json(out / "result.json", "a result")
-        row |= {"acc": r["test_acc_final"], "acc_best_val": r["test_acc_best_val"], "val_acc": r["val_acc_final"], "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
-                "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": seconds(r, record), "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"]}
+        row |= {"acc": r["test_acc_final"], "acc_best_val": r.get("test_acc_best_val"), "val_acc": r.get("val_acc_final"), "trained_on": r.get("trained_on", "train"), "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
+                "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": seconds(r, record), "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"], "data_source": record.get("data_source", "")}
         if job.keep: row["ratio_weight"] = job.keep
         if job.build or job.random: # what was searched is another network
             arch = arch_files.load(out)
@@ -111,7 +111,7 @@ def scale_of(config: dict # of a training, or of a search
     cfg = from_dict(config)
     if cfg.preset not in LONG or Path(cfg.data.name).name not in PAPER_DATA: return "scaled down"
     base = preset_config(cfg.preset)
-    whole = all(getattr(cfg.data, k) == getattr(base.data, k) for k in ("size", "subset", "test_subset")) and cfg.train.epochs >= min(200, base.train.epochs) and cfg.space.cells >= 8 # Table X trains for 200
+    whole = all(getattr(cfg.data, k) == getattr(base.data, k) for k in ("size", "subset", "test_subset")) and cfg.train.images == base.train.images and cfg.train.epochs >= min(200, base.train.epochs) and cfg.space.cells >= 8 # Table X trains for 200
     return "paper" if whole else "scaled down"
 
 # %% ../nbs/40_reproduce.ipynb #bd9fba84
@@ -278,7 +278,7 @@ class Ran(Asked):
         self.todo, self.failed, self.wall = self.todo + todo, failed, self.wall + time.time() - start
         self.record = make_record(self.item, self.todo, self.folder, self.parameters, failed, self.wall, known)
         for r in self.record["rows"]:
-            if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}, {r['searched_m']:.4g} M left")
+            if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}, {r['gap']:+.1%}" if "gap" in r else f"target not reached: {r['label']}, seed {r['seed']}")
         for f in self.record["failed"]: print(f"FAILED {f['label']}, seed {f['seed']}: {f['why']}")
         if self.record["rows"]: print(f"{self.record['scale']}: {self.record['dataset']}; commit {(self.record['environment']['commit'] or 'unknown')[:7]}")
         else: raise RunFailed(f"no arm of {self.item} came to an end: {self.record['failed'][0]['why']}")

@@ -12,11 +12,12 @@ from . import architecture as arch_files, derive, mobile_derive
 from .architecture import Discovered, counts, fitted, random_architecture
 from .compiled import kernels_in_use
 from .config import LONG, Config, InputError, from_dict, to_dict
-from .data import Augment, Loader, Splits, halves, load_data, root
+from .data import Augment, Loader, Splits, halves, load_data, root, train_and_val
 from .events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
 from .mobile import KERNELS, MobileSpec
 from .mobile_architecture import random_mobile
+from .prune import SLACK
 from .search import Search
 from .space import NetSpec
 from .store import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links, write_json
@@ -25,8 +26,8 @@ from .train import Trainer
 # %% auto #0
 __all__ = ['BITS', 'SPACES', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder',
            'read_events', 'Signals', 'Clock', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer',
-           'read_record', 'read_config', 'first_bad', 'search', 'train', 'bare_search', 'supernet_weights', 'retrain',
-           'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
+           'read_record', 'read_config', 'first_bad', 'size_kind', 'search', 'train', 'bare_search', 'supernet_weights',
+           'retrain', 'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -168,7 +169,7 @@ class Progress:
         d = e.data
         if e.type == "stage" and d["status"] == "open": self.stage, self.start = self.stage + 1, d["params"]
         elif e.type == "epoch" and e.stage == "train":
-            self.bar.update(self.task, completed=e.epoch + 1, description=f"{self.bar.tasks[0].description.split(' ·')[0]} · epoch {e.epoch + 1} loss {e.loss:.3f} val {d['val_acc']:.1f} %")
+            self.bar.update(self.task, completed=e.epoch + 1, description=f"{self.bar.tasks[0].description.split(' ·')[0]} · epoch {e.epoch + 1} loss {e.loss:.3f}" + (f" val {d['val_acc']:.1f} %" if "val_acc" in d else ""))
         elif e.type == "epoch":
             if "progress" in d: way = d["progress"]
             else: way = math.log(max(self.start or d["params"], 1) / max(d["params"], 1)) / max(math.log(max(self.start or 1, 1) / d["target"]), 1e-9) if (self.start or 0) > d["target"] else 1
@@ -200,13 +201,18 @@ def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict
     "A retraining as a configuration describes it, not begun."
     if (arch.classes, arch.size, arch.in_channels) != (splits.num_classes, splits.size, splits.in_channels):
         raise InputError(f"the architecture is for {arch.classes} classes of {arch.size}-pixel images with {arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and {splits.in_channels}: choose other data, or set data.size={arch.size}")
-    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout)
-    loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), "val": Loader(splits, "val"), "test": Loader(splits, "test")}
+    if cfg.train.images == "train+val": splits = train_and_val(splits)
+    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout if cfg.train.cutout else 0)
+    loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), **{k: Loader(splits, k) for k in ("val", "test") if getattr(splits, k)}}
     return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state)
 
-def _record(cfg, device, splits)->dict:
-    return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_fingerprint": splits.fingerprint,
-            "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}, "skipped": splits.skipped,
+def _record(cfg, device, splits,
+            all_images: bool = False # the images of validation are trained on
+           )->dict:
+    images = {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}
+    if all_images: images |= {"train": images["train"] + images["val"], "val": 0}
+    return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label, "data_source": splits.origin, "data_fingerprint": splits.fingerprint,
+            "images": images, "skipped": splits.skipped,
             "scale": "paper" if cfg.preset in LONG else "scaled down"}
 
 def read_record(run: str|Path)->dict:
@@ -283,17 +289,23 @@ def _run(loop, out: Path, recorder: Recorder, clock: Clock, heard: tuple, listen
 
 def _finish(cfg, out, loop, splits, clock)->dict:
     content = read_bytes(out / "events.jsonl", 1 << 32)
-    done = json.loads(content.splitlines()[-1])
+    done, target = json.loads(content.splitlines()[-1]), round(cfg.search.target_m * 1e6)
     arch = SPACES[cfg.space.kind][1].derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
-    if cfg.rules.fit and cfg.rules.keep == 1: arch = fitted(arch, cfg.search.target_m * 1e6)
+    if cfg.rules.fit and cfg.rules.keep == 1: arch = fitted(arch, target)
     arch_files.save(arch, out, overwrite=True)
     size = counts(arch)
-    result = {"run": str(out), "reached": done["reached"], "target": int(done["target"]), "params": done["params"], "macs": done["macs"], "ops": done["ops"], "retention": done["retention"],
-              "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps, **clock(), "events": mark(content),
+    params = size["params_nonzero"]
+    result = {"run": str(out), "reached": (1 - SLACK) * target <= params <= target, "target": target, "gap": params / target - 1, "params": params, "params_searched": done["params_searched"], "macs": size["macs_nonzero"], "ops": done["ops"],
+              "retention": done["retention"], "drift": done.get("drift"), "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps, **clock(), "events": mark(content),
               "derived": {k: size[k] for k in ("params_total", "params_deployable", "params_nonzero", "macs", "ops", "retention")}}
     write_json(out / "result.json", result)
     write_report(out)
     return result
+
+def size_kind(result: dict # of a search
+             )->str:
+    "What the sizes of a run are sizes of: runs older than the count of derived networks compared another one with their target."
+    return "derived" if "params_searched" in result else "before alignment"
 
 # %% ../nbs/14_runs.ipynb #f3d8cb7a
 def search(cfg: Config|None, # None: resume with the folder's own
@@ -327,7 +339,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
         frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count) if cfg.space.kind == "darts" else None
         with Progress(len(loop.stages), quiet) as bar:
             if kept: bar.stage, bar.start = loop.stage, loop.start
-            try: _run(loop, out, recorder, clock, ("stage", "epoch", "commit", "regrow", "done"), (bar, *([frames] if frames else []), *listeners), ("commit", "stage"))
+            try: _run(loop, out, recorder, clock, ("stage", "start", "epoch", "commit", "regrow", "done"), (bar, *([frames] if frames else []), *listeners), ("commit", "stage"))
             finally:
                 if frames: frames.lines.close()
         return _finish(cfg, out, loop, splits, clock)
@@ -349,7 +361,7 @@ def train(cfg: Config, arch: Discovered,
     with lock(out):
         kept = _restore(loop, out, splits) if resume and (out / "config.json").exists() else None
         if kept: clock = Clock(kept)
-        else: write_json(out / "config.json", _record(cfg, loop.device, splits))
+        else: write_json(out / "config.json", _record(cfg, loop.device, splits, cfg.train.images == "train+val"))
         arch_files.save(arch, out, overwrite=True)
         recorder = Recorder(out / "events.jsonl", kept)
         with Progress(cfg.train.epochs, quiet, "train") as bar: _run(loop, out, recorder, clock, ("epoch", "result"), (bar, *listeners), ())
@@ -413,13 +425,21 @@ def write_report(run: str|Path)->Path:
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e: raise InputError(f"{run} holds records that no run writes ({type(e).__name__}: {e}): there is no report of them") from e
     return plots.write_report(Path(run) / "report.html", page)
 
+def _sizes(r)->dict:
+    "The facts of a report about sizes, called what they are."
+    million = lambda n: f"{n / 1e6:.4f} M"
+    if size_kind(r) == "derived": return {"size of the derived network": f"{million(r['params'])} of {million(r['target'])}", "size before alignment": million(r["params_searched"])}
+    return {"size before alignment, as compared with the target": f"{million(r['params'])} of {million(r['target'])}", "size of the derived network": million(r["derived"]["params_nonzero"])}
+
 def _page(name, data)->str:
     from mgdarts import plots
     cfg, env = data["record"]["config"], data["record"]["environment"]
-    facts = {"dataset": data["record"]["dataset"], "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
+    facts = {"dataset": data["record"]["dataset"] + (f" ({origin})" if (origin := data["record"].get("data_source")) else ""), "method": cfg["method"], "preset": cfg["preset"] or "none", "scale": data["record"]["scale"], "super-net": f"C={cfg['space']['channels']}, L={cfg['space']['cells']}" if cfg["space"]["kind"] == "darts" else f"MobileNet-like, width {cfg['space']['width']:g}, L={cfg['space']['cells']}",
              "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)", "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
-    r, tables, figures = data["result"], {}, {"Thresholds and retention ratios": plots.dynamics(data["events"]), "Size and lambda": plots.size_and_lambda(data["events"]), "Learning": plots.learning(data["events"])}
-    if r: facts |= {"target reached": "yes" if r["reached"] else "no: target not reached", "searched size": f"{r['params'] / 1e6:.4f} M of {r['target'] / 1e6:.4f} M", "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}
+    r, tables, figures = data["result"], {}, {"Thresholds and retention ratios": plots.dynamics(data["events"]), "Size and lambda": plots.size_and_lambda(data["events"]), "Learning": plots.learning(data["events"]),
+                             **({"Do the weak ones go?": plots.prunings(data["events"])} if any(e.get("auc") for e in data["events"]) else {}), **({"Where the thresholds start": plots.starts(data["events"])} if any(e["type"] == "start" for e in data["events"]) else {})}
+    if r: facts |= {"target reached": "yes" if r["reached"] else "no: target not reached", **_sizes(r), "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}
+    if r and r.get("drift"): tables["Do the weak ones go? (of all that was pruned)"] = [{"granularity": g, "pruned": d["pruned"], "while λ was 0": "" if d["free"] is None else f"{d['free']:.0%}", "chance that the weaker went": "" if d["auc"] is None else f"{d['auc']:.3f}"} for g, d in r["drift"].items()]
     if data["arch"]:
         size = counts(data["arch"])
         tables["Derived network"] = [{"cell": c["index"], "reduction": c["reduction"], "width": c["widths"][0] if "widths" in c else c["width"], "operations": c["ops"], "convolutions": c["convs"], "parameters": c["params"]} for c in size["cells"]]
@@ -428,8 +448,8 @@ def _page(name, data)->str:
     done = {k: t["result"] for k, t in data["trainings"].items() if t["result"]}
     if done:
         tables["Retraining (test accuracy, percent; the test images were read once, at the end)"] = [
-            {"architecture": {"train": "searched", "random": "random, same size"}[k], "final epoch": f"{t['test_acc_final']:.2f}", "best validation epoch": f"{t['test_acc_best_val']:.2f}",
-             "non-zero parameters": t["params_nonzero"], "epochs": t["epochs"]} for k, t in done.items()]
+            {"architecture": {"train": "searched", "random": "random, same size"}[k], "final epoch": f"{t['test_acc_final']:.2f}", **({"best validation epoch": f"{t['test_acc_best_val']:.2f}"} if "test_acc_best_val" in t else {}),
+             "trained on": t.get("trained_on", "train"), "non-zero parameters": t["params_nonzero"], "epochs": t["epochs"]} for k, t in done.items()]
         if len(done) == 2: facts["searched minus random"] = _advantage(done["train"], done["random"], data["record"]["images"]["test"])
         figures["Retraining"] = plots.retrain_curves({{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()})
     replay = data["folder"] / "replay.html" # written by `mgdarts replay`
@@ -447,7 +467,7 @@ def run_row(run: str|Path, data: dict # from `load_run`
     of = lambda k, what: (t.get(k, {}).get("result") or {}).get(what)
     sizes = ("params_nonzero", "params_deployable", "macs")
     return {"run": str(run), "method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
-            "status": "unfinished" if r is None else "reached" if r["reached"] else "target not reached", "params": r and r["params"], "ops": r and r["ops"], **{k: r and r["derived"][k] for k in sizes},
+            "status": "unfinished" if r is None else ("reached" if r["reached"] else "target not reached") + ("" if size_kind(r) == "derived" else " (before alignment)"), "params": r and r["derived"]["params_nonzero"], "params_searched": r and r.get("params_searched", r["params"]), "ops": r and r["ops"], **{k: r and r["derived"][k] for k in sizes},
             "test_acc": of("train", "test_acc_final"), "val_acc": of("train", "val_acc_final"), "random_acc": of("random", "test_acc_final"), "random_val_acc": of("random", "val_acc_final"), **{f"random_{k}": of("random", k) for k in sizes}}
 
 def list_runs(folder: str|Path|None = None # None: the project's runs/

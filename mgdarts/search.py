@@ -11,10 +11,10 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .config import PRUNING, Compute, InputError, Rules, Search as Settings
 from .space import *
-from .discretise import start_thresholds
+from .discretise import common_start, start_thresholds
 from .events import Event, Emitter, NonFiniteLoss, evaluate, plain
-from .loss import Lambda, beta_decay, live_thresholds, regulariser
-from .prune import candidates, choose, commit, follow
+from .loss import Lambda, beta_decay, live_thresholds, pressure, prices
+from .prune import SLACK, Sizes, candidates, choose, commit, follow
 from .decide import all_but, by_rank, by_share, by_strength, decide_edge, decide_node, fewer_skips, fit_scored, jacobian_score, keep_scored, plan_round, standardise, strongest_two
 from .unroll import unrolled
 from .regrow import regrow, update_momentum
@@ -104,7 +104,8 @@ class StagedSearch:
         self.stage, self.warmup, self.phase_epoch, self.epoch, self.epoch_step, self.steps = -1, True, 0, 0, 0, 0
         self.lam, self.target, self.start, self.pruned, self.rebuilds, self.finished, self.reached = None, 0., 0, 0, 0, False, []
         self._make_net()
-        self.sums = torch.zeros(5, dtype=torch.float64, device=self.device) # CE, R_size, R_thr, hits, images of this epoch
+        self.sums = torch.zeros(6, dtype=torch.float64, device=self.device) # CE, R_size, R_thr, R_size of the stage's own cells, hits, images of this epoch
+        self.drift = {} # granularity -> [units pruned, of these while lambda was 0, their chances to be weaker than what stayed, how many have one]
         self.safe_state, self._last = None, set()
 
     @property
@@ -165,7 +166,7 @@ class StagedSearch:
         # the last stage must not undershoot what fine-tuning is to reach
         keep = final if self.fine_tuning else cfg.stage_keep[self.stage] * self.start
         self.target = final if not self.by_size else max(keep, final) if end == self.spec.cells - 1 else keep
-        self.lam = Lambda(cfg.lambda_step, cfg.prune_high * count.ops, cfg.prune_low * count.ops, cfg.lambda_cap * (.5 if self.fine_tuning else 1.), growth=cfg.lambda_growth)
+        self.lam = Lambda(cfg.lambda_step, cfg.prune_high * count.ops, cfg.prune_low * count.ops, cfg.lambda_cap_fine if self.fine_tuning else cfg.lambda_cap, growth=cfg.lambda_growth)
         self._emit("stage", status="open", params=self.start, target=self.target, ops=count.ops, cells=len(self.net.cells))
         if self.warm_epochs == 0: self._begin_joint()
         if not self.by_size and self.length == 0: self._begin_deciding()
@@ -199,8 +200,21 @@ class StagedSearch:
         if not net.discretising: return
         for name in net.THRESHOLDS: getattr(net, name).zero_()
         self.mom.zero_()
-        if cfg.threshold_init == "zero": return
-        n, start = len(net.cells), lambda g, lengths, live=None: start_thresholds(g, lengths, live, cfg.threshold_margin)
+        {"min": self._start_together, "own": self._start_alone, "zero": lambda: None}[cfg.threshold_init]()
+        found = self._distances()
+        self._emit("start", thresholds={k: v and v["t"] for k, v in found.items()}, distance={k: v and v["ratio"] for k, v in found.items()}, init=cfg.threshold_init)
+
+    def _start_together(self):
+        "One threshold for each granularity, just under the smallest live unit of the whole sub-net."
+        net, n, margin = self.net, len(self.net.cells), self.cfg.threshold_margin
+        net.t_alpha[:n] = common_start([(torch.sigmoid(net.alpha[:n]), net.op_live[:n])], margin)
+        low = common_start([(torch.sigmoid(c.beta), ~c.skips) for c in net.cells], margin)
+        net.t_beta[:n] = net.t_pre[:n] = low
+        net.t_omega[:n] = common_start([(c.omega, c.omega_live) for c in net.cells], margin)
+
+    def _start_alone(self):
+        "Each threshold just under the smallest of its own units."
+        net, n, start = self.net, len(self.net.cells), lambda g, lengths, live=None: start_thresholds(g, lengths, live, self.cfg.threshold_margin)
         one = torch.ones_like(net.op_live[:n].flatten(), dtype=torch.long)
         net.t_alpha[:n] = start(torch.sigmoid(net.alpha[:n]).flatten(), one, net.op_live[:n].flatten()).view_as(net.t_alpha[:n])
         for c, cell in enumerate(net.cells):
@@ -208,6 +222,23 @@ class StagedSearch:
             flat[cell.gate_of] = start(torch.sigmoid(cell.beta), cell.gate_len)
             net.t_pre[c], net.t_beta[c] = flat[:cell.PRE], flat[cell.PRE:-1].view_as(net.t_beta[c])
             net.t_omega[c].view(-1)[cell.conv] = start(cell.omega, cell.conv_len, cell.omega_live)
+
+    def _distances(self)->dict: # granularity -> {"t": mean threshold, "ratio": quantiles of |g| / t}, None where nothing is searched
+        "How far live units are from their thresholds: quantiles 0, 5, 25, 50, 75, 95, 100 %."
+        found, out = candidates(self.net), dict.fromkeys(GRANULARITIES)
+        for name in self.net.granularities:
+            g, t = (torch.cat([v[i][v[2]] for k, v in zip(found.names, found.values) if k == name]) for i in (0, 1))
+            at = torch.linspace(0, len(g) - 1, min(len(g), 1 << 17)).round().long() # evenly spread, where there are very many
+            if not len(g): continue
+            ratio = (g[at] / t[at].clamp(min=1e-12)).clamp(max=1e6)
+            out[name] = {"t": float(t[at].mean()), "ratio": [round(v, 4) for v in ratio.quantile(torch.tensor([0, .05, .25, .5, .75, .95, 1])).tolist()]}
+        return out
+
+    @staticmethod
+    def _met(params, target)->bool: return (1 - SLACK) * target <= params <= target
+    def _drifted(self)->dict: # granularity -> {"pruned", "free", "auc"}
+        "Over the search: units pruned, the share of them pruned while lambda was 0, and the chance that one of them was weaker than one that stayed."
+        return {k: {"pruned": n, "free": free / n if n else None, "auc": a / m if m else None} for k, (n, free, a, m) in self.drift.items()}
 
     def _close(self, status: str):
         "End a stage: regrow, then the next, or the end."
@@ -218,7 +249,7 @@ class StagedSearch:
         self._emit("stage", status=status, params=count.params, target=self.target, ops=count.ops, pruned=self.pruned)
         if last:
             self.finished = True
-            self._emit("done", reached=count.params <= self.target or not self.by_size, stages_reached=list(self.reached), target=self.target, **count.summary())
+            self._emit("done", reached=self._met(count.params, self.target) or not self.by_size, stages_reached=list(self.reached), target=self.target, **count.summary(), drift=self._drifted())
             return
         num = math.floor(self.cfg.regrow * self.pruned) if self.by_size else 0
         if num:
@@ -233,7 +264,7 @@ class StagedSearch:
 # %% ../nbs/10_search.ipynb #a361e455
 class SavedSearch(StagedSearch):
     "A search's state, out and in."
-    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "finished", "reached", "settled")
+    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "finished", "reached", "settled", "drift")
 
     def state_dict(self)->dict:
         "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."
@@ -241,18 +272,19 @@ class SavedSearch(StagedSearch):
         tensors = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
         cells = [{"ops": c.layout.ops.clone(), "alive": c.layout.alive.clone()} for c in net.cells]
         state = lambda optimizer: copy.deepcopy(optimizer.state_dict()) if optimizer else None
-        return {"version": 1, "counters": {k: copy.copy(getattr(self, k)) for k in self.COUNTERS}, "net": tensors, "cells": cells, "discretising": net.discretising, "first": net.first,
+        return {"version": 2, "counters": {k: copy.deepcopy(getattr(self, k)) for k in self.COUNTERS}, "net": tensors, "cells": cells, "discretising": net.discretising, "first": net.first,
                 "optimizer": state(self.optimizer), "adam": state(self.adam), "trial": copy.deepcopy(self.trial), "lambda": asdict(self.lam) if self.lam else None, "mom": self.mom.cpu().clone(), "sums": self.sums.cpu().clone(),
                 "config": plain(asdict(self.cfg)), "rules": plain(asdict(self.rules)), "spec": asdict(self.whole), "seed": self.seed}
 
     def load_state_dict(self, state: dict):
         "Go back to a saved state. `InputError` if it belongs to another search."
-        if not isinstance(state, dict) or state.get("version") != 1: raise InputError("this is not the state of a search, or one of another version")
+        if not isinstance(state, dict) or state.get("version") not in (1, 2): raise InputError("this is not the state of a search, or one of another version")
+        if state["version"] == 1 and not state["counters"]["finished"] and self.by_size: raise InputError("this search was begun when sizes were counted before filters are aligned, and its target would change: start it again")
         own = lambda what, given: {**plain(asdict(type(what)())), **given} == plain(asdict(what)) # settings that are younger than the state have their defaults
         if not (own(self.cfg, state["config"]) and own(self.rules, state.get("rules", {})) and type(self.whole)(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
         # from before pools could have batch norms: the preprocessing after a reduction was of another kind then, in tensors of the same shapes
         if self.rules.partial > 1 and "pool_norm" not in state["rules"] and not state["counters"].get("settled"): raise InputError("this state is of a PC-DARTS search that an older version began, with another preprocessing after reductions: it cannot go on here, search anew")
-        for k, v in state["counters"].items(): setattr(self, k, copy.copy(v))
+        for k, v in state["counters"].items(): setattr(self, k, copy.deepcopy(v))
         self.spec = self.whole
         self._make_net()
         net = self.net
@@ -269,7 +301,8 @@ class SavedSearch(StagedSearch):
         if self.adam: self.adam.load_state_dict(copy.deepcopy(state["adam"]))
         self.trial = copy.deepcopy(state.get("trial"))
         self.lam = Lambda(**state["lambda"]) if state["lambda"] else None
-        self.mom, self.sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
+        self.mom, sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
+        self.sums = sums if len(sums) == 6 else torch.cat([sums[:3], sums[1:2], sums[3:]]) # the stage's own R_size came later
         self.safe_state = state
 
 # %% ../nbs/10_search.ipynb #4572857c
@@ -301,11 +334,12 @@ class Search(SavedSearch):
         also = []
         logits = self.net(x, also) if self.rules.aux else self.net(x)
         ce = F.cross_entropy(logits, y)
-        price, pressure = regulariser(self.net, self.cfg.cost, self.cfg.reg, self.cfg.mu)
-        loss = (F.cross_entropy(logits, y, label_smoothing=smoothing) if smoothing else ce) + (0. if self.warmup else self.lam.value) * (price + pressure)
+        cells, push = prices(self.net, self.cfg.cost, self.cfg.reg, self.cfg.mu), pressure(self.net)
+        price, own = cells.sum(), cells[0 if self.fine_tuning else self.net.first:].sum()
+        loss = (F.cross_entropy(logits, y, label_smoothing=smoothing) if smoothing else ce) + (0. if self.warmup else self.lam.value) * (price + push)
         for aux in also: loss = loss + self.rules.aux * F.cross_entropy(aux, y, label_smoothing=smoothing)
         if self.rules.beta_decay: loss = loss + self._decay(self.net.alpha)
-        with torch.no_grad(): seen = torch.stack([ce.double() * len(y), price.double() * len(y), pressure.double() * len(y), (logits.argmax(1) == y).sum().double(), self.sums.new_full((), len(y))])
+        with torch.no_grad(): seen = torch.stack([ce.double() * len(y), price.double() * len(y), push.double() * len(y), own.double() * len(y), (logits.argmax(1) == y).sum().double(), self.sums.new_full((), len(y))])
         return loss, seen
 
     def _decay(self, alpha)->Tensor:
@@ -391,17 +425,17 @@ class Search(SavedSearch):
         for name, keys in zip(GRANULARITIES, (("t_alpha",), ("t_beta", "t_pre"), ("t_omega",))):
             values = torch.cat([getattr(net, k)[:len(net.cells)][live[k]].flatten() for k in keys])
             t[name] = float(values.mean()) if len(values) and net.discretising else None
-        return {"params": now.params, "macs": now.macs, "ops": now.ops, "retention": now.retention(), "thresholds": t}
+        return {"params": now.params, "params_searched": now.searched.params, "macs": now.macs, "ops": now.ops, "retention": now.retention(), "thresholds": t}
 
     def _end_epoch(self):
-        cfg, (ce, price, pressure, hits, n) = self.cfg, self.sums.tolist()
-        ce, price, pressure, epoch, warm = ce / n, price / n, pressure / n, self.epoch, self.warmup
+        cfg, (*means, hits, n) = self.cfg, self.sums.tolist()
+        (ce, price, push, own), epoch, warm = (v / n for v in means), self.epoch, self.warmup
         lam = 0. if warm else self.lam.value
         acc, val_loss = self.validate()
         data = self.snapshot()
         self.sums.zero_()
         self.epoch, self.epoch_step, self.phase_epoch = epoch + 1, 0, self.phase_epoch + 1
-        self._emit("epoch", ce + lam * (price + pressure), epoch, phase="warm-up" if warm else "joint", ce=ce, r_size=price, r_threshold=pressure, train_acc=100 * hits / n,
+        self._emit("epoch", ce + lam * (price + push), epoch, phase="warm-up" if warm else "joint", ce=ce, r_size=price, r_size_stage=own, r_threshold=push, train_acc=100 * hits / n,
                    val_acc=acc, val_loss=val_loss, target=self.target, **{"lambda": lam}, **data, **({} if self.by_size else {"progress": min(self.clock, 1.)}))
         if warm and self.phase_epoch >= self.warm_epochs and (self.by_size or self.clock < 1): self._begin_joint()
         if not self.by_size:
@@ -409,26 +443,35 @@ class Search(SavedSearch):
             return
         if warm: return
         due = self.phase_epoch % cfg.prune_every == 0
-        if due: self._commit(ce, price, epoch)
+        if due: self._commit(ce, own, epoch)
         params = self.net.count().params if due else math.inf
         if params <= self.target: self._close("reached")
         elif self.phase_epoch >= cfg.max_epochs: self._close("target not reached")
 
     def _commit(self, ce, price, epoch):
         self.rebuilds += 1
-        done = commit(self.net, self.target, [self.optimizer, self.adam], self.rebuilds, self._found())
+        found, before, last = self._found(), self.lam.value, self.phase_epoch >= self.cfg.max_epochs
+        # where nothing finer than operations is searched, or a rule says how many go, others than those that are due may bring the size to the target
+        coarse = self.rules.discretiser != "thresholds" or self.cfg.granularities == ("operation",)
+        if coarse and Sizes(self.net, found)(torch.ones(len(found.places), dtype=torch.bool)) < (1 - SLACK) * self.target: found = self._found(more=True)
+        done = commit(self.net, self.target, [self.optimizer, self.adam], self.rebuilds, found, wait=not (coarse or last))
         self.pruned += done.pruned["operation"]
+        for name, n in done.pruned.items():
+            row = self.drift.setdefault(name, [0, 0, 0., 0])
+            row[0] += n; row[1] += n * (before == 0)
+            if done.auc.get(name) is not None: row[2] += n * done.auc[name]; row[3] += n
         lam = 0. if self.rules.regulariser == "none" else self.lam.update(done.pruned["operation"], ce, price)
-        self._emit("commit", None, epoch, pruned=done.pruned, params_before=done.before.params, target=self.target, **{"lambda": lam}, **done.after.summary())
+        self._emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params, target=self.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
 
-    def _found(self):
+    def _found(self, more: bool = False # whether others may follow behind those that are due
+              ):
         "What a commit chooses from."
         net, r = self.net, self.rules
-        if r.discretiser == "share": return by_share(net, r.share_min, r.share_max, r.share_n)
+        if r.discretiser == "share": return by_share(net, r.share_min, r.share_max, r.share_n, more)
         if r.discretiser == "rate":
             all_ = self.spec.cell[:len(net.cells)]
-            return by_rank(net, round(r.rate_ops * len(all_) * len(self.spec.edges) * min(len(self.spec.ops), len(r.ops))), round(r.rate_filters * sum(g.width for c in all_ for g in c.gates if g.learned)))
-        return candidates(net)
+            return by_rank(net, round(r.rate_ops * len(all_) * len(self.spec.edges) * min(len(self.spec.ops), len(r.ops))), round(r.rate_filters * sum(g.width for c in all_ for g in c.gates if g.learned)), more)
+        return candidates(net, more=more)
 
     # the end of a search that ends by the clock
     def _begin_deciding(self):
@@ -472,7 +515,7 @@ class Search(SavedSearch):
         if self.spec.constraint == 1: ops = strongest_two(strength)
         else:
             by = by_strength(net, self._spread(strength))
-            ops = by.masks(choose(net, by, self.target)[0])["ops"][sorted(set(self.spec.kinds))]
+            ops = by.masks(choose(net, by, self.target, wait=False))["ops"][sorted(set(self.spec.kinds))]
         found.append(ops)
         scores.append(self._among(ops, lambda net: evaluate([net], islice(self.loaders["val"].eval(), self.rules.batches), self.device)[0][0]))
 
@@ -508,10 +551,10 @@ class Search(SavedSearch):
         self.rebuilds += 1
         if r.keep < 1:
             for c in net.cells: keep_scored(c, r.keep)
-        done = commit(net, 0. if keep is not None else self.target, [self.optimizer, self.adam], self.rebuilds, all_but(net, keep) if keep is not None else by_strength(net, strength))
+        done = commit(net, 0. if keep is not None else self.target, [self.optimizer, self.adam], self.rebuilds, all_but(net, keep) if keep is not None else by_strength(net, strength), wait=False)
         if r.keep < 1 and r.fit: fit_scored(net, self.target)
         self.pruned += done.pruned["operation"]
-        self._emit("commit", None, max(self.epoch - 1, 0), pruned=done.pruned, params_before=done.before.params, target=self.target, **{"lambda": 0.}, **net.count().summary())
+        self._emit("commit", None, max(self.epoch - 1, 0), pruned=done.pruned, auc=done.auc, lambda_before=0., params_before=done.before.params, target=self.target, **{"lambda": 0.}, **net.count().summary())
 
     def run(self, until: str = "end" # step, epoch, commit, stage or end
            )->bool: # whether the search is finished

@@ -16,7 +16,7 @@ CONV_OPS = [o for o in range(len(OPS)) if is_conv(o)]
 __all__ = ['CONV_OPS', 'UNITS', 'width_of', 'best_channels', 'Index', 'CellIndex', 'Layout', 'layout', 'Size', 'CellCount',
            'Masked', 'size_of', 'count_cell', 'NetCount']
 
-# %% ../nbs/05_size.ipynb #ab78cfb5
+# %% ../nbs/05_size.ipynb #01ebe76e
 def width_of(kept: int, # output filters that live convolutions keep; where there are none, channels of the nodes
              maps: int, # how many convolutions, or nodes
              most: int # filters of the full cell
@@ -35,7 +35,7 @@ def best_channels(score: Tensor, # [width]
         keep[at + part.argsort(descending=True, stable=True)[:m]] = True
     return keep
 
-# %% ../nbs/05_size.ipynb #72be6abd
+# %% ../nbs/05_size.ipynb #5889e572
 class Index:
     "Tables of the kernels and the batch norms of a cell, as tensors. What a space adds: which channels live (`alive`), and which a derived network would have (`align`)."
     GRID = None # edges, operations
@@ -73,6 +73,10 @@ class Index:
         columns = torch.where(k["deep"], 1, before[k["col1"]] - before[k["col0"]])
         return (before[k["row1"]] - before[k["row0"]]) * columns * k["taps"] * live[k["op"]], (before[n["end"]] - before[n["first"]]) * live[n["op"]]
 
+    @cached_property
+    def ends(self)->Tensor: # [gates of the full cell] bool
+        "The filters whose number decides how wide the cell will be."
+        return torch.zeros(self.spec.sizes["gates"], dtype=torch.bool)
     def more_norms(self, ops: Tensor, unit: Tensor)->Tensor: # [operations + 1] int64
         "Channels of the batch norms that only a derived network has."
         return torch.zeros(self.none + 1, dtype=torch.long)
@@ -139,6 +143,8 @@ class CellIndex(Index):
             if is_sep(o) and (short := 2 - int((m := mids[e * len(OPS) + o]).sum())) > 0: m[(~m).nonzero().flatten()[:short]] = True
         return unit
 
+    @cached_property
+    def ends(self): return self.filters["ends"]
     def more_norms(self, ops, unit): # after pools
         out = torch.zeros(self.GRID, dtype=torch.long)
         out[:, [AVG, MAX]] = ops[:, [AVG, MAX]] * unit[self.spec.state_unit(INPUTS):self.spec.state_unit(INPUTS + 1)].sum()
@@ -252,7 +258,7 @@ class Masked:
         "How many of them a cell with these channels would have."
         return torch.bincount(self.kernel[self.between(unit)], minlength=n)
 
-# %% ../nbs/05_size.ipynb #32df0eca
+# %% ../nbs/05_size.ipynb #d34afdae
 def size_of(index: Index, ops: Tensor, unit: Tensor, masked: Masked, more: Tensor|None = None # from `more_norms`
            )->tuple: # (Size; by operation: kernels' weights left, kernels' weights, channels of batch norms)
     "The size of a cell with some channels and weights off."

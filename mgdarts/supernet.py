@@ -88,7 +88,7 @@ class SuperNet(nn.Module):
         if len(self.cells) <= end: self.first = len(self.cells) # cell of this stage
         for c in range(len(self.cells), end + 1):
             spec = self.spec.cell[c]
-            ops = self._allowed().expand(len(self.spec.edges), -1)
+            ops = self.allowed()
             self.op_live[c] = ops.to(device)
             if self.rules.superpose != "none": # what is a part of a larger kernel is not stored
                 ops = ops.clone()
@@ -106,7 +106,9 @@ class SuperNet(nn.Module):
         first = sorted(set(kinds))
         for name, at in (("first_of_kind", first), ("kind", [first.index(k) for k in kinds])): self.register_buffer(name, torch.tensor(at, device=device), persistent=False)
 
-    def _allowed(self)->Tensor: return torch.tensor([o in self.rules.ops or o not in OPS for o in self.spec.ops])
+    def allowed(self)->Tensor: # [edges, operations] bool
+        "The operations that a cell begins with."
+        return torch.tensor([o in self.rules.ops or o not in OPS for o in self.spec.ops]).expand(len(self.spec.edges), -1)
     def add(self, ops: Tensor, alive: Tensor # [14, 7] and [units] bool: what the next cell stores
            ):
         "Append a cell."

@@ -47,7 +47,7 @@ def _to_cpu(tree):
 class Trainer:
     "Retrains an architecture. Events: `epoch`, `result` and, on demand, `step`, all of stage `train`."
     def __init__(self, arch: Discovered,
-                 loaders: dict, # train: `len` and `batch(epoch, step)`; val, test: `eval()`
+                 loaders: dict, # train: `len` and `batch(epoch, step)`; test and, unless the images of validation are trained on, val: `eval()`
                  cfg: Train,
                  seed: int = 0, # of weights and drop path; loaders have their own
                  device: str|torch.device = "cpu",
@@ -55,7 +55,9 @@ class Trainer:
                  events: Emitter|None = None, # listeners; a new one if None
                  check_every: int = 50 # steps between two looks at whether the loss is finite
                 ):
-        if missing := {"train", "val", "test"} - set(loaders): raise InputError(f"retraining needs the loaders train, val and test: {', '.join(sorted(missing))} missing")
+        self.parts = ("train", "test") if cfg.images == "train+val" else ("train", "val", "test")
+        if missing := set(self.parts) - set(loaders): raise InputError(f"retraining needs the loaders {', '.join(self.parts)}: {', '.join(sorted(missing))} missing")
+        if "val" in set(loaders) - set(self.parts): raise InputError("with train.images=train+val nothing is left to validate with: leave the loader val out, or set train.images=train")
         if len(loaders["train"]) < 1: raise InputError("retraining needs at least one step an epoch: give more training images or smaller batches")
         self.arch, self.loaders, self.cfg, self.seed, self.device = arch, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every = events or Emitter(), check_every
@@ -117,11 +119,13 @@ class Trainer:
         if not math.isfinite(float(self.sums[0])): raise NonFiniteLoss(self.epoch, self.epoch_step - 1)
 
     def _end_epoch(self):
-        "Validate, keep the best weights, go on to the next epoch or to the end."
-        epoch, (loss, hits, n) = self.epoch, self.sums.tolist()
-        ((acc, val_loss),) = evaluate([self.net], self.loaders["val"].eval(), self.device)
-        if acc > self.best["val_acc"]: self.best = {"epoch": epoch, "val_acc": acc, "net": _to_cpu(self.net.state_dict())}
-        row = {"train_acc": 100 * hits / n, "val_acc": acc, "val_loss": val_loss, "lr": learning_rate(self.cfg, epoch), "drop_path": drop_path(self.cfg, epoch)}
+        "Validate, if there are images for it, keep the best weights, go on to the next epoch or to the end."
+        epoch, (loss, hits, n), found = self.epoch, self.sums.tolist(), {}
+        if "val" in self.parts:
+            ((acc, val_loss),) = evaluate([self.net], self.loaders["val"].eval(), self.device)
+            found = {"val_acc": acc, "val_loss": val_loss}
+            if acc > self.best["val_acc"]: self.best = {"epoch": epoch, "val_acc": acc, "net": _to_cpu(self.net.state_dict())}
+        row = {"train_acc": 100 * hits / n, **found, "lr": learning_rate(self.cfg, epoch), "drop_path": drop_path(self.cfg, epoch)}
         self.history.append({"epoch": epoch, "loss": loss / n, **row})
         self.epoch, self.epoch_step = epoch + 1, 0
         self.sums.zero_()
@@ -136,8 +140,8 @@ class Trainer:
             nets.append(best.to(self.device, memory_format=torch.channels_last))
         tests = evaluate(nets, self.loaders["test"].eval(), self.device)
         last, size = self.history[-1], counts(self.arch)
-        self.result = {"test_acc_final": tests[0][0], "test_acc_best_val": tests[-1][0], "val_acc_final": last["val_acc"], "val_acc_best": self.best["val_acc"],
-                       "best_val_epoch": self.best["epoch"], "test_loss_final": tests[0][1], "train_acc_final": last["train_acc"], "train_loss_final": last["loss"],
+        validated = {"test_acc_best_val": tests[-1][0], "val_acc_final": last["val_acc"], "val_acc_best": self.best["val_acc"], "best_val_epoch": self.best["epoch"]} if "val" in self.parts else {}
+        self.result = {"test_acc_final": tests[0][0], **validated, "trained_on": self.cfg.images, "test_loss_final": tests[0][1], "train_acc_final": last["train_acc"], "train_loss_final": last["loss"],
                        "epochs": self.cfg.epochs, **{k: size[k] for k in ("params_total", "params_deployable", "params_nonzero", "macs")}}
         self._emit("result", self.epoch - 1, last["loss"], **self.result)
 
@@ -153,7 +157,9 @@ class Trainer:
 
     def fingerprint(self)->str:
         "A checksum of what a run depends on: architecture, settings, seed."
-        return hashlib.sha256(json.dumps([fingerprint(self.arch), asdict(self.cfg), self.seed, len(self.loaders["train"])], sort_keys=True).encode()).hexdigest()
+        younger = {"images": "train", "cutout": True} # settings with what states from before them did
+        cfg = {k: v for k, v in asdict(self.cfg).items() if younger.get(k) != v}
+        return hashlib.sha256(json.dumps([fingerprint(self.arch), cfg, self.seed, len(self.loaders["train"])], sort_keys=True).encode()).hexdigest()
     def state_dict(self)->dict:
         "Everything that going on needs: a copy, tensors on the CPU and plain data, fit for `torch.load(weights_only=True)`."
         return _to_cpu({"version": 1, "run": self.fingerprint(), "net": dict(self.net.state_dict()), "optimizer": self.optimizer.state_dict(), "epoch": self.epoch,

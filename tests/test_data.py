@@ -1,12 +1,12 @@
 "Data: sources, splits, augmentation, batches. Fake datasets are made in a temporary folder."
-import gzip, hashlib, pickle, shutil
+import gzip, hashlib, os, pickle, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
 import mgdarts.data as D
 from mgdarts.config import Data, InputError
 from mgdarts.data import (Augment, Files, Loader, apportion, autoaugment, channel_stats, crop_box, crop_flip, cutout, decode, epoch_order, eval_batches, fit,
-                          hold_out, load_data, normalise, open_source, read_idx, resize, root, stream, subset, train_batch)
+                          hold_out, load_data, normalise, open_source, read_idx, resize, root, stream, subset, train_and_val, train_batch)
 
 def picture(key, c=3, h=12, w=12):
     "A smooth random image, the same for the same key."
@@ -94,24 +94,111 @@ def test_statistics_a_channel():
     torch.testing.assert_close(mean, ref.mean((0, 2, 3)).float()); torch.testing.assert_close(std, ref.std((0, 2, 3), correction=0).float())
     assert channel_stats(torch.full((3, 1, 2, 2), 7, dtype=torch.uint8))[1] > 0
 
-@pytest.mark.parametrize("kind,key", [("CIFAR10", "cifar10"), ("CIFAR100", "cifar100")])
-def test_cifar_is_read_through_its_checksums(kind, key, tmp_path, monkeypatch):
+KINDS = pytest.mark.parametrize("kind,key", [("CIFAR10", "cifar10"), ("CIFAR100", "cifar100")])
+
+def fake_cifar(base, kind, monkeypatch):
+    "A tiny archive, unpacked, whose checksums torchvision takes for the published ones: 40 and 20 images of two classes, no two alike. (class, function that writes one of its files, pixels and labels by split)."
     cls, label = getattr(torchvision.datasets, kind), {"CIFAR10": "labels", "CIFAR100": "fine_labels"}[kind]
-    folder = tmp_path / cls.base_folder
-    folder.mkdir()
+    (base / cls.base_folder).mkdir(parents=True)
     def put(name, obj):
-        raw = pickle.dumps(obj); (folder / name).write_bytes(raw)
+        raw = pickle.dumps(obj); (base / cls.base_folder / name).write_bytes(raw)
         return hashlib.md5(raw).hexdigest()
-    pixels = lambda n, s: np.random.default_rng(s).integers(0, 256, (n, 3072), dtype=np.uint8)
-    train, test = pixels(40, 0), pixels(20, 1)
-    monkeypatch.setattr(cls, "train_list", [["a", put("a", {"data": train, label: [0, 1] * 20})]])
-    monkeypatch.setattr(cls, "test_list", [["b", put("b", {"data": test, label: [0, 1] * 10})]])
+    splits = {n: (np.random.default_rng(i).integers(0, 256, (k, 3072), dtype=np.uint8), [0, 1] * (k // 2)) for i, (n, k) in enumerate((("train", 40), ("test", 20)))}
+    for n, file in (("train", "a"), ("test", "b")): monkeypatch.setattr(cls, f"{n}_list", [[file, put(file, {"data": splits[n][0], label: splits[n][1]})]])
     monkeypatch.setattr(cls, "meta", {"filename": "m", "key": "names", "md5": put("m", {"names": ["x", "y"]})})
     monkeypatch.setattr(cls, "url", "file:///nowhere/at/all")
+    return cls, lambda name, data, labels: put(name, {"data": data, label: labels}), splits
+
+def as_folder(base, key, splits, monkeypatch):
+    "The same images as an image folder, in another order, and the digest that they have."
+    lines = []
+    for n, (pixels, labels) in splits.items():
+        for i, (row, y) in enumerate(zip(pixels[::-1], labels[::-1])):
+            image = torch.from_numpy(row.reshape(3, 32, 32).copy())
+            (base / key / n / "xy"[y]).mkdir(parents=True, exist_ok=True)
+            write(image, base / key / n / "xy"[y] / f"{i:03}.png")
+            lines.append(f"{n}/{'xy'[y]}/{hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).hexdigest()}")
+    monkeypatch.setitem(D.DIGESTS, key, hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest())
+    return base / key
+
+def pairs(images, labels): return sorted((x.numpy().tobytes(), int(y)) for x, y in zip(images, labels))
+
+@KINDS
+def test_cifar_is_read_through_its_checksums(kind, key, tmp_path, monkeypatch):
+    cls, put, splits = fake_cifar(tmp_path, kind, monkeypatch)
     s = open_source(Data(name=key, dir=str(tmp_path)))
-    assert s.train.numpy().reshape(40, -1).tobytes() == train.tobytes() and s.test_labels.tolist() == [0, 1] * 10 and s.classes == ["x", "y"]
-    put("a", {"data": train, label: [1, 0] * 20}) # another file under the same name is not opened
-    refused(f"no intact {kind}.*put {cls.filename} there", Data(name=key, dir=str(tmp_path)))
+    assert s.classes == ["x", "y"] and s.origin == "archive, md5 verified" and s.train.shape == (40, 3, 32, 32)
+    for n in ("train", "test"): # every image with its own label, and none else
+        assert pairs(getattr(s, n), getattr(s, f"{n}_labels")) == sorted((x.tobytes(), y) for x, y in zip(*splits[n]))
+    put("a", splits["train"][0], [1, 0] * 20) # another file under the same name is not opened
+    refused(f"no intact {kind}.*put {cls.filename} there.*{key}/train/<class>", Data(name=key, dir=str(tmp_path)))
+
+@KINDS
+def test_cifar_is_the_same_from_an_archive_and_from_a_folder(kind, key, tmp_path, monkeypatch):
+    cls, put, splits = fake_cifar(tmp_path / "a", kind, monkeypatch)
+    as_folder(tmp_path / "b", key, splits, monkeypatch)
+    monkeypatch.setattr(cls, "download", lambda self: pytest.fail("asked the network") if not self._check_integrity() else None)
+    a, b = (load_data(Data(name=key, dir=str(tmp_path / d), val_fraction=.2), 3) for d in "ab")
+    for n in ("train", "val", "test"): assert getattr(a, n).images.equal(getattr(b, n).images) and getattr(a, n).labels.equal(getattr(b, n).labels)
+    assert a.fingerprint == b.fingerprint and a.classes == b.classes and a.label == b.label == key and a.train.labels[:8].unique().tolist() == [0, 1]
+    assert (a.origin, b.origin) == ("archive, md5 verified", "image folder, digest verified")
+    shutil.copytree(tmp_path / "b" / key, tmp_path / "a" / key) # where both are, the archive is read; a damaged one is passed over, and nothing is fetched
+    assert load_data(Data(name=key, dir=str(tmp_path / "a")), 3).origin == "archive, md5 verified"
+    put("a", splits["train"][0], [1, 0] * 20)
+    assert load_data(Data(name=key, dir=str(tmp_path / "a")), 3).origin == "image folder, digest verified"
+
+def test_an_exact_folder_is_verified_once_and_again_when_a_file_changes(tmp_path, monkeypatch):
+    _, _, splits = fake_cifar(tmp_path / "other", "CIFAR10", monkeypatch)
+    folder, cfg = as_folder(tmp_path, "cifar10", splits, monkeypatch), Data(name="cifar10", dir=str(tmp_path))
+    first, cache = load_data(cfg, 0), folder / ".mgdarts-cache-exact.safetensors"
+    with monkeypatch.context() as m:
+        m.setattr(D, "decode", lambda *a, **k: pytest.fail("decoded again"))
+        assert load_data(cfg, 0).fingerprint == first.fingerprint and cache.is_file()
+    file = next((folder / "train" / "x").iterdir())
+    file.rename(file.with_name("renamed.png")) # the same images under other names
+    assert load_data(cfg, 0).fingerprint == first.fingerprint
+    file, before = file.with_name("renamed.png"), file.with_name("renamed.png").read_bytes()
+    at, size = file.stat().st_mtime_ns, len(before)
+    file.write_bytes(bytes(size)); os.utime(file, ns=(at + 1, at + 1)) # of the same size
+    refused("cifar10 does not hold CIFAR10 pixel for pixel: .*renamed.png is no readable image of 32x32.*rename the folder", cfg)
+    image = decode(str(next((folder / "train" / "y").iterdir()))).clone()
+    image[0, 0, 0] ^= 1 # one level of one pixel
+    write(image, file)
+    refused("cifar10 does not hold CIFAR10 pixel for pixel: the digest of its 60 images is .*rename the folder and give its new name as data.name", cfg)
+    file.write_bytes(before)
+    assert load_data(cfg, 0).fingerprint == first.fingerprint
+    write(picture("small", h=16, w=16), folder / "test" / "y" / "more.png")
+    refused("more.png is no readable image of 32x32", cfg)
+    folder.rename(tmp_path / "mine")
+    (tmp_path / "mine/test/y/more.png").unlink()
+    assert (own := load_data(Data(name="mine", dir=str(tmp_path)), 0)).origin == "image folder" and own.label == "mine" and len(own.test) == 20
+    (tmp_path / "cifar10" / "train" / "x").mkdir(parents=True) # half unpacked
+    refused("x has no images: unpack", cfg)
+
+def test_a_decoded_folder_notices_a_replaced_file_of_the_same_size(tmp_path):
+    folder, cfg = image_folder(tmp_path), Data(name="toy", dir=str(tmp_path), val_fraction=.34)
+    file, seen = folder / "train" / "cat" / "000.png", []
+    for level in (7, 9):
+        Image.fromarray(np.full((12, 12, 3), level, np.uint8)).save(file)
+        file.write_bytes(file.read_bytes().ljust(200, b"\0")) # what follows the end of a PNG means nothing
+        os.utime(file, ns=(0, level))
+        d = load_data(cfg, 0)
+        seen.append((file.stat().st_size, [any((x == n).all() for s in (d.train, d.val) for x in s.images) for n in (7, 9)]))
+    assert seen == [(200, [True, False]), (200, [False, True])]
+
+@pytest.mark.parametrize("name,classes,mean", [("cifar10", 10, (.49139968, .48215841, .44653091)), ("cifar100", 100, (.50707516, .48654887, .44091784))])
+def test_the_published_images(name, classes, mean, tmp_path):
+    "With every pixel: the digest holds, and the means are those that everybody normalises by."
+    base, unpack = Path(__file__).parents[1] / "data", Path(os.environ.get("MGDARTS_SHARED", Path(__file__).parents[2] / "shared")) / "data/unpack-cifar.py"
+    if not (base / name / "train").is_dir():
+        if not unpack.is_file(): pytest.skip(f"neither {base / name}/train nor {unpack} is there")
+        subprocess.run([sys.executable, str(unpack), name, str(base := tmp_path)], check=True, capture_output=True)
+    s = open_source(Data(name=name, dir=str(base)))
+    assert s.origin in ("image folder, digest verified", "archive, md5 verified") and len(s.classes) == classes and s.classes == sorted(s.classes)
+    assert s.train.shape == (50_000, 3, 32, 32) and s.test.shape == (10_000, 3, 32, 32) and s.train_labels.bincount().tolist() == [50_000 // classes] * classes
+    assert torch.allclose(channel_stats(s.train)[0].double(), torch.tensor(mean, dtype=torch.float64), atol=1e-7)
+    lines = [f"{n}/{s.classes[y]}/{hashlib.sha256(x.permute(1, 2, 0).contiguous().numpy()).hexdigest()}" for n in ("train", "test") for x, y in zip(getattr(s, n), getattr(s, f"{n}_labels").tolist())]
+    assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == D.DIGESTS[name]
 
 def write_fashion(folder, n=(40, 20), labels=None):
     folder.mkdir(parents=True)
@@ -323,6 +410,36 @@ def test_autoaugment(c):
     assert a.dtype == torch.uint8 and a.shape == x.shape and a.equal(b) and not a.equal(other) and torch.get_rng_state().equal(state)
     changed = (a != x).flatten(1).any(1)
     assert 0.5 < changed.float().mean() < 1 # each image its own draw
+
+def test_each_policy_of_autoaugment_is_torchvisions():
+    from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
+    x = torch.stack([picture(i, 3, 16, 16) for i in range(60)])
+    found = {p: autoaugment(x, stream(0), p) for p in ("cifar10", "imagenet")}
+    assert found["cifar10"].equal(autoaugment(x, stream(0))) and not found["cifar10"].equal(found["imagenet"])
+    for name, policy in (("cifar10", AutoAugmentPolicy.CIFAR10), ("imagenet", AutoAugmentPolicy.IMAGENET)):
+        seed = int(torch.randint(2 ** 62, (), generator=stream(0)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            change = AutoAugment(policy, fill=128)
+            assert torch.stack([change(image) for image in x]).equal(found[name])
+
+def test_the_policy_reaches_the_batches(tmp_path):
+    image_folder(tmp_path, "toy", 30, 3)
+    d = load_data(Data(name="toy", dir=str(tmp_path), val_fraction=.1), 0)
+    batch = lambda **k: Loader(d, "train", 50, 0, Augment.of(Data(**k))).batch(0, 0)[0]
+    assert batch(policy="cifar10").equal(batch()) and not batch(policy="imagenet").equal(batch()) and batch(policy="imagenet", autoaugment=False).equal(batch(autoaugment=False))
+
+def test_training_on_the_images_of_validation_too(tmp_path, monkeypatch):
+    image_folder(tmp_path, "toy", 20, 5)
+    cfg = Data(name="toy", dir=str(tmp_path), subset=30, val_fraction=.2)
+    for limit in (2 << 30, 100): # decoded at once, and on disk
+        monkeypatch.setattr(D, "IN_MEMORY", limit)
+        d = load_data(cfg, 0)
+        every = train_and_val(d)
+        content = lambda *splits: sorted((x.numpy().tobytes(), int(y)) for s in splits for x, y in zip(s.images[torch.arange(len(s))], s.labels))
+        assert isinstance(d.train.images, Files) == (limit == 100) and content(every.train) == content(d.train, d.val) and len(every.train) == 30 and every.val is None and len(d.val) == 6
+        assert content(every.test) == content(d.test) and every.fingerprint == d.fingerprint
+        assert every.train.mean.equal(every.test.mean) and every.train.mean.equal(channel_stats(every.train.images)[0]) and not every.mean.equal(d.mean)
 
 def test_augment_sizes():
     assert Augment().at(32) == Augment(4, True, 16) and Augment().at(16) == Augment(2, True, 8) and Augment(0, False, 0).at(8) == Augment(0, False, 0)

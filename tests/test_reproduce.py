@@ -87,6 +87,22 @@ def test_one_arm_fails_and_the_others_end(done, capsys):
     assert luck["ops"] == counts(load(others[1].training(folder)))["ops"] and luck["acc"] == read_json(others[1].training(folder) / "result.json", "a result")["test_acc_final"]
 
 
+def test_an_arm_trained_on_all_images_shares_the_search_and_has_no_validation(done):
+    folder, (one, _) = done
+    every = make(how={"train.images": "train+val"})
+    assert every.key() == one.key() and not every.finished(folder)
+    arms.do(every, folder)
+    record = make_record("table05", [one, every], folder, {}, {}, 0.0)
+    a, b = record["rows"]
+    assert (a["trained_on"], b["trained_on"]) == ("train", "train+val") and a["val_acc"] is not None and b["val_acc"] is b["acc_best_val"] is None and b["acc"] >= 0
+    assert a["data_source"] == b["data_source"] == "scikit-learn" and record["values"]["one"]["val_acc"]["n"] == 1
+
+
+def test_a_record_at_the_papers_scale_is_trained_on_all_images():
+    from mgdarts.config import preset, to_dict
+    assert reproduce.scale_of(to_dict(preset("small"))) == "paper" and reproduce.scale_of(to_dict(preset("small", **{"train.images": "train"}))) == "scaled down"
+
+
 def dies(job, folder):
     os.kill(os.getpid(), signal.SIGKILL)
 

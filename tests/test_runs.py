@@ -76,7 +76,7 @@ def test_a_run_folder_is_complete(run, capsys):
     names = {p.name for p in run.iterdir()}
     assert {"config.json", "events.jsonl", "checkpoint", "architecture.json", "masks.safetensors", "report.html", "result.json", "train", "random"} <= names
     record = json.loads((run / "config.json").read_text())
-    assert record["config"]["seed"] == 0 and record["environment"]["torch"] and record["dataset"] == "digits"
+    assert record["config"]["seed"] == 0 and record["environment"]["torch"] and (record["dataset"], record["data_source"]) == ("digits", "scikit-learn")
     events = runs.read_events(run / "events.jsonl")
     assert events[-1]["type"] == "done" and all({"type", "step", "epoch", "stage", "time"} <= e.keys() for e in events)
     assert all("loss" in e for e in events if e["type"] == "epoch")
@@ -88,7 +88,7 @@ def test_a_run_folder_is_complete(run, capsys):
     code, out, _ = call(["runs", run.parent, "--json"], capsys)
     assert code == 0 and json.loads(out)["runs"][0]["run"] == str(run)
     page = (run / "report.html").read_text("utf-8")
-    assert "digits" in page and "http://" not in page.replace("http://www.w3.org", "")
+    assert "digits (scikit-learn)" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
 def test_events_depend_on_the_clock_in_nothing_but_time(run, tmp_path):
@@ -189,6 +189,56 @@ def test_data_for_another_architecture_is_refused(run):
     assert not (run / "never").exists()
 
 
+def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, capsys):
+    import shutil
+    from mgdarts import compare, plots
+    copy = tmp_path / "all"
+    shutil.copytree(run, copy)
+    for k in ("train", "random"): shutil.rmtree(copy / k)
+    order = ["train", copy, "--set", "train.images=train+val"]
+    code, out, err = call([*order, "--json"], capsys)
+    assert code == 0, err
+    got = json.loads(out)
+    assert got["trained_on"] == "train+val" and not [k for k in got if "val" in k]
+    record, searched = runs.read_record(copy / "train"), runs.read_record(copy)
+    assert record["config"]["train"]["images"] == "train+val" and searched["images"]["val"] == 20 and record["images"] == {**searched["images"], "train": 200, "val": 0}
+    code, out, err = call([*order, "--baseline"], capsys) # with a bar, and as a table
+    assert code == 0 and "train+val" in out and "validation" not in out, err
+    events = runs.read_events(copy / "random/events.jsonl")
+    assert [e["type"] for e in events] == ["epoch", "epoch", "result"] and not [k for e in events for k in e if "val" in k]
+    assert call([*order, "--resume", "--json"], capsys)[0] == 0
+    assert [t.name for t in plots.learning(events).data] == ["train", "train"]
+    page = (copy / "report.html").read_text("utf-8")
+    assert "train+val" in page and "best validation epoch" not in page and "images it learns from" in page
+    both = (run / "report.html").read_text("utf-8")
+    assert "best validation epoch" in both and "images it learns from" not in both
+    row = next(r for r in runs.list_runs(tmp_path) if r["run"] == str(copy))
+    assert row["test_acc"] == got["test_acc_final"] and row["random_acc"] is not None and row["val_acc"] is row["random_val_acc"] is None
+    assert compare.pareto([row]).data and not compare.pareto([row], accuracy="val_acc").data
+    assert compare.entries([copy, copy / "train"])[1].row["test_acc"] == got["test_acc_final"]
+    assert call(["compare", copy, run, "--figure", tmp_path / "c.html"], capsys)[0] == 0
+
+
+def test_presets_search_and_retrain_as_the_paper_does():
+    from mgdarts.data import Augment
+    for name in ("imagenet", "mobilenet"):
+        cfg = preset(name)
+        assert Augment.of(cfg.data).at(224) == Augment(28, True, 112, True, "imagenet") and not cfg.train.autoaugment and not cfg.train.cutout
+    assert {name: preset(name).train.images for name in ("smoke", "cpu", "small", "large", "imagenet", "mobilenet")} == {"smoke": "train", "cpu": "train", **dict.fromkeys(("small", "large", "imagenet", "mobilenet"), "train+val")}
+    assert preset("large").search.target_m == 2.2 and preset("cpu").data.name == preset("cpu", kind="mobilenet").data.name == "cifar10"
+    assert preset("small").data.policy == "cifar10" and preset("small").train.cutout
+
+
+def test_a_retraining_without_cutout_has_none(run):
+    from mgdarts.data import load_data
+    cfg = preset("smoke", **FAST, **{"data.cutout": 4})
+    splits = load_data(cfg.data, 0)
+    augment = lambda **k: runs.make_trainer(preset("smoke", **FAST, **{"data.cutout": 4}, **k), architecture.load(run), splits).loaders["train"].augment
+    assert augment().cutout == 4 and augment(**{"train.cutout": False}).cutout == 0
+    search = runs.make_search(preset("smoke", **FAST, **{"data.cutout": 4, "train.cutout": False}), splits)
+    assert search.loaders["train"].augment.cutout == 4
+
+
 @pytest.mark.parametrize("kind", ["darts", "mobilenet"])
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(kind, tmp_path, capsys, monkeypatch):
     from mgdarts import estimate
@@ -196,7 +246,7 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(kind, tmp_path, capsys
     assert main(order) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["search_hours_at_most"] == pytest.approx(sum(s["epoch_s"] * s["epochs_at_most"] for s in found["stages"]) / 3600)
-    assert found["search_hours_at_most"] > 0 and found["train_hours"] > 0
+    assert found["search_hours_at_most"] > 0 and found["train_hours"] > 0 and found["images"] == {"train": 180, "val": 20, "test": 359, "retraining": 180}
     assert found["peak_bytes"] == max(s["peak_bytes"] for s in found["stages"]) and not found["problems"] and not list(tmp_path.iterdir())
     monkeypatch.setattr(estimate, "memory_there", lambda device: 1000)
     assert main(order) == 2

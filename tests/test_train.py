@@ -101,6 +101,40 @@ def test_best_epoch_is_the_one_that_is_tested():
     net = DerivedNet(t.arch, True); net.load_state_dict(first)
     assert r["best_val_epoch"] == 0 and same(t.best["net"], first) and r["test_acc_best_val"] == evaluate([net], Toy(seed=2).eval(), torch.device("cpu"))[0][0]
 
+def test_without_validation_the_last_epoch_counts_and_nothing_speaks_of_validation():
+    data, cfg, heard = {k: v for k, v in loaders().items() if k != "val"}, replace(CFG, images="train+val"), []
+    t = Trainer(arch(), data, cfg, seed=4); t.events.listen(heard.append, "epoch", "result")
+    for _ in range(4): t.run("step")
+    new = Trainer(arch(), data, cfg, seed=4); new.load_state_dict(torch.load(_bytes(t.state_dict()), weights_only=True))
+    r = t.run()
+    assert new.run() == r and same(new.state_dict(), t.state_dict()) # it resumes as any other
+    assert r["trained_on"] == "train+val" and r["test_acc_final"] == evaluate([t.net], Toy(seed=2).eval(), torch.device("cpu"))[0][0] and t.best["net"] is None
+    assert not [k for k in r if "val" in k] and len(heard) == 4 and not [k for e in heard for k in e.data if "val" in k] and not [k for h in t.history for k in h if "val" in k]
+
+def test_with_validation_it_is_the_same_training(whole):
+    "Looking at validation images changes nothing: the same images, with and without them, give the same network."
+    other = Trainer(arch(), {k: v for k, v in loaders().items() if k != "val"}, replace(CFG, images="train+val"), seed=4)
+    r = other.run()
+    assert whole.result["trained_on"] == "train" and {k: v for k, v in whole.result.items() if k in r and k != "trained_on"} == {k: v for k, v in r.items() if k != "trained_on"}
+    assert all(a.equal(b) for a, b in zip(whole.net.state_dict().values(), other.net.state_dict().values()))
+
+def test_loaders_that_do_not_fit_the_images():
+    data = loaders()
+    with pytest.raises(InputError, match="loader val out"): Trainer(arch(), data, replace(CFG, images="train+val"))
+    del data["val"]
+    with pytest.raises(InputError, match="loaders train, val, test: val missing"): Trainer(arch(), data, CFG)
+
+def test_states_from_before_a_setting_was_there_still_fit():
+    "The checksum of a run with the defaults of younger settings is what it was without them."
+    from dataclasses import asdict
+    import hashlib
+    from mgdarts.architecture import fingerprint
+    t = Trainer(arch(), loaders(), CFG, seed=4)
+    old = {k: v for k, v in asdict(CFG).items() if k not in ("images", "cutout")}
+    assert t.fingerprint() == hashlib.sha256(json.dumps([fingerprint(t.arch), old, 4, 3], sort_keys=True).encode()).hexdigest()
+    others = [Trainer(arch(), loaders(), replace(CFG, cutout=False), seed=4), Trainer(arch(), {k: v for k, v in loaders().items() if k != "val"}, replace(CFG, images="train+val"), seed=4)]
+    assert len({t.fingerprint(), *(o.fingerprint() for o in others)}) == 3
+
 def test_events(whole):
     t, heard = Trainer(arch(), loaders(), CFG, seed=4), []
     t.events.listen(heard.append, "step", "epoch", "result")
