@@ -16,7 +16,8 @@ from .operations import avg_pool, even_odd, factorized_reduce, from_phases, max_
 from .size import CellIndex, Layout
 
 # %% auto #0
-__all__ = ['LiveOp', 'NodePlan', 'remap', 'carry', 'carry_columns', 'PlannedCell', 'StoredCell', 'ReferenceCell', 'Cell']
+__all__ = ['POOL', 'LiveOp', 'NodePlan', 'remap', 'carry', 'carry_columns', 'PlannedCell', 'pools_of', 'pool_slots', 'StoredCell',
+           'ReferenceCell', 'Cell']
 
 # %% ../nbs/06_cell.ipynb #0a9f761d
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class NodePlan:
     dil: list = field(default_factory=list) # in the domain of pixels
     phased: list = field(default_factory=list) # dilated, in the domain of phases
     reduce: list = field(default_factory=list) # strided skips
-    through: list = field(default_factory=list) # skips and pools: neither weights nor batch norm
+    through: list = field(default_factory=list) # skips and pools: no weights
 
     @property
     def normed(self)->list: return self.sep + self.dil + self.reduce # in the order in which they are summed
@@ -93,6 +94,11 @@ class PlannedCell(nn.Module):
         skips = torch.cat([torch.full((len(i),), not g.learned) for g, i in lay.gates])
         self._hold(gate_of=gate_of, gate_len=gate_len, gate_n=self.gate_sizes, conv=conv, conv_len=conv_len, coef=coef, skips=skips, area=area)
         self.has_skips = bool(skips.any())
+        self.pools, self.pool_sizes, self.pool_maps = pools_of(lay) if self.pool_norm else [], [], []
+        for s, kinds in enumerate(self.pools):
+            self.pool_maps.append([self.channels[s]] * len(kinds))
+            self.pool_sizes += self.pool_maps[-1]
+        if self.pool_norm: self.area = torch.cat([self.area, self.area.new_full((sum(self.pool_sizes),), self.spec.side ** 2)])
         if self.scored: self._hold(kernel_sizes=self.sizes["omega"])
         for stale in ("_levels", "outer"): self.__dict__.pop(stale, None)
         if self.spec.rest: self._hold(shuffle=torch.arange(self.spec.width + self.spec.rest).view(-1, self.spec.width).t().flatten())
@@ -123,7 +129,9 @@ class PlannedCell(nn.Module):
         ids = lambda unit: lay.alive[unit:unit + spec.width].nonzero().flatten()
         state = [ids(spec.state_unit(s)) for s in range(STATES)]
         self.channels = [len(s) for s in state]
-        self.pre = [(kernels[-1 - s, -1], gates[-1 - s, -1]) for s in range(INPUTS)] # of the channels that operations see, then of the rest
+        own = [{seg.role: i for i, seg in enumerate(seg for seg, _ in lay.kernels if seg.group == "plain") if (seg.edge, seg.op) == (-1 - s, -1)} for s in range(INPUTS)]
+        # of each input, the channels that operations see, then the rest: (gate, (kernel,) or (kernel of even pixels, of odd ones))
+        self.pre = [[(g, (own[s]["pre" + part],) if "pre" + part in own[s] else (own[s].get("a" + part), own[s].get("b" + part))) for g, part in zip(gates[-1 - s, -1], ("", "_rest"))] for s in range(INPUTS)]
         self.nodes = {node: NodePlan() for node in range(INPUTS, STATES)}
         for node, plan in self.nodes.items():
             for e in NODE_EDGES[node]:
@@ -152,7 +160,7 @@ class PlannedCell(nn.Module):
             out = torch.full((width,), gap)
             out[places[place]] = whole(i)
             return out
-        groups = [[whole(g) for _, gs in self.pre for g in gs]]
+        groups = [[whole(g) for parts in self.pre for g, _ in parts]]
         for node, plan in self.nodes.items():
             groups.append([whole(op.gates[0]) for op in plan.sep])
             for ops in (plan.normed, plan.phased): groups.append([with_gaps(op.gates[-1], op.place, self.channels[node]) for op in ops])
@@ -192,22 +200,38 @@ class PlannedCell(nn.Module):
 
     def spread(self, b: int)->list: # an index a group
         "Where the channels of `b` images abreast find their batch norms, for the CPU kernels."
-        if b not in self._spread: self._spread[b] = [spread_index(sizes, b) for sizes in self.map_sizes]
+        if b not in self._spread: self._spread[b] = [spread_index(sizes, b) for sizes in self.map_sizes + self.pool_maps]
         return self._spread[b]
+
+# %% ../nbs/06_cell.ipynb #20bd5bea
+POOL = {AVG: avg_pool, MAX: max_pool}
+
+def pools_of(lay: Layout)->list: # for each state that is read, of operations
+    "Which pools of each state there are."
+    return [[o for o in POOL if bool(lay.ops[[e for e, (i, _) in enumerate(EDGES) if i == s], o].any())] for s in range(STATES - 1)]
+
+def pool_slots(lay: Layout)->Tensor: # int64, ascending
+    "The pooled channels that are stored, by state, pool and channel."
+    C, of = lay.spec.width, lambda s: lay.alive[lay.spec.state_unit(s):lay.spec.state_unit(s) + lay.spec.width].nonzero().flatten()
+    return torch.cat([(s * len(POOL) + o - AVG) * C + of(s) for s, kinds in enumerate(pools_of(lay)) for o in kinds] + [torch.zeros(0, dtype=torch.long)])
 
 # %% ../nbs/06_cell.ipynb #64979474
 class StoredCell(PlannedCell):
     "The parameters of a cell: what its `Layout` lists, and nothing else."
     GATES = ("scale", "shift", "beta", "mean", "var") # vectors with one entry a live filter
+    POOLS = ("pool_mean", "pool_var") # vectors with one entry a live channel of each pooled state
 
     def __init__(self, lay: Layout, # what to store
                  generator: torch.Generator, # for the initial weights
                  gated: bool = True, # filters have gates
-                 scored: bool = False # searched weights have scores
+                 scored: bool = False, # searched weights have scores
+                 pool_norm: bool = False # pools have batch norms
                 ):
         super().__init__()
-        self.spec, self.index, self.gated, self.scored = lay.spec, self.INDEX(lay.spec), gated, scored
+        self.spec, self.index, self.gated, self.scored, self.pool_norm = lay.spec, self.INDEX(lay.spec), gated, scored, pool_norm
         empty = lambda: torch.zeros(0)
+        self.pool_slots = empty().long()
+        for name in self.POOLS if pool_norm else (): self.register_buffer(name, empty())
         for name in ("omega", "plain", "scale", "shift", "beta") + ("score",) * scored: setattr(self, name, nn.Parameter(empty()))
         for name in ("mean", "var"): self.register_buffer(name, empty())
         self.register_buffer("omega_live", empty().bool())
@@ -242,9 +266,22 @@ class StoredCell(PlannedCell):
         for name, fresh in zip(self.GATES, (1., 0., 0., 0., 1.)):
             if name in ("mean", "var"): setattr(self, name, carry(getattr(self, name), *moves["gates"], fresh))
             else: renew(name, moves["gates"], fresh)
+        if self.pool_norm:
+            before, self.pool_slots = self.pool_slots, pool_slots(lay)
+            for name, fresh in zip(self.POOLS, (0., 1.)): setattr(self, name, carry(getattr(self, name), *remap(before, self.pool_slots), fresh))
         self.layout = lay
         self._plan()
         return moved
+
+    @property
+    def statistics(self)->tuple:
+        "The running statistics: tensors that training moves, besides the parameters."
+        return tuple(getattr(self, n) for n in ("mean", "var") + self.POOLS * self.pool_norm)
+    def pool_statistics(self, state: int, op: int)->tuple: # two [width], on the CPU: running mean and variance, as fresh for channels that are gone
+        "Those of one pool of a state."
+        C = self.spec.width
+        here = self.pool_slots.div(C, rounding_mode="floor") == state * len(POOL) + op - AVG
+        return tuple(torch.full((C,), fresh).index_copy_(0, self.pool_slots[here] % C, v.cpu()[here].float()) for v, fresh in zip(self.statistics[2:], (0., 1.)))
 
 # %% ../nbs/06_cell.ipynb #f81d98df
 class ReferenceCell(StoredCell):
@@ -272,25 +309,27 @@ class ReferenceCell(StoredCell):
                   edges: Tensor|None = None, # [14] weights of the edges, for channels that go round the operations
                   chosen: Tensor|None = None, # [14, 7] bool on the CPU: the operations to compute; of the others alpha is 0
                   gate: Tensor|None = None # [filters]: gates that are worked out already
-                 )->tuple: # ([N, live out, H', W'], means and variances [filters] of this batch; NaN for what was not computed)
+                 )->tuple: # ([N, live out, H', W'], means and variances [filters, then pooled channels] of this batch; NaN for what was not computed)
         "Eq. 4 and 5, operation by operation."
         cut = {n: getattr(self, n).split(self.gate_sizes) for n in ("scale", "shift", "mean", "var")}
         plain = [w.view(s) for w, s in zip(self.plain.split(self.sizes["plain"]), self.shapes["plain"])]
         places, stats = self.places.split(self.place_sizes), {}
+        for n, v in zip(("mean", "var"), self.statistics[2:]): cut[n] += v.split(self.pool_sizes) # the pools' batch norms come after the gates'
         def norm(x, i):
             running = (None, None) if self.training else (cut["mean"][i], cut["var"][i])
-            y, m, inv = torch.native_batch_norm(x, cut["scale"][i], cut["shift"][i], *running, self.training, 0., EPS)
+            y, m, inv = torch.native_batch_norm(x, *((cut["scale"][i], cut["shift"][i]) if i < len(self.gate_sizes) else (None, None)), *running, self.training, 0., EPS)
             stats[i] = (m, inv.pow(-2) - EPS)
             return y
+        pool_at = {(s, o): i for i, (s, o) in enumerate(((s, o) for s, kinds in enumerate(self.pools) for o in kinds), len(self.gate_sizes))}
         strength = (lambda i: self._gate(i, t_gate)) if gate is None else gate.split(self.gate_sizes).__getitem__
         gated = lambda x, i: norm(x, i) * strength(i).view(1, -1, 1, 1)
         def reduce(x, a, b):
             x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-            return torch.cat([F.conv2d(x, a, None, 2), F.conv2d(x[:, :, 1:, 1:], b, None, 2)], 1)
+            return torch.cat([F.conv2d(x, w, None, 2) for x, w in ((x, a), (x[:, :, 1:, 1:], b)) if w is not None], 1)
         states, rest, out = [], [], []
-        for x, (k, gs) in zip((x0, x1), self.pre):
-            x, n = F.relu(x), len(k) // len(gs)
-            maps = [gated(F.conv2d(x, plain[k[j * n]]) if n == 1 else reduce(x, plain[k[j * n]], plain[k[j * n + 1]]), g) for j, g in enumerate(gs)]
+        for x, parts in zip((x0, x1), self.pre):
+            x, own = F.relu(x), lambda i: None if i is None else plain[i]
+            maps = [gated(F.conv2d(x, own(*k)) if len(k) == 1 else reduce(x, *map(own, k)), g) for g, k in parts]
             states.append(maps[0]); rest += maps[1:]
         for node, plan in self.nodes.items():
             total = states[0].new_zeros(len(x0), self.channels[node], self.spec.side, self.spec.side)
@@ -307,7 +346,10 @@ class ReferenceCell(StoredCell):
                     y = gated(F.conv2d(depth(F.relu(y), w[2]), w[3]), g[1])
                 elif is_dil(op.op): y = gated(F.conv2d(depth(F.relu(x), w[0], stride, 2), w[1]), g[0])
                 elif self.spec.reduces(op.edge, op.op): y = norm(reduce(F.relu(x), *w) * strength(g[0]).view(1, -1, 1, 1), g[0])
-                else: y = x if op.op == SKIP else (avg_pool if op.op == AVG else max_pool)(x, stride)
+                elif op.op == SKIP: y = x
+                else:
+                    y = POOL[op.op](x, stride)
+                    if self.pool_norm: y = norm(y, pool_at[EDGES[op.edge][0], op.op])
                 y = alpha[at] * y
                 if op.place is not None: # the other channels of the node get nothing from this operation
                     y = y.new_zeros(len(y), self.channels[node], *y.shape[2:]).index_copy(1, places[op.place], y)
@@ -319,7 +361,7 @@ class ReferenceCell(StoredCell):
                 total, round_ = out[-1].split([self.spec.width, self.spec.rest], 1)
                 rest.append(round_)
             states.append(total)
-        for i, n in enumerate(self.gate_sizes):
+        for i, n in enumerate(self.gate_sizes + self.pool_sizes):
             if i not in stats: stats[i] = (x0.new_full((n,), math.nan),) * 2
         return torch.cat(out, 1), *(torch.cat(s) for s in zip(*(stats[i] for i in range(len(stats)))))
 
@@ -356,7 +398,7 @@ class Cell(ReferenceCell):
                 b: int = 1, # images abreast
                 edges: Tensor|None = None, # [14] weights of the edges, for channels that go round the operations
                 drop: tuple|None = None # drop-out on skip connections: (probability, generator)
-               )->tuple: # ([N/B, B live out, H', W'], means and variances [filters] of this batch)
+               )->tuple: # ([N/B, B live out, H', W'], means and variances [filters, then pooled channels] of this batch)
         views = lambda v, g: [w.view(s) for w, s in zip(v.split(self.sizes[g]), self.shapes[g])]
         K, plain = views(omega, "omega"), views(self.plain, "plain")
         if b > 1: # one gathering for all depthwise kernels
@@ -367,26 +409,32 @@ class Cell(ReferenceCell):
         scale, shift, mean, var = map(grouped, (self.scale * factor, self.shift * factor, self.mean, self.var))
         strength, places = gate.split(self.gate_sizes), self.places.split(self.place_sizes)
         factors, stats = alpha.index_select(0, self.through).split(self.through_sizes), []
-        index = [None] * len(scale) if native(x0) else self.spread(b)
+        index = [None] * (len(scale) + len(self.pools)) if native(x0) else self.spread(b)
         def norms(i): return dict(scale=scale[i], shift=shift[i], running=(mean[i], var[i]), index=index[i], b=b, training=self.training, reuse=True)
 
         pre = []
-        for x, (k, gs) in zip((x0, x1), self.pre):
-            n = len(k) // len(gs)
-            halves = even_odd(x) if n == 2 else None
-            pre += [pointwise(x, plain[k[j]], b) if n == 1 else factorized_reduce(halves, plain[k[j]], plain[k[j + 1]], b) for j in range(0, len(k), n)]
+        for x, parts in zip((x0, x1), self.pre):
+            halves, own = even_odd(x) if len(parts[0][1]) == 2 else None, lambda i: None if i is None else plain[i]
+            pre += [pointwise(x, own(*k), b) if halves is None else factorized_reduce(halves, *map(own, k), b) for _, k in parts]
         maps, *s = normalise(pre, **norms(0)); stats.append(s)
-        per = len(self.pre[0][1]) # maps of an input: 2 with partial channels
+        per = len(self.pre[0]) # maps of an input: 2 with partial channels
         states, rest, whole = list(maps[::per]), list(maps[1::2]) if per == 2 else [], []
         def skip(x): return x if drop is None or not self.training else x * ((torch.rand(x.shape, generator=drop[1]).to(x) >= drop[0]) / (1 - drop[0])).to(memory_format=torch.channels_last)
         reached = {} # (edge, operation) -> the first half of a separable convolution, the whole of a dilated one
-        pools, split = {}, {}
+        pools, split, pooled = {}, {}, {}
+        around = [v.split([sum(sizes) for sizes in self.pool_maps]) for v in self.statistics[2:]]
         def reach(s): # everything that reads state s
             where = lambda op, node: (None, None) if op.place is None or is_sep(op.op) else (places[op.place], self.channels[node])
             made = pairs(states[s], [Pair(K[op.kernels[0]], K[op.kernels[1]], *where(op, node), self.spec.stride(op.edge), is_dil(op.op)) for op, node in self.readers[s]], b, relu=True)
             reached.update({(op.edge, op.op): y for (op, _), y in zip(self.readers[s], made)})
         def pool(o, s, stride):
-            if (o, s) not in pools: pools[o, s] = (avg_pool if o == AVG else max_pool)(states[s], stride)
+            if (o, s) not in pools:
+                kinds = self.pools[s] if self.pool_norm else [o]
+                maps = [POOL[k](states[s], stride) for k in kinds]
+                if self.pool_norm: # once a state, whatever reads it
+                    n = sum(self.pool_maps[s])
+                    maps, *pooled[s] = normalise(maps, gate.new_ones(n), gate.new_zeros(n), [v[s] for v in around], index[len(scale) + s], b, self.training, reuse=True)
+                pools.update(((k, s), m) for k, m in zip(kinds, maps))
             return pools[o, s]
 
         for s in range(INPUTS): reach(s)
@@ -421,16 +469,18 @@ class Cell(ReferenceCell):
             states.append(total)
             reach(node)
         out = from_pixels(torch.cat(whole or [pixels(s, b) for s in states[INPUTS:]], 1), b)
-        return out, *(torch.cat(s)[self.where] for s in zip(*stats))
+        of_pools = zip(*(pooled[s] for s, kinds in enumerate(self.pools) if kinds)) if pooled else ((), ())
+        return out, *(torch.cat([torch.cat(s)[self.where], *p]) for s, p in zip(zip(*stats), of_pools))
 
     @torch.no_grad()
-    def track(self, mean: Tensor, var: Tensor, # [filters], of a batch
+    def track(self, mean: Tensor, var: Tensor, # [filters, then pooled channels], of a batch
               n: int, # images of it
               momentum: float = 0.1,
               some: bool = False # NaN stands for what was not computed
              ):
         "Move the running statistics towards those of a batch."
-        count = self.area * n
-        for old, new in ((self.mean, mean), (self.var, var * (count / (count - 1).clamp(min=1)))):
+        count, sizes = (self.area * n).to(var), [len(self.mean), sum(self.pool_sizes)]
+        news = zip(*(v.split(sizes) for v in (mean, var * (count / (count - 1).clamp(min=1))))) # (mean, var) of filters, (mean, var) of pools
+        for old, new in zip(self.statistics, (v for pair in news for v in pair)):
             new = new.to(old)
             old.lerp_(torch.where(new.isnan(), old, new) if some else new, momentum)

@@ -59,6 +59,7 @@ class Data:
     val_fraction: float = knob(0.1, "share of the training images held out for validation, stratified", 0.01, 0.9)
     autoaugment: bool = knob(True, "AutoAugment during the search")
     policy: str = knob("cifar10", "AutoAugment's policy, by the images it was learnt on", choices=("cifar10", "imagenet"))
+    search_cutout: bool = knob(True, "Cutout during the search too; off: in the retraining only, as in DARTS")
     flip: bool = knob(True, "random horizontal flips")
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
     cutout: int = knob(-1, "side of the Cutout square in pixels; -1: half of the image side, 0: none", -1, 512)
@@ -96,7 +97,8 @@ class Search:
     adam_beta: float = knob(0.5, "Adam's first beta", 0.0, 0.9999)
     arch_decay: float = knob(0.0, "weight decay of alpha", 0.0, 1.0)
     arch_speed: float = knob(1.0, "factor on Adam's learning rate: a scaled-down search has fewer steps to move alpha in", 0.0)
-    clip: float = knob(5.0, "largest gradient norm of the weights", 0.0)
+    clip: float = knob(5.0, "largest gradient norm of the weights; 0: any", 0.0)
+    label_smoothing: float = knob(0.0, "label smoothing in the loss that weights learn from", 0.0, 0.99)
     cost: str = knob("params", "resource in R_size", choices=("params", "macs"))
     reg: float = knob(1.0, "constant price of an operation in R_size", 0.0)
     mu: float = knob(0.0, "price of an operation's cost in R_size; at 1 the average operation's cost weighs as much as a constant price of 1", 0.0)
@@ -138,11 +140,13 @@ class Rules:
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)", 1, 64)
     superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)", choices=("none", "kernels", "kernels+filters"))
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
+    pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
     ops: tuple = knob(("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"), "operations that the search begins with",
                       choices=("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"))
     init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, before any training", choices=("zero", "normal", "saliency"))
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing", choices=("size+threshold", "size", "none"))
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
+    aux: float = knob(0.0, "weight of the loss of an auxiliary head two thirds up the super-net, once it is whole; 0: no head (GOLD-NAS: 0.4)", 0.0, 10.0)
     discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and error with a zero-cost score; the best of some random nets",
                             choices=("thresholds", "share", "rate", "argmax", "perturbation", "sample"))
     share_min: float = knob(0.01, "share of a node at which an operation is pruned", 0.0, 1.0)
@@ -257,6 +261,8 @@ def _check_rules(cfg):
     if cfg.space.kind == "mobilenet":
         need(r.relaxation == "sigmoid" and own == "thresholds" and r.gates and r.keep == 1 and r.superpose == "none" and r.partial == 1 and cfg.space.constraint == 3 and s.optimisation not in ("first-order", "second-order", "none"),
              "in the MobileNet-like space operations are searched by learned thresholds only: choose method mg-darts, or space.kind=darts")
+        need(not r.pool_norm, "the MobileNet-like space has no pools: set rules.pool_norm=false, or space.kind=darts")
+        need(not r.aux, "the MobileNet-like space is searched without a further auxiliary head: set rules.aux=0, or space.kind=darts")
     if own not in PRUNING:
         need(s.stages == 1 or r.growing, f"rules.discretiser={own} decides once, at the end: set search.stages=1")
         need(own != "argmax" or s.optimisation != "none", "rules.discretiser=argmax needs a search that moves alpha: choose another search.optimisation")

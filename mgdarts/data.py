@@ -525,8 +525,8 @@ class Augment:
 
     @classmethod
     def of(cls, cfg: Data, **changes): # for example autoaugment=False for a retraining
-        "The augmentation a configuration asks for."
-        return replace(cls(cfg.crop, cfg.flip, cfg.cutout, cfg.autoaugment, cfg.policy), **changes)
+        "The augmentation a configuration asks for in a search."
+        return replace(cls(cfg.crop, cfg.flip, cfg.cutout if cfg.search_cutout else 0, cfg.autoaugment, cfg.policy), **changes)
     def at(self, side: int)->Augment:
         "With the sizes for images of `side` pixels filled in. `InputError` when the crop could miss the image."
         if self.crop > side: raise InputError(f"data.crop={self.crop} is more than the image side {side}: the crop could miss the image")

@@ -105,7 +105,9 @@ def inherited(net: SuperNet,
                     w = full[e, o, role][0] * g[spec.width // 2:].view(-1, 1, 1, 1) if b else full[e, o, role][0] * g[:spec.width // 2].view(-1, 1, 1, 1)
                     out[f"{at}.{role}"] = w[half(keep, b)][:, keep]
                 norm(f"{at}.norms.0", (e, o, "out"), keep, a, gated=False)
-            elif o != SKIP: out[f"{at}.norms.0.weight"] = torch.full((len(keep),), a)
+            elif o != SKIP:
+                out[f"{at}.norms.0.weight"] = torch.full((len(keep),), a)
+                if cell.pool_norm: out |= {f"{at}.norms.0.{k}": v[keep] for k, v in zip(("running_mean", "running_var"), cell.pool_statistics(EDGES[e][0], o))}
         sets = [sets[1], torch.cat([n * spec.width + keep for n in range(NODES)])]
     live = net._out(len(net.cells) - 1).nonzero().flatten()
     whole = torch.zeros(net.spec.classes, net.spec.cell[-1].out); whole[:, live] = net.head.weight.detach().cpu()

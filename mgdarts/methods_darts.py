@@ -10,8 +10,8 @@ from .config import Method
 
 # %% ../nbs/20_darts.ipynb #35a38c1d
 TWO_LEVEL = {"search.stages": 1, "search.stage_keep": (0.,), "search.regrow": 0., "search.granularities": ("operation",), "search.optimisation": "first-order", "space.constraint": 1,
-             "search.lr_weights": .025, "search.lr_end": .001, "search.lr_arch": 3e-4, "search.adam": True, "search.arch_decay": 1e-3,
-             "rules.gates": False, "rules.relaxation": "softmax", "rules.zero": True, "rules.init": "normal", "rules.regulariser": "none", "rules.discretiser": "argmax", "rules.weights_only": 0., "rules.fit": True}
+             "data.autoaugment": False, "data.search_cutout": False, "search.batch": 64, "search.lr_weights": .025, "search.lr_end": .001, "search.lr_arch": 3e-4, "search.adam": True, "search.arch_decay": 1e-3,
+             "rules.gates": False, "rules.pool_norm": True, "rules.relaxation": "softmax", "rules.zero": True, "rules.init": "normal", "rules.regulariser": "none", "rules.discretiser": "argmax", "rules.weights_only": 0., "rules.fit": True}
 
 DARTS_V1 = Method("darts-v1", "softmax over operations; alpha and weights by turns, to first order", "Liu, Simonyan, Yang: DARTS, ICLR 2019", TWO_LEVEL)
 DARTS_V2 = Method("darts-v2", "the same, with alpha's gradient through one step of the weights", "Liu, Simonyan, Yang: DARTS, ICLR 2019", {**TWO_LEVEL, "search.optimisation": "second-order"})

@@ -11,4 +11,4 @@ from .methods_darts import TWO_LEVEL
 
 # %% ../nbs/26_tanglenas.ipynb #a744b52c
 TANGLENAS = Method("tanglenas", "kernels of two sizes in one, mixtures drawn from a Dirichlet distribution", "Sukthanker et al.: Weight-entanglement meets gradient-based NAS, 2023",
-                   {**TWO_LEVEL, "rules.relaxation": "dirichlet", "rules.superpose": "kernels", "rules.zero": False, "search.lr_end": 0., "search.nesterov": True})
+                   {**TWO_LEVEL, "rules.relaxation": "dirichlet", "rules.superpose": "kernels", "search.lr_end": 0., "search.nesterov": True})

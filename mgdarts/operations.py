@@ -67,13 +67,13 @@ def even_odd(x: Tensor # [N, C, H, W]
     return _EvenOdd.apply(x)
 
 def factorized_reduce(parts: tuple, # `even_odd` of a map [N, C, H, W]
-                      wa: Tensor, # [A, C, 1, 1], reads even rows and columns
-                      wb: Tensor, # [B, C, 1, 1], reads odd rows and columns
+                      wa: Tensor|None, # [A, C, 1, 1], reads even rows and columns
+                      wb: Tensor|None, # [B, C, 1, 1], reads odd rows and columns
                       b: int = 1 # images abreast
                      )->Tensor: # [N, A + B, ceil(H/2), ceil(W/2)]
     "Two strided 1x1 convolutions, the second on the map shifted by a pixel, side by side."
-    # pruning may leave nothing of a half
-    return from_pixels(torch.cat([mixed(pixels(m, b), w) for m, w in zip(parts, (wa, wb)) if len(w)], 1), b)
+    # pruning may leave nothing of a half, and partial channels may need one only
+    return from_pixels(torch.cat([mixed(pixels(m, b), w) for m, w in zip(parts, (wa, wb)) if w is not None and len(w)], 1), b)
 
 # %% ../nbs/02_operations.ipynb #9472be64
 def avg_pool(x: Tensor, # [N, C, H, W]

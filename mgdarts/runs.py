@@ -202,7 +202,7 @@ def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict
     if (arch.classes, arch.size, arch.in_channels) != (splits.num_classes, splits.size, splits.in_channels):
         raise InputError(f"the architecture is for {arch.classes} classes of {arch.size}-pixel images with {arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and {splits.in_channels}: choose other data, or set data.size={arch.size}")
     if cfg.train.images == "train+val": splits = train_and_val(splits)
-    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, **({} if cfg.train.cutout else {"cutout": 0}))
+    augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout if cfg.train.cutout else 0)
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), **{k: Loader(splits, k) for k in ("val", "test") if getattr(splits, k)}}
     return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state)
 

@@ -125,6 +125,10 @@ class StagedSearch:
         "Share of the stage that is done, by the clock."
         return (self.phase_epoch + (0 if self.warmup else self.warm_epochs) + self.epoch_step / len(self.loaders["train"])) / max(self.length, 1)
     @property
+    def turn(self)->int:
+        "Epochs of the stage that are over, by the clock."
+        return math.floor(min(self.clock, 1.) * self.length + 1e-9)
+    @property
     def sparse(self)->bool: return self.rules.keep < 1 and self.clock >= 1 - self.rules.sparse - 1e-9
 
     def _make_net(self):
@@ -136,7 +140,7 @@ class StagedSearch:
             rules = replace(rules, zero=rules.zero and stage < 2)
         if self.settled: self.spec, rules = replace(self.spec, partial=1), replace(rules, partial=1, superpose="none", edge_norm=False)
         self.net = supernet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.compute, rules).to(self.device)
-        if rules.init == "normal": self.net.alpha.data.copy_((1e-3 * torch.randn(self.net.alpha.shape, generator=self.net._generator(6)))[self.spec.kinds])
+        if rules.init == "normal": self.net.start_normal()
         self.mom = torch.zeros_like(self.net.alpha)
 
     def _emit(self, type, loss=None, epoch=None, **data):
@@ -278,6 +282,8 @@ class SavedSearch(StagedSearch):
         if state["version"] == 1 and not state["counters"]["finished"] and self.by_size: raise InputError("this search was begun when sizes were counted before filters are aligned, and its target would change: start it again")
         own = lambda what, given: {**plain(asdict(type(what)())), **given} == plain(asdict(what)) # settings that are younger than the state have their defaults
         if not (own(self.cfg, state["config"]) and own(self.rules, state.get("rules", {})) and type(self.whole)(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
+        # from before pools could have batch norms: the preprocessing after a reduction was of another kind then, in tensors of the same shapes
+        if self.rules.partial > 1 and "pool_norm" not in state["rules"] and not state["counters"].get("settled"): raise InputError("this state is of a PC-DARTS search that an older version began, with another preprocessing after reductions: it cannot go on here, search anew")
         for k, v in state["counters"].items(): setattr(self, k, copy.deepcopy(v))
         self.spec = self.whole
         self._make_net()
@@ -316,28 +322,30 @@ class Search(SavedSearch):
         if self.events.wants("rest"): self._emit("rest")
 
     def _fading(self)->float:
-        "P-DARTS's drop-out fades: linearly in warm-up, then exponentially."
-        return max(0., 1 - self.phase_epoch / max(self.warm_epochs, 1)) if self.warmup else math.exp(-.2 * self.phase_epoch)
+        "P-DARTS's drop-out fades: linearly in warm-up, as if it went on to the end of the stage, then from anew exponentially."
+        return max(0., 1 - (self.phase_epoch + 1) / max(self.length, 1)) if self.warmup else math.exp(-.2 * self.phase_epoch)
 
     # the parts of a step are methods of their own, so that they can be timed
     def _batch(self, images="train"):
         loader = self.loaders[images]
         return tuple(t.to(self.device, non_blocking=True) for t in loader.batch(self.epoch, self.epoch_step % len(loader)))
 
-    def _forward(self, x, y)->tuple: # loss, and what the epoch's means are made of
-        logits = self.net(x)
+    def _forward(self, x, y, smoothing=0.)->tuple: # loss, and what the epoch's means are made of
+        also = []
+        logits = self.net(x, also) if self.rules.aux else self.net(x)
         ce = F.cross_entropy(logits, y)
         cells, push = prices(self.net, self.cfg.cost, self.cfg.reg, self.cfg.mu), pressure(self.net)
         price, own = cells.sum(), cells[0 if self.fine_tuning else self.net.first:].sum()
-        loss = ce + (0. if self.warmup else self.lam.value) * (price + push)
+        loss = (F.cross_entropy(logits, y, label_smoothing=smoothing) if smoothing else ce) + (0. if self.warmup else self.lam.value) * (price + push)
+        for aux in also: loss = loss + self.rules.aux * F.cross_entropy(aux, y, label_smoothing=smoothing)
         if self.rules.beta_decay: loss = loss + self._decay(self.net.alpha)
         with torch.no_grad(): seen = torch.stack([ce.double() * len(y), price.double() * len(y), push.double() * len(y), own.double() * len(y), (logits.argmax(1) == y).sum().double(), self.sums.new_full((), len(y))])
         return loss, seen
 
     def _decay(self, alpha)->Tensor:
-        "What beta-DARTS adds, a larger part of it with every step."
+        "What beta-DARTS adds, a larger part of it with every epoch."
         n = len(self.net.cells)
-        return self.rules.beta_decay * min(self.clock, 1.) * beta_decay(alpha[:n], self.net.op_live[:n])
+        return self.rules.beta_decay * self.turn / max(self.length, 1) * beta_decay(alpha[:n], self.net.op_live[:n])
 
     def _backward(self, loss):
         self.net.zero_grad(set_to_none=True)
@@ -365,7 +373,7 @@ class Search(SavedSearch):
                 for p in group["params"]: p.grad = None
             elif group["name"] == "weights":
                 if cfg.clip: nn.utils.clip_grad_norm_(group["params"], cfg.clip)
-                if cfg.lr_end >= 0: group["lr"] = cfg.lr_end + (cfg.lr_weights - cfg.lr_end) * (1 + math.cos(math.pi * math.floor(min(self.clock, 1.) * self.length) / max(self.length, 1))) / 2
+                if cfg.lr_end >= 0: group["lr"] = cfg.lr_end + (cfg.lr_weights - cfg.lr_end) * (1 + math.cos(math.pi * self.turn / max(self.length, 1))) / 2
         self.optimizer.step()
         if self.adam and "strengths" in move: self.adam.step()
         if net.discretising:
@@ -377,7 +385,7 @@ class Search(SavedSearch):
         net.train()
         due = turns(cfg.optimisation, self.warmup, self.phase_epoch, self.epoch_step / steps, self.steps % rules.arch_every == 0, self.sparse)
         net.sparse = self.sparse
-        if rules.relaxation == "gumbel": net.tau = rules.tau[0] + (rules.tau[1] - rules.tau[0]) * min(self.clock, 1.)
+        if rules.relaxation == "gumbel": net.tau = rules.tau[0] + (rules.tau[1] - rules.tau[0]) * min(self.turn / max(self.length - 1, 1), 1.)
         net.skip_dropout = rules.skip_dropout[min(self.stage, 2)] * self._fading()
         for i, (images, move) in enumerate(due):
             if rules.relaxation not in ("sigmoid", "softmax") or net.skip_dropout: net.noise = net._generator(7, self.epoch, self.epoch_step, i)
@@ -387,7 +395,7 @@ class Search(SavedSearch):
                 if len(due) > 1: # gradients are made for what moves
                     for name, ps in groups(net).items():
                         for p in ps: p.requires_grad_(name in move)
-                loss, seen = self._forward(*self._batch(images))
+                loss, seen = self._forward(*self._batch(images), cfg.label_smoothing if images == "train" else 0.)
                 self._backward(loss)
             if len(due) > 1: net.requires_grad_()
             self._update(move)
@@ -398,7 +406,7 @@ class Search(SavedSearch):
         if self.events.wants("step"): self._emit("step", float(loss.detach()))
 
     def _check(self):
-        seen = [self.sums[:3], *(v for c in self.net.cells for v in (c.mean, c.var))] # running statistics may overflow before the loss does
+        seen = [self.sums[:3], *(v for c in self.net.cells for v in c.statistics)] # running statistics may overflow before the loss does
         if not bool(torch.stack([v.isfinite().all() for v in seen]).all()): raise NonFiniteLoss(self.epoch, self.epoch_step - 1)
 
     def validate(self)->tuple: # accuracy in percent, mean cross-entropy
@@ -486,12 +494,12 @@ class Search(SavedSearch):
     @torch.no_grad()
     def _among(self, ops, score):
         "A score of the net with some operations only. The net is as before afterwards."
-        net, live, statistics = self.net, self.net.op_live.clone(), [(c.mean.clone(), c.var.clone()) for c in self.net.cells]
+        net, live, statistics = self.net, self.net.op_live.clone(), [[v.clone() for v in c.statistics] for c in self.net.cells]
         net.op_live[:len(net.cells)] = self._spread(ops).to(live.device)
         net.requires_grad_(False) # gradients are asked of images only
         with torch.enable_grad(): found = score(net)
         net.requires_grad_().op_live.copy_(live)
-        for c, (mean, var) in zip(net.cells, statistics): c.mean.copy_(mean); c.var.copy_(var)
+        for c, before in zip(net.cells, statistics): torch._foreach_copy_(c.statistics, before)
         return found
 
     def _try(self):

@@ -39,7 +39,7 @@ class Segment:
     group: str # "omega" (weights are searched) or "plain"
     edge: int # edge of the operation; -1, -2 for the preprocessing of state 0, 1
     op: int # operation index; -1 for preprocessing
-    role: str # dw1 pw1 dw2 pw2 | dw pw | pre | a b (the two halves of a strided 1x1)
+    role: str # dw1 pw1 dw2 pw2 | dw pw | pre | a b (the two halves of a strided 1x1); of channels that go round the operations pre_rest a_rest b_rest
     rows: int
     cols: int
     k: int
@@ -116,13 +116,11 @@ class CellSpec:
             out.append(s)
         C = self.width
         for state, (width, unit) in enumerate(zip((self.in0, self.in1), self.in_unit)):
-            edge = -1 - state
-            for rows, row, suffix in ((C, self.state_unit(state), ""), (self.rest, self.rest_unit(state), "_rest")):
-                if not rows: continue
-                if state == 0 and self.reduction_prev:
-                    add("plain", edge, -1, "a" + suffix, rows // 2, width, 1, row, unit, self.side_in)
-                    add("plain", edge, -1, "b" + suffix, rows - rows // 2, width, 1, row + rows // 2, unit, self.side_in)
-                else: add("plain", edge, -1, "pre" + suffix, rows, width, 1, row, unit, self.side_in)
+            whole, twice = C + self.rest, state == 0 and self.reduction_prev
+            for role, first, end in (("a", 0, whole // 2), ("b", whole // 2, whole)) if twice else (("pre", 0, whole),): # rows of one convolution
+                seen = min(max(C, first), end) # those before it are for the operations
+                for suffix, i, j, row in (("", first, seen, self.state_unit(state)), ("_rest", seen, end, self.rest_unit(state) - C)):
+                    if i < j: add("plain", -1 - state, -1, role + suffix, j - i, width, 1, row + i, unit, self.side_in)
         for e, (i, _) in enumerate(EDGES):
             src = self.state_unit(i)
             for o in range(len(OPS)):

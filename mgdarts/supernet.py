@@ -71,7 +71,7 @@ class SuperNet(nn.Module):
         self.register_buffer("op_live", torch.ones(shape, dtype=torch.bool))
         self.register_buffer("node_n", torch.tensor(spec.node_sizes), persistent=False)
         self.stem = self.STEM(spec, self._generator(1))
-        self.cells, self.head, self.discretising, self.first = nn.ModuleList(), None, False, 0
+        self.cells, self.head, self.aux, self.discretising, self.first = nn.ModuleList(), None, None, False, 0
 
     def _generator(self, *what)->torch.Generator:
         "A generator for one part of the net: parts do not depend on the order in which they are made."
@@ -98,6 +98,9 @@ class SuperNet(nn.Module):
         width, last = int(self._out(end).sum()), end == self.spec.cells - 1
         g = self._generator(3, stage)
         self.head = (self._top(width, g) if last else AuxHead(self.spec.head(stage, self.aux_size), g, width)).to(device)
+        if last and self.rules.aux:
+            spec, seen = self.spec.cell[self.spec.ends[1] + 1], int(self._out(self.spec.ends[1] + 1).sum())
+            self.aux = AuxHead(HeadSpec(spec.out, spec.side, 128, 768, 1, self.spec.classes), self._generator(3, 3), seen).to(device)
         self.stage = stage
         kinds = self.spec.kinds[:end + 1]
         first = sorted(set(kinds))
@@ -110,7 +113,7 @@ class SuperNet(nn.Module):
            ):
         "Append a cell."
         c = len(self.cells)
-        self.cells.append(self.CELL(layout(self.spec.cell[c], ops, alive), self._generator(2, c), self.rules.gates, self.rules.keep < 1).to(self.alpha.device))
+        self.cells.append(self.CELL(layout(self.spec.cell[c], ops, alive), self._generator(2, c), self.rules.gates, self.rules.keep < 1, self.rules.pool_norm).to(self.alpha.device))
 
     @torch.no_grad()
     def tie(self):
@@ -127,6 +130,13 @@ class SuperNet(nn.Module):
         if c < 0: return torch.ones(self.spec.stem_out[-1 - c], dtype=torch.bool)
         return self.cells[c].index.out(self.cells[c].layout.alive)
     def _inputs(self, c: int)->tuple: return self._out(c - 2), self._out(c - 1)
+
+    @torch.no_grad()
+    def start_normal(self):
+        "Alpha, and what else has a strength, as DARTS and PC-DARTS start: 1e-3 times normal noise, alike in cells of a kind."
+        for i, name in enumerate(n for n in ("alpha", "zero", "edge", "widths") if hasattr(self, n)):
+            p = getattr(self, name)
+            p.copy_((1e-3 * torch.randn(p.shape, generator=self._generator(6, *(i,) * (i > 0))))[self.spec.kinds])
 
     def _by(self, relaxation, noise):
         n = len(self.cells)
@@ -174,10 +184,12 @@ class SuperNet(nn.Module):
         if self.rules.superpose != "none": alpha, inner = superposed(alpha.view(grid), self.op_live[:len(alpha)])
         return Mixture(alpha, edges, widths, inner, (alpha.detach() > 0).view(grid).cpu() if paths else None)
 
-    def forward(self, x: Tensor)->Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute.amp): return self._forward(x).float()
+    def forward(self, x: Tensor, also: list|None = None # gets the logits of the auxiliary head of the whole net, where there is one
+               )->Tensor:
+        more = () if also is None else (also,)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute.amp): return self._forward(x, *more).float()
 
-    def _forward(self, x):
+    def _forward(self, x, also=None):
         how, x, n = self.compute, x.contiguous(memory_format=torch.channels_last), len(x)
         plain, paths = how.impl == "reference", self.rules.relaxation in HARD and (self.paths or not self.training)
         b = 1 if plain or paths or how.compile or native(x) else images_abreast(n, self.spec.channels // self.rules.partial)
@@ -194,6 +206,7 @@ class SuperNet(nn.Module):
             f, args = (cell.reference, (x0, x1, alpha, t_gate, t_weight, omega, edges, chosen, gate)) if reference else (self._cell(c), (x0, x1, alpha, gate, omega, b, edges, drop))
             y, mean, var = self._kept(c, f, args)
             if self.training: cell.track(mean, var, n, some=paths)
+            if also is not None and self.aux is not None and c == self.spec.ends[1] + 1: also.append(self.aux(y, b).float())
             if c + 1 < len(self.cells): x0, x1 = x1, y.relu()
         return self.head(y, b)
 
@@ -265,12 +278,14 @@ class SuperNet(nn.Module):
                )->list: # (old parameter, new parameter, positions, kept), for optimizers
         "Compact, regrow, or both: store exactly what lives from now on. Exact in evaluation for whatever only leaves."
         self._forget()
-        moved, before = [], self._out(len(self.cells) - 1)
+        heads = [(len(self.cells) - 1, self.head)] + [(self.spec.ends[1] + 1, self.aux)] * (self.aux is not None)
+        moved, before = [], [self._out(c) for c, _ in heads]
         self.op_live[:len(self.cells)] = ops.to(self.op_live.device)
         for c, cell in enumerate(self.cells):
             alive = cell.index.alive(ops[c], gates[c], *self._inputs(c))
             moved += cell.relayout(layout(cell.spec, ops[c], alive), self._generator(4, stamp, c))
-        after, old = self._out(len(self.cells) - 1), self.head.reads
-        at, kept = remap(before.nonzero().flatten(), after.nonzero().flatten())
-        self.head.read(nn.Parameter(carry_columns(old.data, at, kept)))
-        return moved + [(old, self.head.reads, at, kept)]
+        for (c, head), was in zip(heads, before):
+            old, (at, kept) = head.reads, remap(was.nonzero().flatten(), self._out(c).nonzero().flatten())
+            head.read(nn.Parameter(carry_columns(old.data, at, kept)))
+            moved.append((old, head.reads, at, kept))
+        return moved
