@@ -104,6 +104,19 @@ def test_both_implementations_with_pool_norms(partial):
     assert nets[0].count().searched.params == nets[0].spec.params # nothing to count
 
 
+def test_drop_out_on_skips_is_that_of_both_implementations():
+    out, x = [], torch.randn(8, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    for impl in ("reference", "fused"):
+        n = SuperNet(NetSpec(4, 3, size=8, constraint=1), compute=Compute(impl=impl), rules=Rules(**DARTS))
+        n.open(2, 2)
+        n.double().train()
+        n.skip_dropout, n.noise = .4, torch.Generator().manual_seed(1)
+        out.append(n._forward(x))
+        n.skip_dropout = 0.
+        assert not torch.allclose(out[-1], n._forward(x))
+    torch.testing.assert_close(*out, rtol=1e-9, atol=1e-9)
+
+
 def test_pool_statistics_where_paths_are_drawn():
     "What was not drawn keeps its statistics; what was drawn on one edge or several moves once."
     n = SuperNet(NetSpec(4, 3, size=8, constraint=1), rules=Rules(**{**DARTS, "relaxation": "gumbel"}, ops=POOLS + ("skip_connect",)))
