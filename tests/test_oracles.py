@@ -41,15 +41,17 @@ class How:
     impl: str
     dtype: torch.dtype = torch.float64
     bound: float = 1e-9
+    device: str = "cpu"
 
 
-HOW = {"reference": How("reference"), "fused": How("fused"), "as on GPUs": How("fused"), "compiled": How("fused", torch.float32, 1e-3)}
+HOW = {"reference": How("reference"), "fused": How("fused"), "as on GPUs": How("fused"), "compiled": How("fused", torch.float32, 1e-3), "on a GPU": How("fused", device="cuda")}
 
 
-@pytest.fixture(params=HOW)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.cuda if how.device == "cuda" else ()) for name, how in HOW.items()])
 def how(request, monkeypatch):
-    "Operation by operation; fused, with the CPU kernels in PyTorch; with those that GPUs use; compiled, which are for 32-bit numbers."
+    "Operation by operation; fused, with the CPU kernels in PyTorch; with those that GPUs use; compiled, which are for 32-bit numbers; on a GPU, where there is one."
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
+    if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("needs a CUDA device")
     if request.param == "as on GPUs":
         for module in (kernels, operations, cell, supernet, architecture): monkeypatch.setattr(module, "native", lambda x: True)
     return HOW[request.param]
@@ -60,7 +62,7 @@ class Comparison:
     def __init__(self, bound): self.bound, self.seen = bound, {}
 
     def add(self, kind, got, want):
-        got = torch.zeros_like(want) if got is None else got.detach()
+        got = torch.zeros_like(want) if got is None else got.detach().cpu()
         assert got.shape == want.shape, kind
         off, size = self.seen.get(kind, (0., 0.))
         if want.numel(): self.seen[kind] = max(off, float((got - want).abs().max())), max(size, float(want.abs().max()))
@@ -185,13 +187,14 @@ def test_super_net(number, how):
     D, meta = oracle(f"mgdarts_stage{number}", how.dtype)
     net, seen = super_net(number, D, meta["config"], how.dtype), Comparison(how.bound)
     net.compute.impl = how.impl
-    net.eval()
-    with torch.no_grad(): logits = net._forward(D["x"])
+    net.to(how.device).eval()
+    x, y = (D[k].to(how.device) for k in "xy")
+    with torch.no_grad(): logits = net._forward(x)
     seen.add("logits in evaluation", logits, D["out.eval.logits"])
-    seen.add("cross-entropy in evaluation", F.cross_entropy(logits, D["y"]), D["out.eval.cross_entropy"])
+    seen.add("cross-entropy in evaluation", F.cross_entropy(logits, y), D["out.eval.cross_entropy"])
     net.train()
-    logits = net._forward(D["x"])
-    loss = F.cross_entropy(logits, D["y"])
+    logits = net._forward(x)
+    loss = F.cross_entropy(logits, y)
     seen.add("logits", logits, D["out.train.logits"])
     seen.add("cross-entropy", loss, D["out.train.cross_entropy"])
     loss.backward()
@@ -251,16 +254,16 @@ def derived(D, meta):
 def test_derived_network(how):
     D, meta = oracle("mgdarts_retrain", how.dtype)
     net, weights, norms = derived(D, meta)
-    net.to(how.dtype).impl = how.impl
-    seen = Comparison(how.bound)
+    net.to(how.device, how.dtype).impl = how.impl
+    seen, (x, y) = Comparison(how.bound), (D[k].to(how.device) for k in "xy")
     with torch.no_grad():
         for key, p in weights.items(): p.copy_(D[key])
         for key, norm in norms.items():
             for name, row in zip(("weight", "bias", "running_mean", "running_var"), D[key]): getattr(norm, name).copy_(row)
         net.apply_masks()
-        seen.add("logits in evaluation", net.eval()(D["x"])[0], D["out.eval.logits"])
-    logits, aux = net.train()(D["x"])
-    loss = F.cross_entropy(logits, D["y"]) + meta["config"]["aux_weight"] * F.cross_entropy(aux, D["y"])
+        seen.add("logits in evaluation", net.eval()(x)[0], D["out.eval.logits"])
+    logits, aux = net.train()(x)
+    loss = F.cross_entropy(logits, y) + meta["config"]["aux_weight"] * F.cross_entropy(aux, y)
     loss.backward()
     for name, value in (("logits", logits), ("aux_logits", aux), ("loss", loss)): seen.add(name, value, D["out.train." + name])
     for key, p in weights.items(): seen.add(f"gradient of {key.split('.')[-1]}", p.grad, D["grad." + key])
@@ -330,19 +333,20 @@ def strengths_of(net, found, meta):
 def test_two_level_methods(method, file, variant, how):
     D, meta = oracle(file, how.dtype)
     net, seen = baseline(method, D, meta, how.dtype, not variant), Comparison(how.bound)
-    net.compute.impl = how.impl
+    net.to(how.device).compute.impl = how.impl
+    train, valid = ([D[f"{k}_{part}"].to(how.device) for k in "xy"] for part in ("train", "valid"))
     of, names = groups(net), {id(p): n for n, p in net.named_parameters()}
     weights, strengths = ([names[id(p)] for p in of[k]] for k in ("weights", "strengths"))
-    with torch.no_grad(): seen.add("logits", net(D["x_train"]), D[variant + "out.logits_train"])
-    logits = net(D["x_valid"])
+    with torch.no_grad(): seen.add("logits", net(train[0]), D[variant + "out.logits_train"])
+    logits = net(valid[0])
     seen.add("logits", logits, D[variant + "out.logits_valid"])
-    first = torch.autograd.grad(F.cross_entropy(logits, D["y_valid"]), [net.get_parameter(k) for k in strengths])
+    first = torch.autograd.grad(F.cross_entropy(logits, valid[1]), [net.get_parameter(k) for k in strengths])
     for name, g in strengths_of(net, dict(zip(strengths, first)), meta): seen.add(f"first-order gradient of {name}", g, D[f"{variant}grad_first.{name}"])
     if variant or method == "pc-darts" and how is not HOW["reference"]: return seen.check() # the step ahead is the same code, and PC-DARTS takes none
-    buffers = weights_of(net, D, "momentum.")
+    buffers = {k: v.to(how.device) for k, v in weights_of(net, D, "momentum.").items()}
     assert {k for k in weights if net.get_parameter(k).numel()} == set(buffers)
     rate, momentum, decay = (float(D[k]) for k in ("eta", "momentum", "weight_decay"))
-    second = unrolled(net, lambda f, x, y, *_: F.cross_entropy(f(x), y), (D["x_train"], D["y_train"]), (D["x_valid"], D["y_valid"]), weights, strengths, rate, momentum, decay, buffers)
+    second = unrolled(net, lambda f, x, y, *_: F.cross_entropy(f(x), y), train, valid, weights, strengths, rate, momentum, decay, buffers)
     for name, g in strengths_of(net, second, meta): seen.add(f"second-order gradient of {name}", g, D[f"{variant}grad_second.{name}"])
     seen.check()
 
