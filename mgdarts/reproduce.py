@@ -23,16 +23,17 @@ from .store import read_json, write_json
 from .verdicts import home, verdicts
 
 # %% auto #0
-__all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'seconds', 'measure',
-           'scale_of', 'planned_memory', 'head_sizes', 'published', 'published_shape', 'darts_sizes', 'mobile_sizes',
-           'paper_rows', 'summary', 'make_record', 'at', 'jobs_in', 'recorded', 'rebuild', 'Asked', 'Ran', 'markdown',
-           'draw', 'Study', 'adaptive_and_fixed', 'run_notebook', 'outcome', 'reproduce', 'reproduce_all', 'remake']
+__all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'rise_of', 'seconds',
+           'measure', 'scale_of', 'planned_memory', 'head_sizes', 'published', 'published_shape', 'darts_sizes',
+           'mobile_sizes', 'paper_rows', 'summary', 'make_record', 'at', 'jobs_in', 'recorded', 'rebuild', 'Asked',
+           'Ran', 'markdown', 'draw', 'Study', 'adaptive_and_fixed', 'run_notebook', 'outcome', 'reproduce',
+           'reproduce_all', 'remake']
 
 # %% ../nbs/40_reproduce.ipynb #3e1f37ce
 TARGETS = {
     "table01": "CIFAR-10 and CIFAR-100, DARTS-like space", "table02": "ImageNet, DARTS-like space", "table03": "ImageNet, MobileNet-like space", "table04": "single-stage and multi-stage",
     "table05": "regrowing ratios", "table06": "memory reduction in three search spaces", "table07": "DASS against MG-DARTS", "table08": "granularities", "table09": "optimisation strategies",
-    "table10": "auxiliary heads", "methods": "the methods at one size", "fig01": "retention ratios at the same size", "fig02": "the search space", "fig03": "pruning", "fig04": "stages", "fig05": "ratios set by hand",
+    "table10": "auxiliary heads", "methods": "the methods at one size", "thresholds": "where thresholds start", "fig01": "retention ratios at the same size", "fig02": "the search space", "fig03": "pruning", "fig04": "stages", "fig05": "ratios set by hand",
     "fig06": "fixed rates: retention ratios", "fig07": "fixed rates: accuracy against size", "fig08": "thresholds and ratios during the search", "fig09": "what is kept where"}
 
 def target(name: str)->str: # the same
@@ -73,6 +74,17 @@ def pace_of(events: list)->dict:
     if commits:
         filters = [a["retention"]["filter"] - b["retention"]["filter"] for a, b in zip(commits, commits[1:]) if None not in (a["retention"]["filter"], b["retention"]["filter"])]
         out |= {"ops_a_commit": statistics.fmean(e["pruned"]["operation"] for e in commits), "filters_a_commit": 100 * statistics.fmean(filters) if filters else None}
+    return out | rise_of(events)
+
+def rise_of(events: list)->dict:
+    "When the mean threshold of a granularity has risen half of its way in a stage, as a share of the stage's joint epochs, over the stages in which it rises; late is towards 1 (Fig. 8: that of weights)."
+    joint, out = [e for e in events if e["type"] == "epoch" and e.get("phase") == "joint" and e.get("thresholds")], {}
+    for g in GRANULARITIES:
+        at = []
+        for stage in dict.fromkeys(e["stage"] for e in joint):
+            t = [v for e in joint if e["stage"] == stage and (v := e["thresholds"].get(g)) is not None]
+            if len(t) > 2 and t[-1] > t[0]: at.append(next(i for i, v in enumerate(t) if v >= (t[0] + t[-1]) / 2) / (len(t) - 1))
+        if at: out[f"rise_{g}"] = statistics.fmean(at)
     return out
 
 def seconds(result: dict, record: dict)->float|None: # None: an older run does not say
@@ -87,7 +99,7 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
         r = data["result"]
         if r is None: raise InputError(f"{run.name} is not finished")
         row |= {"reached": r["reached"], "gap": r.get("gap"), "searched_m": r.get("params_searched", r["params"]) / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
-                **shape_of(data["arch"]), **pace_of(data["events"]), "environment": data["record"]["environment"], "dataset": data["record"]["dataset"]}
+                **{f"{what}_{g}": d[what] for g, d in (r.get("drift") or {}).items() for what in ("auc", "free")}, **shape_of(data["arch"]), **pace_of(data["events"]), "environment": data["record"]["environment"], "dataset": data["record"]["dataset"]}
         if (run / "memory.json").exists():
             row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
             if row["memory_mb"]: row["peak_mb"] = max(row["memory_mb"].values())
@@ -289,10 +301,16 @@ class Ran(Asked):
     def stat(self, label: str, metric: str)->tuple: # (mean, standard deviation, seeds); Nones where there is none
         v = self.record["values"].get(label, {}).get(metric)
         return (v["mean"], v["std"], v["n"]) if v else (None, None, 0)
+    def by_seed(self, label: str, metric: str)->dict: # seed -> value
+        return {r["seed"]: r[metric] for r in self.record["rows"] if r["label"] == label and r.get(metric) is not None}
     def events(self, label: str, seed: int|None = None)->list: # of the search
         "What a search has recorded; None: with the first seed."
         j = next(j for j in jobs_in(self.record) if j.label == label and seed in (None, j.seed))
         return runs.load_run(j.run(self.folder))["events"]
+    def searched(self, label: str)->bool:
+        "Whether the files of an arm's search with the first seed are here."
+        j = next((j for j in jobs_in(self.record) if j.label == label), None)
+        return j is not None and (j.run(self.folder) / "events.jsonl").exists()
     def arch(self, label: str)->Architecture:
         "What an arm has found, with the first seed."
         j = next(j for j in jobs_in(self.record) if j.label == label)

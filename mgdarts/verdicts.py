@@ -12,8 +12,8 @@ from .store import read_json
 
 # %% auto #0
 __all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'RANDOM', 'FIXED',
-           'VERDICT_LOOKS', 'gap', 'more', 'exactly', 'together', 'NotRun', 'Values', 'check', 'others', 'second',
-           'dass', 'sizes', 'judge', 'home', 'verdicts', 'verdict_figure']
+           'VERDICT_LOOKS', 'gap', 'paired', 'more', 'exactly', 'together', 'NotRun', 'Values', 'check', 'others',
+           'second', 'dass', 'sizes', 'judge', 'home', 'verdicts', 'verdict_figure']
 
 # %% ../nbs/39_verdicts.ipynb #007eb7f2
 def gap(a: list, b: list, # a value a seed
@@ -26,6 +26,15 @@ def gap(a: list, b: list, # a value a seed
     if va + vb == 0: return diff, 0.
     from scipy.stats import t
     return diff, float(t.ppf(1 - .025 / tests, (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)))) * (va + vb) ** .5
+
+# %% ../nbs/39_verdicts.ipynb #8f5865be
+def paired(a: dict, b: dict # seed -> value
+          )->tuple: # (mean of a - b, half width of its 95 % interval, None: not known; pairs)
+    "Student's interval of the differences over the seeds that both have."
+    d = [a[s] - b[s] for s in sorted(a.keys() & b.keys())]
+    if len(d) < 2: return (d[0] if d else None), None, len(d)
+    from scipy.stats import t
+    return statistics.fmean(d), float(t.ppf(.975, len(d) - 1)) * statistics.stdev(d) / len(d) ** .5, len(d)
 
 # %% ../nbs/39_verdicts.ipynb #5105c284
 REPRODUCED, NOT, UNSURE, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"

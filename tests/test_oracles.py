@@ -43,15 +43,18 @@ class How:
     bound: float = 1e-9
     device: str = "cpu"
 
+    def here(self, *names, of):  # tensors of a file, where the net is
+        return tuple(of[n].to(self.device) for n in names)
+
 
 HOW = {"reference": How("reference"), "fused": How("fused"), "as on GPUs": How("fused"), "compiled": How("fused", torch.float32, 1e-3), "on a GPU": How("fused", device="cuda")}
 
 
-@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.cuda if how.device == "cuda" else ()) for name, how in HOW.items()])
+@pytest.fixture(params=HOW)
 def how(request, monkeypatch):
-    "Operation by operation; fused, with the CPU kernels in PyTorch; with those that GPUs use; compiled, which are for 32-bit numbers; on a GPU, where there is one."
+    "Operation by operation; fused, with the CPU kernels in PyTorch; with those that GPUs use; compiled, which are for 32-bit numbers."
+    if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("there is no GPU here")
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
-    if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("needs a CUDA device")
     if request.param == "as on GPUs":
         for module in (kernels, operations, cell, supernet, architecture): monkeypatch.setattr(module, "native", lambda x: True)
     return HOW[request.param]
@@ -62,7 +65,7 @@ class Comparison:
     def __init__(self, bound): self.bound, self.seen = bound, {}
 
     def add(self, kind, got, want):
-        got = torch.zeros_like(want) if got is None else got.detach().cpu()
+        got, want = torch.zeros_like(want) if got is None else got.detach().cpu(), want.cpu()
         assert got.shape == want.shape, kind
         off, size = self.seen.get(kind, (0., 0.))
         if want.numel(): self.seen[kind] = max(off, float((got - want).abs().max())), max(size, float(want.abs().max()))
@@ -188,7 +191,7 @@ def test_super_net(number, how):
     net, seen = super_net(number, D, meta["config"], how.dtype), Comparison(how.bound)
     net.compute.impl = how.impl
     net.to(how.device).eval()
-    x, y = (D[k].to(how.device) for k in "xy")
+    x, y = how.here("x", "y", of=D)
     with torch.no_grad(): logits = net._forward(x)
     seen.add("logits in evaluation", logits, D["out.eval.logits"])
     seen.add("cross-entropy in evaluation", F.cross_entropy(logits, y), D["out.eval.cross_entropy"])
@@ -255,7 +258,7 @@ def test_derived_network(how):
     D, meta = oracle("mgdarts_retrain", how.dtype)
     net, weights, norms = derived(D, meta)
     net.to(how.device, how.dtype).impl = how.impl
-    seen, (x, y) = Comparison(how.bound), (D[k].to(how.device) for k in "xy")
+    seen, (x, y) = Comparison(how.bound), how.here("x", "y", of=D)
     with torch.no_grad():
         for key, p in weights.items(): p.copy_(D[key])
         for key, norm in norms.items():
@@ -334,7 +337,7 @@ def test_two_level_methods(method, file, variant, how):
     D, meta = oracle(file, how.dtype)
     net, seen = baseline(method, D, meta, how.dtype, not variant), Comparison(how.bound)
     net.to(how.device).compute.impl = how.impl
-    train, valid = ([D[f"{k}_{part}"].to(how.device) for k in "xy"] for part in ("train", "valid"))
+    train, valid = how.here("x_train", "y_train", of=D), how.here("x_valid", "y_valid", of=D)
     of, names = groups(net), {id(p): n for n, p in net.named_parameters()}
     weights, strengths = ([names[id(p)] for p in of[k]] for k in ("weights", "strengths"))
     with torch.no_grad(): seen.add("logits", net(train[0]), D[variant + "out.logits_train"])
