@@ -11,13 +11,13 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .space import *
 from .discretise import discretise, strongest, top
-from .kernels import EPS, among, native, normalise, normalise_sum, Pair, pairs, pixels, from_pixels, pointwise, spread_index, weighted_sum
+from .kernels import EPS, among, native, normalise, normalise_sum, Pair, pairs, pixels, from_pixels, pointwise, spread_index, weighted_sum, widen
 from .operations import avg_pool, even_odd, factorized_reduce, from_phases, max_pool, reset_uniform
 from .size import CellIndex, Layout
 
 # %% auto #0
 __all__ = ['POOL', 'LiveOp', 'NodePlan', 'remap', 'carry', 'carry_columns', 'PlannedCell', 'pools_of', 'pool_slots', 'StoredCell',
-           'ReferenceCell', 'Cell']
+           'dropped', 'ReferenceCell', 'Cell']
 
 # %% ../nbs/06_cell.ipynb #0a9f761d
 @dataclass(frozen=True)
@@ -284,6 +284,17 @@ class StoredCell(PlannedCell):
         return tuple(torch.full((C,), fresh).index_copy_(0, self.pool_slots[here] % C, v.cpu()[here].float()) for v, fresh in zip(self.statistics[2:], (0., 1.)))
 
 # %% ../nbs/06_cell.ipynb #f81d98df
+def dropped(x: Tensor, # [N/B, B C, H, W]
+            drop: tuple|None, # (probability, generator) or None
+            b: int # images abreast
+           )->Tensor:
+    "Drop-out, drawn image by image, however they lie."
+    if drop is None: return x
+    p, generator = drop
+    n, c, *sides = x.shape
+    kept = (torch.rand((n * b, c // b, *sides), generator=generator) >= p).to(x) / (1 - p)
+    return x * widen(kept.to(memory_format=torch.channels_last), b)
+
 class ReferenceCell(StoredCell):
     "A cell computed operation by operation."
     def _gate(self, i: int, thresholds: Tensor|None)->Tensor: # [filters of gate i]
@@ -308,7 +319,8 @@ class ReferenceCell(StoredCell):
                   omega: Tensor|None = None, # kernels that are masked already
                   edges: Tensor|None = None, # [14] weights of the edges, for channels that go round the operations
                   chosen: Tensor|None = None, # [14, 7] bool on the CPU: the operations to compute; of the others alpha is 0
-                  gate: Tensor|None = None # [filters]: gates that are worked out already
+                  gate: Tensor|None = None, # [filters]: gates that are worked out already
+                  drop: tuple|None = None # drop-out on skip connections: (probability, generator)
                  )->tuple: # ([N, live out, H', W'], means and variances [filters, then pooled channels] of this batch; NaN for what was not computed)
         "Eq. 4 and 5, operation by operation."
         cut = {n: getattr(self, n).split(self.gate_sizes) for n in ("scale", "shift", "mean", "var")}
@@ -346,7 +358,7 @@ class ReferenceCell(StoredCell):
                     y = gated(F.conv2d(depth(F.relu(y), w[2]), w[3]), g[1])
                 elif is_dil(op.op): y = gated(F.conv2d(depth(F.relu(x), w[0], stride, 2), w[1]), g[0])
                 elif self.spec.reduces(op.edge, op.op): y = norm(reduce(F.relu(x), *w) * strength(g[0]).view(1, -1, 1, 1), g[0])
-                elif op.op == SKIP: y = x
+                elif op.op == SKIP: y = dropped(x, drop, 1) if self.training else x
                 else:
                     y = POOL[op.op](x, stride)
                     if self.pool_norm: y = norm(y, pool_at[EDGES[op.edge][0], op.op])
@@ -419,7 +431,7 @@ class Cell(ReferenceCell):
         maps, *s = normalise(pre, **norms(0)); stats.append(s)
         per = len(self.pre[0]) # maps of an input: 2 with partial channels
         states, rest, whole = list(maps[::per]), list(maps[1::2]) if per == 2 else [], []
-        def skip(x): return x if drop is None or not self.training else x * ((torch.rand(x.shape, generator=drop[1]).to(x) >= drop[0]) / (1 - drop[0])).to(memory_format=torch.channels_last)
+        def skip(x): return dropped(x, drop, b) if self.training else x
         reached = {} # (edge, operation) -> the first half of a separable convolution, the whole of a dilated one
         pools, split, pooled = {}, {}, {}
         around = [v.split([sum(sizes) for sizes in self.pool_maps]) for v in self.statistics[2:]]

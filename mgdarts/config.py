@@ -10,8 +10,8 @@ from pathlib import Path
 
 # %% auto #0
 __all__ = ['PARTS', 'PRUNING', 'PRESETS', 'LONG', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train',
-           'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'from_dict', 'configure', 'Method',
-           'preset', 'pairs', 'settings_of', 'refuse_unknown', 'root']
+           'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'modern', 'from_dict', 'configure',
+           'Method', 'preset', 'pairs', 'settings_of', 'refuse_unknown', 'root']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -300,7 +300,7 @@ def to_dict(cfg: Config)->dict:
     "Plain nested dictionary, JSON-ready."
     return json.loads(json.dumps(asdict(cfg)))
 
-def _modern(d: dict)->dict:
+def modern(d: dict)->dict:
     "Whole configurations written before some knobs got their present meaning, in today's words."
     s = d.get("search")
     if not isinstance(s, dict) or "threshold_init" not in s or "lambda_cap_fine" in s: return d
@@ -312,7 +312,7 @@ def from_dict(d: dict)->Config:
     cfg = Config()
     names = knobs(cfg)
     if not isinstance(d, dict): raise InputError("a configuration must be a JSON object")
-    d = _modern(d)
+    d = modern(d)
     flat = {k: v for k, v in d.items() if k not in PARTS}
     for part in PARTS:
         if not isinstance(d.get(part, {}), dict): raise InputError(f"configuration part {part!r} must be a JSON object")

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from .config import PRUNING, Compute, InputError, Rules, Search as Settings
+from .config import PRUNING, Compute, InputError, Rules, Search as Settings, modern
 from .space import *
 from .discretise import common_start, start_thresholds
 from .events import Event, Emitter, NonFiniteLoss, evaluate, plain
@@ -281,7 +281,7 @@ class SavedSearch(StagedSearch):
         if not isinstance(state, dict) or state.get("version") not in (1, 2): raise InputError("this is not the state of a search, or one of another version")
         if state["version"] == 1 and not state["counters"]["finished"] and self.by_size: raise InputError("this search was begun when sizes were counted before filters are aligned, and its target would change: start it again")
         own = lambda what, given: {**plain(asdict(type(what)())), **given} == plain(asdict(what)) # settings that are younger than the state have their defaults
-        if not (own(self.cfg, state["config"]) and own(self.rules, state.get("rules", {})) and type(self.whole)(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
+        if not (own(self.cfg, modern({"search": state["config"]})["search"]) and own(self.rules, state.get("rules", {})) and type(self.whole)(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
         # from before pools could have batch norms: the preprocessing after a reduction was of another kind then, in tensors of the same shapes
         if self.rules.partial > 1 and "pool_norm" not in state["rules"] and not state["counters"].get("settled"): raise InputError("this state is of a PC-DARTS search that an older version began, with another preprocessing after reductions: it cannot go on here, search anew")
         for k, v in state["counters"].items(): setattr(self, k, copy.deepcopy(v))

@@ -203,7 +203,7 @@ class SuperNet(nn.Module):
             t_gate, t_weight = self.thresholds(c)
             alpha, edges, widths, inner, chosen = m.of(c)
             omega, gate = (None, None) if own else (cell.weights(t_weight, keep, inner), cell.gates(t_gate, widths))
-            f, args = (cell.reference, (x0, x1, alpha, t_gate, t_weight, omega, edges, chosen, gate)) if reference else (self._cell(c), (x0, x1, alpha, gate, omega, b, edges, drop))
+            f, args = (cell.reference, (x0, x1, alpha, t_gate, t_weight, omega, edges, chosen, gate, drop)) if reference else (self._cell(c), (x0, x1, alpha, gate, omega, b, edges, drop))
             y, mean, var = self._kept(c, f, args)
             if self.training: cell.track(mean, var, n, some=paths)
             if also is not None and self.aux is not None and c == self.spec.ends[1] + 1: also.append(self.aux(y, b).float())

@@ -104,6 +104,19 @@ def test_both_implementations_with_pool_norms(partial):
     assert nets[0].count().searched.params == nets[0].spec.params # nothing to count
 
 
+def test_drop_out_on_skips_is_that_of_both_implementations():
+    out, x = [], torch.randn(8, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    for impl in ("reference", "fused"):
+        n = SuperNet(NetSpec(4, 3, size=8, constraint=1), compute=Compute(impl=impl), rules=Rules(**DARTS))
+        n.open(2, 2)
+        n.double().train()
+        n.skip_dropout, n.noise = .4, torch.Generator().manual_seed(1)
+        out.append(n._forward(x))
+        n.skip_dropout = 0.
+        assert not torch.allclose(out[-1], n._forward(x))
+    torch.testing.assert_close(*out, rtol=1e-9, atol=1e-9)
+
+
 def test_pool_statistics_where_paths_are_drawn():
     "What was not drawn keeps its statistics; what was drawn on one edge or several moves once."
     n = SuperNet(NetSpec(4, 3, size=8, constraint=1), rules=Rules(**{**DARTS, "relaxation": "gumbel"}, ops=POOLS + ("skip_connect",)))
@@ -220,19 +233,22 @@ def test_edges_start_with_noise_too():
 
 
 def test_states_of_another_preprocessing_are_refused():
-    make = lambda: runs.make_search(preset("smoke", "pc-darts", **{"data.subset": 100, "search.batch": 40, "search.length": 3, "rules.pool_norm": False}))
-    search = make()
+    def make(method): # as the configuration of an old run is read
+        return runs.make_search(preset("smoke", method, **{"data.subset": 100, "search.batch": 40, "search.length": 3, "rules.pool_norm": False, "search.threshold_init": "own", "search.lambda_cap_fine": .5}))
+    def old(search):
+        state = search.state_dict()
+        return {**state, "version": 1, "rules": {k: v for k, v in state["rules"].items() if k not in ("pool_norm", "aux")},
+                "config": {k: "min" if k == "threshold_init" else v for k, v in state["config"].items() if k not in ("lambda_cap_fine", "label_smoothing")}}
+    search = make("pc-darts")
     search.step()
-    def old(state): return {**state, "rules": {k: v for k, v in state["rules"].items() if k not in ("pool_norm", "aux")}}
-    make().load_state_dict(search.state_dict())
-    with pytest.raises(InputError, match="older version"): make().load_state_dict(old(search.state_dict()))
+    make("pc-darts").load_state_dict(search.state_dict())
+    with pytest.raises(InputError, match="older version"): make("pc-darts").load_state_dict(old(search))
     search.run()
     assert search.settled
-    make().load_state_dict(old(search.state_dict())) # what has been decided has whole channels, as before
-    darts = lambda: runs.make_search(preset("smoke", "darts-v1", **{"data.subset": 100, "search.batch": 40, "search.length": 3, "rules.pool_norm": False}))
-    search, again = darts(), darts()
+    make("pc-darts").load_state_dict(old(search)) # what has been decided has whole channels, as before
+    search, again = make("darts-v1"), make("darts-v1")
     search.step()
-    again.load_state_dict(old(search.state_dict())) # other methods are what they were
+    again.load_state_dict(old(search)) # other methods are what they were
     search.run(); again.run()
     assert all(torch.equal(a, b) for a, b in zip(search.net.state_dict().values(), again.net.state_dict().values()))
 
