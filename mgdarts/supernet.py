@@ -236,7 +236,7 @@ class SuperNet(nn.Module):
             lay, index, slots = cell.layout, cell.index, cell.layout.slots["gates"]
             if not derived and ops is None: out.append(lay.alive)
             else:
-                now, full = lay.ops if ops is None else ops[c], self.full_gates(c, None if gates is None else gates[c])
+                now, full = lay.ops if ops is None else ops[c] & lay.ops, self.full_gates(c, None if gates is None else gates[c])
                 if derived: strength = torch.zeros(len(full)).index_copy_(0, slots, torch.sigmoid(cell.beta.detach()).cpu().float())
                 out.append(index.align(now, full, strength, *outs[-2:]) if derived else index.alive(now, full, *outs[-2:]))
             outs.append(index.out(out[-1]))
@@ -252,7 +252,7 @@ class SuperNet(nn.Module):
         for c, cell in enumerate(self.cells):
             on = cell.omega_live.cpu() if weights is None else cell.omega_live.cpu() & weights[c]
             off = Masked.of(cell.layout, (~on).nonzero().flatten())
-            parts.append(count_cell(cell.index, cell.layout.ops if ops is None else ops[c], alive[c], aligned[c], off))
+            parts.append(count_cell(cell.index, cell.layout.ops if ops is None else ops[c] & cell.layout.ops, alive[c], aligned[c], off))
         return NetCount(parts, Size(self.spec.stem_params, self.spec.stem_params, self.spec.stem_macs, self.spec.stem_macs), *(self.top_size(units[-1] if units else None) for units in (aligned, alive)), self.spec.ops)
 
     def top_size(self, unit: Tensor|None # [units] bool of the last cell

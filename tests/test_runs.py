@@ -55,7 +55,7 @@ def test_counts_agree_with_built_super_nets():
                 assert sum(p.numel() for p in net.head.parameters()) == want["aux"][size][stage]
         net.open(L - 1, 2)
         arch = {id(net.alpha)} | {id(getattr(net, t)) for t in net.THRESHOLDS} | {id(c.beta) for c in net.cells}
-        assert sum(p.numel() for p in net.parameters() if id(p) not in arch) == want["main"] == net.count().params
+        assert sum(p.numel() for p in net.parameters() if id(p) not in arch) == want["main"] == net.count().searched.params
 
 
 @pytest.mark.skipif(not (SHARED / "data/published").exists(), reason="the published architecture is not beside the repository")
@@ -171,7 +171,7 @@ def test_a_non_finite_loss_ends_with_1_and_a_saved_state(tmp_path, capsys):
     code, out, err = call(["search", "--preset", "smoke", *SETS, "--set", "lr_weights=10", "--set", "search.clip=1e30", "--set", "lr_arch=100", "--out", tmp_path / "run"], capsys)
     lines = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
     assert code == 1 and len(lines) == 1 and "finite" in lines[0]
-    assert runs.Checkpoints(tmp_path / "run/checkpoint").load()["version"] == 1
+    assert runs.Checkpoints(tmp_path / "run/checkpoint").load()["version"] == 2
 
 
 def test_the_command_is_installed():
