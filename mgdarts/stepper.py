@@ -102,7 +102,7 @@ class Stepper:
             self._leave[-1]()
             self._leave[-1] = search.events.listen(self._rest, "rest")
             self._rest(event)
-        self._leave = [search.events.listen(self._heard, "epoch", "commit", "regrow", "stage", "done"), search.events.listen(first, "rest")]
+        self._leave = [search.events.listen(self._heard, "start", "epoch", "commit", "regrow", "stage", "done"), search.events.listen(first, "rest")]
         self.marks.clear()
         self.changed()
         self.hold()
@@ -250,6 +250,7 @@ def event_line(e: dict)->str:
     at = f"epoch {e['epoch'] + (e['type'] in ('epoch', 'commit')):3} step {e['step']:5}  {e['stage']:9}  " # epochs done, as in the charts
     if e["type"] == "epoch": return at + f"{e.get('phase', '')}: loss {e['loss']:.3f}, validation {e['val_acc']:.1f} %, {e['params']:,} parameters" if e.get("val_acc") is not None else at + "epoch"
     if e["type"] == "commit": return at + "commit: pruned " + ", ".join(f"{n:,} {g}s" for g, n in e["pruned"].items()) + f"; {e['params']:,} parameters left, lambda {e['lambda']:.2g}"
+    if e["type"] == "start": return at + "thresholds start: " + ", ".join(f"{g}s at {v:.3g}" for g, v in e["thresholds"].items() if v is not None)
     if e["type"] == "regrow": return at + f"{len(e['regrown'])} operations regrow"
     if e["type"] == "stage": return at + (f"opens: {e['cells']} cells, {e['ops']} operations, {e['params']:,} parameters, down to {e['target']:,.0f}" if e["status"] == "open" else f"ends: {e['status']}")
     return at + e["type"] + (": target reached" if e.get("reached") else "")

@@ -316,7 +316,7 @@ def test_a_failed_search_says_why(tmp_path):
     s = workbench.Stepper(workbench.on_new(preset("smoke", **FAST), tmp_path / "run"))
     until(lambda: s.search is not None)
     s.wait()
-    s.search._forward = lambda x, y: 1 / 0
+    s.search._forward = lambda *_: 1 / 0
     s.run()
     until(lambda: s.state == "failed")
     assert "ZeroDivisionError" in workbench.status_line(s)[1] and "_optimise" in s.trace
