@@ -90,7 +90,7 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     net.open(spec.ends[stage - 1], stage - 1)
     net.discretising = True
     if live < 1: prune_to(net, live, torch.Generator().manual_seed(seed))
-    cfg, count = Settings(), net.count()
+    cfg, count = Settings(), net.count().searched
     opt = make_optimizer(net, cfg)
     x = torch.randn(batch, spec.in_channels, size, size, generator=torch.Generator().manual_seed(seed)).to(device)
     y = torch.arange(batch, device=device) % classes
@@ -115,7 +115,7 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     indices = tree_leaves([(c._spread, c._repeated) for c in net.cells]) # made by the first step, kept until the layout changes
     held = tensor_bytes([*net.parameters(), *net.buffers(), *indices, *(p.grad for p in net.parameters() if p.grad is not None), *(v["momentum_buffer"] for v in opt.state.values())])
     out = {"cpu_s": cpu, "wall_s": wall, "split_cpu_s": dict(zip(("forward", "backward", "optimizer"), parts)), "peak_rss_mb": peak, "rss_before_mb": before, "peak_allocated_mb": (held + allocated(step)) / 2**20 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20, "flop": flop,
-           "matmul_gflops": rate, "floor_s": floor, "times_floor": cpu / floor, "percent_of_floor_rate": 100 * floor / cpu, "params": count.params, "macs": count.macs_dense, "live_ops": count.ops,
+           "matmul_gflops": rate, "floor_s": floor, "times_floor": cpu / floor, "percent_of_floor_rate": 100 * floor / cpu, "params": count.params, "macs": count.macs_dense, "live_ops": net.count().ops,
            "channels": channels, "cells": cells, "batch": batch, "stage": stage, "size": size, "threads": torch.get_num_threads(), "live": live, "device": device, "kernels": kernels_in_use(x.device.type), **vars(compute)}
     return out
 
@@ -170,8 +170,8 @@ def bench_search(cfg: Config,
         watch.wrap(loop.events, "emit", "logging and checkpoints")
         watch.wrap(loop.net, "rebuild", "compaction")
         def note(event):
-            count = loop.net.count()
-            seen.append({"epoch": event.epoch, "stage": event.stage, "ops": count.ops, "macs": count.macs_dense, "params": count.params, "forward_backward_cpu_s": watch.cpu["forward"] + watch.cpu["backward"], "steps": loop.steps})
+            count, size = loop.net.count(), loop.net.count().searched
+            seen.append({"epoch": event.epoch, "stage": event.stage, "ops": count.ops, "macs": size.macs_dense, "params": size.params, "forward_backward_cpu_s": watch.cpu["forward"] + watch.cpu["backward"], "steps": loop.steps})
             images[0] += len(loop.loaders["train"]) * cfg.search.batch
             if epochs and len(seen) >= epochs: raise Enough
         loop.events.listen(note, "epoch")

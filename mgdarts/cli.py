@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from .methods import METHODS
-from .config import LONG, Config, InputError, PRESETS, configure, preset as preset_config
+from .config import PRUNING, LONG, Config, InputError, PRESETS, configure, preset as preset_config
 from .mobile import MobileSpec
 from .space import NetSpec, count_supernet
 
@@ -132,7 +132,10 @@ def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESE
             splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
             print(in_words(estimate(cfg, out or "runs", splits)), file=sys.stderr)
         result = runs.search(cfg, out, splits=splits, quiet=as_json)
-    if not result["reached"]: print(f"target not reached: the derived network has {result['params']} parameters, {result['gap']:+.1%} of the {result['target']} asked for" + ("; allow more with --set max_epochs=N, or a larger lambda_step" if result["gap"] > 0 else ""), file=sys.stderr)
+    if not result["reached"]:
+        own = runs.read_config(result["run"])
+        remedy = "" if own.rules.fit else "; allow more with --set max_epochs=N, or a larger lambda_step" * (result["gap"] > 0) if own.rules.discretiser in PRUNING else f"; {own.method} has no size of its own, --set rules.fit=true gives it one"
+        print(f"target not reached: the derived network has {result['params']} parameters, {result['gap']:+.1%} off the {result['target']} asked for{remedy}", file=sys.stderr)
     rows = [("target reached", result["reached"]), ("parameters of the derived network", result["params"]), ("target", result["target"]), ("parameters before alignment", result["params_searched"]), ("MACs", result["macs"]), ("operations", result["ops"]),
             *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("with masked weights", result["derived"]["params_deployable"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("run", result["run"])]
     _show(result, as_json, _table("search", ["", ""], rows))

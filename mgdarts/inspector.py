@@ -194,7 +194,7 @@ def outcome(view: View, masks: dict)->Outcome:
         outs.append(cell.index.out(alive[-1]))
     rows = lambda n, i: sum(r[i] for c in n.cells for r in c.by_op.values())
     units = {"operation": (count.ops, view.count.ops), "filter": (rows(count, 0), rows(view.count, 0)), "weight": (rows(count, 2), rows(view.count, 2))}
-    return Outcome(masks, count, units, 12 * count.dense + memory_estimate(view, masks["ops"], alive))
+    return Outcome(masks, count, units, 12 * count.searched.dense + memory_estimate(view, masks["ops"], alive))
 
 # %% ../nbs/31_inspector.ipynb #33af2744
 @dataclass

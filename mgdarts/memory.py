@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_memory.ipynb #d223a4af
 from __future__ import annotations
-import copy, weakref
+import contextlib, copy, weakref
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -63,32 +63,27 @@ def step_memory(net: SuperNet, cfg: Settings,
                 real: bool = False # run on real tensors instead
                )->StepMemory:
     "What one training step of a net needs. The net is not changed."
-    live, macs = int(net.op_live[:len(net.cells)].sum()), net.count().macs_dense
-    if not real: net = copy.deepcopy(net)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    live, macs = int(net.op_live[:len(net.cells)].sum()), net.count().searched.macs_dense
+    mode, device = FakeTensorMode(allow_non_fake_inputs=True), net.alpha.device
     size, params = (batch, net.spec.in_channels, net.spec.size, net.spec.size), list(net.parameters())
-    fixed = tensor_bytes(params) + tensor_bytes(net.buffers())
+    held = tensor_bytes(net.buffers())
+    fixed = tensor_bytes(params) + held
     def run():
         seen = Accountant()
         with seen:
-            x, y = torch.zeros(size), torch.zeros(batch, dtype=torch.long)
+            x, y = torch.zeros(size, device=device), torch.zeros(batch, dtype=torch.long, device=device)
             logits = net(x)
             price, pressure = regulariser(net, cfg.cost, cfg.reg, cfg.mu)
             loss = F.cross_entropy(logits, y) + .1 * (price + pressure)
             kept = seen.now
             loss.backward()
         return seen.peak, kept
+    if not real: # parameters and buffers become fake on the way, so that nothing of a full device is copied
+        with mode: fakes = {id(p): torch.nn.Parameter(mode.from_tensor(p.data)) for p in params} | {id(b): mode.from_tensor(b) for b in net.buffers()}
+        net = copy.deepcopy(net, fakes)
     net.train()
-    if real: peak, kept = run()
-    else:
-        with mode:
-            for module in net.modules(): # parameters and buffers become fake too
-                for k, p in list(module._parameters.items()):
-                    if p is not None: module._parameters[k] = torch.nn.Parameter(mode.from_tensor(p.data))
-                for k, p in list(module._buffers.items()):
-                    if p is not None: module._buffers[k] = mode.from_tensor(p)
-            peak, kept = run()
-    return StepMemory(name, peak + 2 * fixed - tensor_bytes(net.buffers()), fixed, tensor_bytes(params), tensor_bytes(params), kept, live, macs)
+    with contextlib.nullcontext() if real else mode: peak, kept = run()
+    return StepMemory(name, peak + 2 * fixed - held, fixed, tensor_bytes(params), tensor_bytes(params), kept, live, macs)
 
 # %% ../nbs/11_memory.ipynb #236178fb
 def _order(net: SuperNet, generator: torch.Generator)->tuple: # (live operations [cells, 14, 7], [k, 3] those that may go, in random order)

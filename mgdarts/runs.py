@@ -265,8 +265,9 @@ def _out_of_memory(e: Exception)->bool:
 def _memory_advice(loop)->str:
     if isinstance(loop, Search):
         from mgdarts.memory import step_memory
-        need = step_memory(loop.net, loop.cfg, loop.loaders["train"].batch_size).peak_bytes / 1e9
-        return (f"out of memory in {loop.stage_name}: a step of this sub-net needs about {need:.2f} GB (see mgdarts plan); start again with a smaller search.batch or space.channels, with compute.recompute=earlier or all, or with compute.amp=true on a GPU")
+        try: need = f"a step of this sub-net needs about {step_memory(loop.net, loop.cfg, loop.loaders['train'].batch_size).peak_bytes / 1e9:.2f} GB (see mgdarts plan); "
+        except Exception: need = "" # where there is no room to work it out, the advice is worth more than the number
+        return (f"out of memory in {loop.stage_name}: {need}start again with a smaller search.batch or space.channels, with compute.recompute=earlier or all, or with compute.amp=true on a GPU")
     return "out of memory in retraining: start again with a smaller train.batch"
 
 # %% ../nbs/14_runs.ipynb #7804a8ba

@@ -11,9 +11,9 @@ from .data import root
 from .store import read_json
 
 # %% auto #0
-__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'RANDOM', 'FIXED',
+__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'CHECKS', 'LARGE', 'SMALL', 'DASS', 'RANDOM', 'FIXED', 'EARLIER',
            'VERDICT_LOOKS', 'gap', 'paired', 'more', 'exactly', 'together', 'NotRun', 'Values', 'check', 'others',
-           'second', 'dass', 'sizes', 'judge', 'home', 'verdicts', 'verdict_figure']
+           'second', 'dass', 'sizes', 'earlier', 'judge', 'home', 'verdicts', 'verdict_figure']
 
 # %% ../nbs/39_verdicts.ipynb #007eb7f2
 def gap(a: list, b: list, # a value a seed
@@ -27,7 +27,7 @@ def gap(a: list, b: list, # a value a seed
     from scipy.stats import t
     return diff, float(t.ppf(1 - .025 / tests, (va + vb) ** 2 / (va ** 2 / (len(a) - 1) + vb ** 2 / (len(b) - 1)))) * (va + vb) ** .5
 
-# %% ../nbs/39_verdicts.ipynb #8f5865be
+# %% ../nbs/39_verdicts.ipynb #79d7914f
 def paired(a: dict, b: dict # seed -> value
           )->tuple: # (mean of a - b, half width of its 95 % interval, None: not known; pairs)
     "Student's interval of the differences over the seeds that both have."
@@ -192,6 +192,13 @@ check("filters-at-both-ends")(lambda v: together([more("filter ratio, ends and m
 check("separable-over-dilated")(lambda v: together([more(f"{g} ratio, separable and dilated", v("Multi-stage", f"{g}_sep"), v("Multi-stage", f"{g}_dil")) for g in ("operation", "filter", "weight")]))
 
 # %% ../nbs/39_verdicts.ipynb #01c38c77
+EARLIER = "earlier search"
+
+def earlier(record: dict)->bool:
+    "Whether the searches of a record began before their configurations knew the cap of lambda in fine-tuning, and with it all that came at the same time."
+    configs = [a.get(k) for a in record.get("arms") or [] for k in ("search", "train")]
+    return any("lambda_cap_fine" not in c.get("search", {}) for c in configs if isinstance(c, dict))
+
 def judge(claim: dict, # of `paper.claims`
           record: dict|None # of its table or figure; None: there is none
          )->dict: # JSON-ready
@@ -200,7 +207,8 @@ def judge(claim: dict, # of `paper.claims`
     if record is None: return out
     try: verdict, why, *scale = CHECKS[claim["id"]](Values(record))
     except NotRun as e: return out | {"why": str(e)}
-    return out | {"verdict": verdict, "scale": (scale or [record["scale"]])[0], "seeds": len({r["seed"] for r in record["rows"]}), "dataset": record["dataset"], "why": why}
+    said = (scale or [record["scale"]])[0]
+    return out | {"verdict": verdict, "scale": f"{said}, {EARLIER}" if earlier(record) else said, "seeds": len({r["seed"] for r in record["rows"]}), "dataset": record["dataset"], "why": why}
 
 def home(preset: str)->Path:
     "Where records go: the project's figures/; what was only tried out, at preset smoke, to figures/smoke/, where it takes no other record's place."
