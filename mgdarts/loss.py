@@ -82,7 +82,7 @@ def live_thresholds(net: SuperNet)->dict: # name -> bool, like the parameter's f
     "Which thresholds still decide something."
     n = len(net.cells)
     ops = net.op_live[:n]
-    conv = ops & torch.tensor(net.spec.convs, device=ops.device)
+    conv = ops & net.convs
     searched = {"t_alpha": "operation", "t_beta": "filter", "t_omega": "weight", "t_pre": "filter"}
     out = {"t_alpha": ops, "t_beta": conv, "t_omega": conv, "t_pre": torch.ones_like(net.t_pre[:n], dtype=torch.bool)}
     return {k: v if searched[k] in net.granularities else torch.zeros_like(v) for k, v in out.items()}

@@ -69,7 +69,7 @@ class SuperNet(nn.Module):
         self.alpha = nn.Parameter(torch.zeros(shape))
         for name in self.THRESHOLDS: setattr(self, name, nn.Parameter(torch.zeros(shape if name != "t_pre" else (spec.cells, spec.inputs))))
         self.register_buffer("op_live", torch.ones(shape, dtype=torch.bool))
-        self.register_buffer("node_n", torch.tensor(spec.node_sizes), persistent=False)
+        for name, value in (("node_n", spec.node_sizes), ("convs", spec.convs), ("kinds", spec.kinds)): self.register_buffer(name, torch.tensor(value), persistent=False) # of the space, where the net is
         self.stem = self.STEM(spec, self._generator(1))
         self.cells, self.head, self.aux, self.discretising, self.first = nn.ModuleList(), None, None, False, 0
 
@@ -119,7 +119,7 @@ class SuperNet(nn.Module):
     def tie(self):
         "Give what cells of a kind share the sum of its gradients, in each of them."
         if self.spec.constraint == 3: return
-        kinds = torch.tensor(self.spec.kinds, device=self.alpha.device)
+        kinds = self.kinds
         for p in (self.alpha, self.t_alpha, *(getattr(self, n) for n in ("zero", "edge", "widths") if hasattr(self, n))):
             if p.grad is not None: p.grad = torch.zeros_like(p.grad).index_add_(0, kinds, p.grad)[kinds]
 

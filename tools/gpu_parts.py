@@ -173,15 +173,6 @@ def contiguous(net):
         handle.remove()
 
 
-@contextlib.contextmanager
-def constants(net, device):
-    "Keep on the device what a step would copy there: a copy from pageable memory cannot be part of a graph."
-    held, make = torch.tensor(net.spec.convs, device=device), torch.tensor
-    torch.tensor = lambda v, *a, **k: held if v is net.spec.convs else make(v, *a, **k)
-    try: yield
-    finally: torch.tensor = make
-
-
 def whole_net(C: int, cells: int, live: float, size: int = 32, **how) -> SuperNet:  # how: of `Compute`
     "The last stage's net, everything in it that has not been pruned."
     net = SuperNet(NetSpec(C, cells, 10, size), seed=0, compute=Compute(**how))
@@ -243,7 +234,7 @@ def steps(g: Ground):
             torch.backends.cudnn.benchmark = search
             net = whole_net(C, L, live, 8 if g.toy else 32, impl=impl, amp=how == "bf16", tf32=how != "fp32").to(g.device)
             g.fresh()
-            with constants(net, g.device), contiguous(net) if layout == "nchw" and impl == "fused" else contextlib.nullcontext():
+            with contiguous(net) if layout == "nchw" and impl == "fused" else contextlib.nullcontext():
                 step = trained(net, n, g)
                 row["first_ms"] = 1e3 * g.once(step)
                 row["ms"] = g.ms(step, 0.9)
