@@ -123,7 +123,7 @@ def measure(args) -> dict:
     out, begun = Path(args.out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
     environment = runs.environment(torch.device(args.device))
-    record = {"schema": 1, "title": "What a card does", "scale": "toy" if args.toy else "full", "environment": {**environment, "commit": environment["commit"] or args.commit or None},
+    record = {"schema": 1, "title": "What a card does", "scale": "toy" if args.toy else "full", "environment": {**environment, **({"commit": args.commit, "modified": False} if args.commit else {})},
               "command": shlex.join(["tools/gpu.py", *args.argv]), "budget_s": args.budget, "parts": {}}
     chosen, left = [p for p in (args.parts.split(",") if args.parts else [*PARTS, *BESIDE])], lambda: args.budget - (time.monotonic() - begun)
     with tempfile.TemporaryDirectory() as folder, open(out / "log.txt", "w") as log:
