@@ -90,11 +90,11 @@ class Packed:
 
 # the runs
 def made_of(commit: str):
-    "Where there is no git, say which commit the package is."
+    "Say which commit the package is: what was carried to a machine need not be what git says there."
     if not commit: return
     real = runs.environment
 
-    def environment(device): return {**(found := real(device)), "commit": found["commit"] or commit}
+    def environment(device): return {**real(device), "commit": commit, "modified": False}
 
     runs.environment = environment
 
