@@ -94,7 +94,8 @@ def bounded(net: SuperNet,
     "Units at or under a bound, whatever it is."
     off = [torch.zeros_like(live) if t is None else (g <= t).logical_and_(live).logical_and_(~keep) for (_, g, live, keep), t in zip(found, bounds)]
     values = [(g, torch.as_tensor(1. if t is None else t, dtype=g.dtype).expand_as(g), live) for (_, g, live, _), t in zip(found, scales or bounds)]
-    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:len(net.cells)].cpu(), values, torch.tensor(net.spec.kinds[:len(net.cells)]), [name for name, *_ in found])
+    n = len(net.cells)
+    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:n].cpu(), values, torch.tensor(net.spec.kinds[:n]), [name for name, *_ in found])
 
 @torch.no_grad()
 def candidates(net: SuperNet,
@@ -127,9 +128,11 @@ class Sizes:
             weights = weights.masked_fill(~cell.omega_live.cpu(), self.gone)
             at = (weights != self.there).nonzero().flatten()
             off = Masked.of(cell.layout, at)
-            whole = (off.rows == off.cols) & (off.rows < cell.spec.ungated) # these read and write channels of a state: whether their operation lives is asked behind the units
-            if bool(whole.any()): off.rows = torch.where(whole, cell.spec.units + index.kernels["op"].int().index_select(0, off.kernel.int()), off.rows)
-            self.cells.append((index, torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates), strength, weights[at], off))
+            # depthwise kernels on a state's channels: whether their operation lives is asked behind the units
+            whole, op = (off.rows == off.cols) & (off.rows < cell.spec.ungated), index.kernels["op"].int()
+            if bool(whole.any()): off.rows = torch.where(whole, cell.spec.units + op.index_select(0, off.kernel.int()), off.rows)
+            filters = torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates)
+            self.cells.append((index, filters, strength, weights[at], off))
 
     def widths(self)->Tensor: # [m] int64
         "For each candidate the cell whose width it has a say in, or -1."

@@ -37,7 +37,7 @@ def best_channels(score: Tensor, # [width]
 
 # %% ../nbs/05_size.ipynb #5889e572
 class Index:
-    "Tables of the kernels and the batch norms of a cell, as tensors. What a space adds: which channels live (`alive`), and which a derived network would have (`align`)."
+    "Tables of a cell's kernels and batch norms. A space adds which channels live (`alive`), and which a derived network has (`align`)."
     GRID = None # edges, operations
 
     def __init__(self, spec): self.spec = spec
@@ -55,14 +55,17 @@ class Index:
     @cached_property
     def kernels(self)->dict:
         "A column for each thing that the count asks of a kernel."
-        s, of = self.spec.segments, lambda f: self._column(self.spec.segments, f)
-        return {"row0": of(lambda s: s.row0), "row1": of(lambda s: s.row0 + s.rows), "col0": of(lambda s: s.col0), "col1": of(lambda s: s.col0 + (0 if s.depthwise else s.cols)),
-                "taps": of(lambda s: s.k ** 2), "side2": of(lambda s: s.side ** 2), "op": of(self._op), "deep": of(lambda s: s.depthwise).bool(), "searched": of(lambda s: s.group == "omega").bool()}
+        of = lambda f: self._column(self.spec.segments, f)
+        return {"row0": of(lambda s: s.row0), "row1": of(lambda s: s.row0 + s.rows),
+                "col0": of(lambda s: s.col0), "col1": of(lambda s: s.col0 + (0 if s.depthwise else s.cols)),
+                "taps": of(lambda s: s.k ** 2), "side2": of(lambda s: s.side ** 2), "op": of(self._op),
+                "deep": of(lambda s: s.depthwise).bool(), "searched": of(lambda s: s.group == "omega").bool()}
     @cached_property
     def norms(self)->dict:
         "The same for batch norms."
         of = lambda f: self._column(self.spec.gates, f)
-        return {"first": of(lambda g: g.unit0), "end": of(lambda g: g.unit0 + g.width), "width": of(lambda g: g.width), "op": of(self._op), "learned": of(lambda g: g.learned).bool()}
+        return {"first": of(lambda g: g.unit0), "end": of(lambda g: g.unit0 + g.width), "width": of(lambda g: g.width),
+                "op": of(self._op), "learned": of(lambda g: g.learned).bool()}
 
     def existing(self, ops: Tensor, # [edges, operations] bool
                  unit: Tensor # [units] bool: channels that there are
@@ -114,9 +117,10 @@ class CellIndex(Index):
 
     @cached_property
     def filters(self)->dict:
-        "For each filter: its channel, and whether it speaks for its channel (all but those in the middle of an operation), ends a convolution, or stands in a middle."
+        "For each filter its channel, and whether it speaks for it (all but those in a middle), ends a convolution, or stands in a middle."
         of = lambda f: torch.cat([torch.full((g.width,), f(g)) for g in self.spec.gates])
-        return {"channel": torch.cat([torch.arange(g.width) for g in self.spec.gates]), "speaks": of(lambda g: g.learned and g.role != "mid"), "ends": of(lambda g: g.learned and g.role == "out"), "mid": of(lambda g: g.role == "mid")}
+        return {"channel": torch.cat([torch.arange(g.width) for g in self.spec.gates]), "mid": of(lambda g: g.role == "mid"),
+                "speaks": of(lambda g: g.learned and g.role != "mid"), "ends": of(lambda g: g.learned and g.role == "out")}
 
     def align(self, ops: Tensor, gates: Tensor, # as for `alive`
               strength: Tensor, # [gates * width] sigma(beta)
@@ -136,11 +140,12 @@ class CellIndex(Index):
         unit = torch.zeros(spec.units, dtype=torch.bool)
         unit[:spec.in0], unit[spec.in0:spec.in0 + spec.in1] = in0, in1
         unit[spec.state_unit(0):spec.state_unit(STATES)] = keep.repeat(STATES)
-        mids, outs = unit[spec.mid_unit(0, 0):spec.out_unit(0, 0)].view(-1, C), unit[spec.out_unit(0, 0):spec.out_unit(len(EDGES), 0)].view(-1, C)
+        mids, outs = unit[spec.mid_unit(0, 0):spec.out_unit(len(EDGES), 0)].view(2, -1, C)
         outs[:] = keep & ops.reshape(-1, 1)
         unit[self.gate_unit[f["mid"]]] = there[f["mid"]]
         for e, o in ops.nonzero().tolist(): # a middle has two filters at least
-            if is_sep(o) and (short := 2 - int((m := mids[e * len(OPS) + o]).sum())) > 0: m[(~m).nonzero().flatten()[:short]] = True
+            m = mids[e * len(OPS) + o]
+            if is_sep(o) and (short := 2 - int(m.sum())) > 0: m[(~m).nonzero().flatten()[:short]] = True
         return unit
 
     @cached_property
@@ -260,7 +265,7 @@ class Masked:
 
 # %% ../nbs/05_size.ipynb #d34afdae
 def size_of(index: Index, ops: Tensor, unit: Tensor, masked: Masked, more: Tensor|None = None # from `more_norms`
-           )->tuple: # (Size; by operation: kernels' weights left, kernels' weights, channels of batch norms)
+           )->tuple: # (Size; by operation: weights left, searched weights left, searched weights, channels of batch norms)
     "The size of a cell with some channels and weights off."
     k, n = index.kernels, index.norms
     weights, channels = index.existing(ops, unit)
@@ -268,7 +273,8 @@ def size_of(index: Index, ops: Tensor, unit: Tensor, masked: Masked, more: Tenso
     by = lambda of, v: torch.zeros(index.none + 1, dtype=torch.long).index_add_(0, of["op"], v)
     norms = by(n, channels) + (0 if more is None else more)
     bn = 2 * int(norms.sum())
-    return Size(int(left.sum()) + bn, int(weights.sum()) + bn, int((left * k["side2"]).sum()), int((weights * k["side2"]).sum())), by(k, left), by(k, left * k["searched"]), by(k, weights * k["searched"]), norms
+    size = Size(int(left.sum()) + bn, int(weights.sum()) + bn, int((left * k["side2"]).sum()), int((weights * k["side2"]).sum()))
+    return size, by(k, left), by(k, left * k["searched"]), by(k, weights * k["searched"]), norms
 
 def count_cell(index: Index,
                ops: Tensor, # [14, 7] bool: live operations
@@ -285,7 +291,8 @@ def count_cell(index: Index,
     learned = n["learned"] & index.live(ops)[n["op"]]
     filters.index_add_(1, n["op"], torch.stack([index.existing(ops, alive)[1], n["width"]]) * learned)
     rows = torch.stack([*filters, weights, dense, kernels + 2 * norms], 1)[:-1].tolist()
-    return CellCount(derived.params, derived.dense, derived.macs, derived.macs_dense, searched, int(ops.sum()), ops.numel(), {divmod(i, index.GRID[1]): rows[i] for i in ops.flatten().nonzero().flatten().tolist()})
+    by_op = {divmod(i, index.GRID[1]): rows[i] for i in ops.flatten().nonzero().flatten().tolist()}
+    return CellCount(derived.params, derived.dense, derived.macs, derived.macs_dense, searched, int(ops.sum()), ops.numel(), by_op)
 
 # %% ../nbs/05_size.ipynb #c6069efd
 def _ratios(ops, ops_initial, rows)->dict:
@@ -338,5 +345,6 @@ class NetCount:
     def summary(self)->dict:
         "The figures a record keeps."
         d, s = self.derived, self.searched
-        return {"params": d.params, "params_dense": d.dense, "macs": d.macs, "macs_dense": d.macs_dense, "params_searched": s.params, "macs_searched": s.macs, "ops": self.ops,
+        return {"params": d.params, "params_dense": d.dense, "macs": d.macs, "macs_dense": d.macs_dense,
+                "params_searched": s.params, "macs_searched": s.macs, "ops": self.ops,
                 "retention": self.retention(), "retention_by_cell": self.retention_by_cell(), "retention_by_type": self.retention_by_type()}
