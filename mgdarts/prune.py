@@ -170,25 +170,32 @@ def choose(net: SuperNet, c: Candidates,
     "All candidates, or the least important ones that bring the derived size to the target, from below."
     m, low, size = len(c.places), (1 - slack) * target, Sizes(net, c)
     if size(torch.ones(m, dtype=torch.bool)) >= low: return c.off
-    if size(torch.zeros(m, dtype=torch.bool)) <= target: return torch.zeros_like(c.off)
-    first, step = lambda k: c.rank < k, max(1, m // 16)
-    high = next((k for k in range(step, m, step) if size(first(k)) <= target), m) # a look at every sixteenth, then between two of them
-    few = max(0, high - step)
-    while high - few > 1:
-        k = (few + high) // 2
-        few, high = (few, k) if size(first(k)) <= target else (k, high)
-    if size(first(high)) >= low: return c.only(first(high))
+    first, seen = lambda k: c.rank < k, {}
+    def at(k):
+        if k not in seen: seen[k] = size(first(k))
+        return seen[k]
+    if at(0) <= target: return torch.zeros_like(c.off)
+    step = max(1, m // 16)
+    high = next((k for k in range(step, m, step) if at(k) <= target), m) # a look at every sixteenth, then between two of them
+    few, turn = max(0, high - step), 0
+    while high - few > 1: # by turns in the middle, and where a straight line would meet the target
+        k = (few + high) // 2 if turn else few + round((high - few) * (at(few) - target) / max(at(few) - at(high), 1))
+        k, turn = min(max(k, few + 1), high - 1), 1 - turn
+        few, high = (few, k) if at(k) <= target else (k, high)
+    if at(high) >= low: return c.only(first(high))
     taken, queue, block = first(few), torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m))[few:], 1
-    widths = size.widths()
+    widths, waiting, moved = size.widths(), [], False
     for _ in range(probes):
-        if not len(queue): break
+        if not len(queue):
+            if not (moved and waiting): break
+            queue, waiting, moved, block = torch.cat(waiting), [], False, 1 # what waited may fit now
         more = taken.index_fill(0, queue[:block], True)
         n = size(more)
-        if n >= low: taken, queue, block = more, queue[block:], 2 * block
+        if n >= low: taken, queue, block, moved = more, queue[block:], 2 * block, True
         elif block > 1: block = max(1, block // 4)
         else: # this unit waits, and so do others of its cell where it would change the width of all maps
-            mine, queue = int(widths[queue[0]]), queue[1:]
-            if mine >= 0: queue = queue[widths[queue] != mine]
+            mine = widths[queue] == widths[queue[0]] if widths[queue[0]] >= 0 else torch.arange(len(queue)) == 0
+            waiting, queue = [*waiting, queue[mine]], queue[~mine]
         if low <= n <= target: break
     return c.only(taken if wait or size(taken) <= target else first(high))
 
