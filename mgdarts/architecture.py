@@ -6,7 +6,6 @@
 from __future__ import annotations
 import hashlib, json
 from dataclasses import dataclass, field, replace
-from itertools import cycle
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -266,25 +265,25 @@ def at_width(arch: Architecture, channels: int, # C
 
 def fitted(arch: Architecture, params: float # deployable parameters, plain number
           )->Architecture:
-    "The widths at which an architecture has so many parameters, or just fewer. `InputError` when even the narrowest has more than twice as many."
+    "The widths at which an architecture has so many parameters, or just fewer; two filters everywhere where even that is more."
     low, high = 1, 512 # sizes grow with the width
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(at_width(arch, middle)).params <= params else (low, middle)
-    if low < 2:
-        if (n := count(out := at_width(arch, 2)).params) > 2 * params: raise InputError(f"search.target_m={params / 1e6:g} is too small for these operations: with 2 filters they have {n} parameters")
-        return out
-    widths, middles = [c.width for c in replace(arch.spec, channels=high).cell], {}
-    size = lambda: count(at_width(arch, high, widths, middles)).params
-    for c in cycle(range(len(widths))):
+    if low < 2: return at_width(arch, 2)
+    full = [c.width for c in replace(arch.spec, channels=high).cell]
+    widths, middles, size = list(full), {}, lambda: count(at_width(arch, high, widths, middles)).params
+    while wide := [c for c, w in enumerate(widths) if w > 2]: # all in proportion, wide cells first
+        c = max(wide, key=lambda c: (widths[c] / full[c], widths[c]))
         widths[c] -= 1
         if size() <= params: break
+    else: return at_width(arch, 2)
     fits = at_width(arch, high, widths)
     widths[c] += 1
     seps = [(k, i) for k, cell in enumerate(arch.cells) for i, o in enumerate(cell.ops) if is_sep(o.index) and widths[k] > 2]
-    for round_ in range(max(widths)):
+    for fewer in range(1, max(widths)):
         for at in seps:
-            middles[at] = max(2, widths[at[0]] - 1 - round_)
+            middles[at] = max(2, widths[at[0]] - fewer)
             if size() <= params: return at_width(arch, high, widths, middles)
     return fits
 

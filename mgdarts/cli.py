@@ -132,11 +132,12 @@ def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESE
             splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
             print(in_words(estimate(cfg, out or "runs", splits)), file=sys.stderr)
         result = runs.search(cfg, out, splits=splits, quiet=as_json)
+    size, kind = runs.sizes_of(result), runs.size_kind(result)
     if not result["reached"]:
-        own = runs.read_config(result["run"])
-        remedy = "" if own.rules.fit else "; allow more with --set max_epochs=N, or a larger lambda_step" * (result["gap"] > 0) if own.rules.discretiser in PRUNING else f"; {own.method} has no size of its own, --set rules.fit=true gives it one"
-        print(f"target not reached: the derived network has {result['params']} parameters, {result['gap']:+.1%} off the {result['target']} asked for{remedy}", file=sys.stderr)
-    rows = [("target reached", result["reached"]), ("parameters of the derived network", result["params"]), ("target", result["target"]), ("parameters before alignment", result["params_searched"]), ("MACs", result["macs"]), ("operations", result["ops"]),
+        own = runs.read_config(out or result["run"])
+        remedy = "" if own.rules.fit else "; allow more with --set max_epochs=N, or a larger lambda_step" * (size["gap"] > 0) if own.rules.discretiser in PRUNING else f"; {own.method} has no size of its own, --set rules.fit=true gives it one"
+        print(f"target not reached: the derived network has {size['params']} parameters, {size['gap']:+.1%} off the {result['target']} asked for{remedy}", file=sys.stderr)
+    rows = [("target reached" + (", as counted before alignment" if kind != "derived" else ""), result["reached"]), ("parameters of the derived network", size["params"]), ("target", result["target"]), ("parameters before alignment", size["params_searched"]), ("MACs", result["macs"]), ("operations", result["ops"]),
             *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("with masked weights", result["derived"]["params_deployable"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("run", result["run"])]
     _show(result, as_json, _table("search", ["", ""], rows))
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PARTS', 'PRUNING', 'PRESETS', 'LONG', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search', 'Train',
-           'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'modern', 'from_dict', 'configure',
-           'Method', 'preset', 'pairs', 'settings_of', 'refuse_unknown', 'root']
+__all__ = ['PARTS', 'PRUNING', 'LATER', 'PRESETS', 'LONG', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search',
+           'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'modern', 'from_dict',
+           'configure', 'Method', 'preset', 'pairs', 'settings_of', 'refuse_unknown', 'root']
 
 # %% ../nbs/00_config.ipynb #7e55d37f
 class InputError(ValueError):
@@ -272,6 +272,9 @@ def _check_rules(cfg):
     need(not r.growing or s.stages == 3 and own == "argmax", "rules.growing needs three stages and rules.discretiser=argmax")
     need(r.partial == 1 or not r.gates and r.keep == 1 and r.superpose == "none", "rules.partial goes without gates, scores and superposed kernels: set rules.gates=false, rules.keep=1, rules.superpose=none")
     need(cfg.space.channels % r.partial == 0, f"space.channels={cfg.space.channels} is no multiple of rules.partial={r.partial}")
+    need(r.superpose == "none" and r.partial == 1 or own not in PRUNING, f"rules.discretiser={own} prunes as it goes, and superposed kernels and partial channels are only cut into operations in the end: set rules.superpose=none and rules.partial=1, or another rules.discretiser")
+    need(r.keep == 1 or r.superpose == "none", "scores belong to kernels of their own: set rules.superpose=none, or rules.keep=1")
+    need(not r.aux or s.optimisation not in ("second-order", "none"), f"rules.aux has no loss to weigh in with search.optimisation={s.optimisation}: set rules.aux=0")
     need(r.superpose == "none" or not r.gates, "superposed kernels have no gates: set rules.gates=false")
     need(r.superpose == "none" and r.partial == 1 or cfg.train.weights == "scratch", "the super-net's kernels are not those of the derived network here: set train.weights=scratch")
     need(len(r.skip_dropout) == 3 and len(r.tau) == 2, "rules.skip_dropout has three values, rules.tau two")
@@ -287,7 +290,7 @@ def validate(cfg: Config)->Config: # the same object
         else: raise InputError(f"search.stage_keep has {len(s.stage_keep)} values for {s.stages} stage(s): give one for each")
     if not s.granularities or len(set(s.granularities)) != len(s.granularities):
         raise InputError("search.granularities needs one or more different names from: operation, filter, weight")
-    if s.target_m <= 0: raise InputError("search.target_m must be above 0: give the size of the searched net in millions of parameters")
+    if s.target_m <= 0: raise InputError("search.target_m must be above 0: give the size of the derived net in millions of parameters")
     if s.prune_low > s.prune_high: raise InputError("search.prune_low must not be above search.prune_high")
     if cfg.space.channels % 2: raise InputError(f"space.channels={cfg.space.channels} must be even: a strided skip connection halves it")
     if cfg.preset and not cfg.preset.replace("-", "").replace("_", "").isalnum(): raise InputError("preset must be a plain word: runs are named after it")
@@ -300,12 +303,15 @@ def to_dict(cfg: Config)->dict:
     "Plain nested dictionary, JSON-ready."
     return json.loads(json.dumps(asdict(cfg)))
 
+LATER = ("lambda_cap_fine", "label_smoothing") # knobs of the search that are younger than the present meaning of its others
+
 def modern(d: dict)->dict:
     "Whole configurations written before some knobs got their present meaning, in today's words."
     s = d.get("search")
-    if not isinstance(s, dict) or "threshold_init" not in s or "lambda_cap_fine" in s: return d
-    cap = s.get("lambda_cap", 1.)
-    return {**d, "search": {**s, "threshold_init": "own" if s["threshold_init"] == "min" else s["threshold_init"], **({"lambda_cap_fine": cap / 2} if isinstance(cap, (int, float)) else {})}}
+    if not isinstance(s, dict) or "lambda_cap_fine" in s or {f.name for f in dataclasses.fields(Search)} - s.keys() - set(LATER): return d # whoever leaves out a knob means today's
+    cap = s["lambda_cap"]
+    own = {"threshold_init": "own" if s["threshold_init"] == "min" else s["threshold_init"]}
+    return {**d, "search": {**s, **own, **({"lambda_cap_fine": cap / 2} if isinstance(cap, (int, float)) else {})}}
 
 def from_dict(d: dict)->Config:
     "Inverse of `to_dict`. `InputError` names a missing part, an unknown key or a wrong value."

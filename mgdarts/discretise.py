@@ -118,7 +118,8 @@ def common_start(parts: list, # of (g [n], live [n] bool), all units of a granul
                  margin: float = 0.1 # share of the minimum
                 )->Tensor: # scalar
     "One threshold for a granularity, just under its smallest live unit (`min`); 0 where nothing lives."
-    low = torch.stack([g.detach().abs().masked_fill(~live, float("inf")).amin() for g, live in parts if len(g)]).amin()
+    g = parts[0][0].detach()
+    low = torch.stack([g.new_full((), float("inf")), *(g.detach().abs().masked_fill(~live, float("inf")).amin() for g, live in parts if g.numel())]).amin()
     return torch.where(low.isfinite(), low * (1 - margin), torch.zeros_like(low))
 
 # %% ../nbs/04_discretise.ipynb #9de9e87b

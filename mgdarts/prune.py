@@ -14,8 +14,8 @@ from .cell import carry, carry_columns
 from .supernet import SuperNet
 
 # %% auto #0
-__all__ = ['SLACK', 'Candidates', 'chance_weaker', 'units', 'bounded', 'candidates', 'Sizes', 'choose', 'follow', 'settle',
-           'Commit', 'commit']
+__all__ = ['SLACK', 'Candidates', 'evenly', 'chance_weaker', 'units', 'bounded', 'candidates', 'Sizes', 'choose', 'follow',
+           'settle', 'Commit', 'commit']
 
 # %% ../nbs/08_prune.ipynb #f25da617
 @dataclass
@@ -64,12 +64,17 @@ class Candidates:
             out[name] = chance_weaker(gone, kept)
         return out
 
+def evenly(n: int, most: int = 1 << 17)->Tensor: # int64, ascending
+    "Up to so many places among `n`, the first and the last among them: in whole numbers, for vectors longer than 2^24."
+    m = min(n, most)
+    return torch.arange(m) * (n - 1) // max(m - 1, 1)
+
 def chance_weaker(a: Tensor, b: Tensor, # any lengths
                   most: int = 1 << 17 # values of each that are looked at, evenly spread
                  )->float|None:
     "P(a < b) + P(a = b) / 2 for a value of each, drawn at random (the area under the curve of Mann and Whitney)."
     if not len(a) or not len(b): return None
-    a, b = (v[torch.linspace(0, len(v) - 1, min(len(v), most)).round().long()] for v in (a, b))
+    a, b = (v[evenly(len(v), most)] for v in (a, b))
     b = b.sort().values
     below, up_to = (torch.searchsorted(b, a, right=right).double().mean() for right in (False, True))
     return float(1 - (below + up_to) / 2 / len(b))

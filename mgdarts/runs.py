@@ -26,8 +26,8 @@ from .train import Trainer
 # %% auto #0
 __all__ = ['BITS', 'SPACES', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder',
            'read_events', 'Signals', 'Clock', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer',
-           'read_record', 'read_config', 'first_bad', 'size_kind', 'search', 'train', 'bare_search', 'supernet_weights',
-           'retrain', 'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
+           'read_record', 'read_config', 'first_bad', 'size_kind', 'sizes_of', 'search', 'train', 'bare_search',
+           'supernet_weights', 'retrain', 'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
 
 # %% ../nbs/14_runs.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -296,7 +296,8 @@ def _finish(cfg, out, loop, splits, clock)->dict:
     arch_files.save(arch, out, overwrite=True)
     size = counts(arch)
     params = size["params_nonzero"]
-    result = {"run": str(out), "reached": (1 - SLACK) * target <= params <= target, "target": target, "gap": params / target - 1, "params": params, "params_searched": done["params_searched"], "macs": size["macs_nonzero"], "ops": done["ops"],
+    result = {"run": str(out), "reached": (1 - SLACK) * target <= params <= target, "target": target, "gap": params / target - 1, "params": params, "params_searched": done.get("params_searched", done["params"]), # a state of before says the one size only
+               "macs": size["macs_nonzero"], "ops": done["ops"],
               "retention": done["retention"], "drift": done.get("drift"), "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps, **clock(), "events": mark(content),
               "derived": {k: size[k] for k in ("params_total", "params_deployable", "params_nonzero", "macs", "ops", "retention")}}
     write_json(out / "result.json", result)
@@ -305,8 +306,14 @@ def _finish(cfg, out, loop, splits, clock)->dict:
 
 def size_kind(result: dict # of a search
              )->str:
-    "What the sizes of a run are sizes of: runs older than the count of derived networks compared another one with their target."
+    "What a run compared with its target: runs older than the count of derived networks did it before filters were aligned."
     return "derived" if "params_searched" in result else "before alignment"
+
+def sizes_of(result: dict # of a search
+            )->dict: # derived, before alignment, and how far the derived size is off the target, as a share of it
+    "The sizes of a run of any age."
+    derived = result["derived"]["params_nonzero"]
+    return {"params": derived, "params_searched": result.get("params_searched", result["params"]), "gap": derived / result["target"] - 1}
 
 # %% ../nbs/14_runs.ipynb #f3d8cb7a
 def search(cfg: Config|None, # None: resume with the folder's own
@@ -468,7 +475,7 @@ def run_row(run: str|Path, data: dict # from `load_run`
     of = lambda k, what: (t.get(k, {}).get("result") or {}).get(what)
     sizes = ("params_nonzero", "params_deployable", "macs")
     return {"run": str(run), "method": cfg["method"], "preset": cfg["preset"], "dataset": data["record"]["dataset"], "seed": cfg["seed"],
-            "status": "unfinished" if r is None else ("reached" if r["reached"] else "target not reached") + ("" if size_kind(r) == "derived" else " (before alignment)"), "params": r and r["derived"]["params_nonzero"], "params_searched": r and r.get("params_searched", r["params"]), "ops": r and r["ops"], **{k: r and r["derived"][k] for k in sizes},
+            "status": "unfinished" if r is None else ("reached" if r["reached"] else "target not reached") + ("" if size_kind(r) == "derived" else " (before alignment)"), **(sizes_of(r) if r else dict.fromkeys(("params", "params_searched", "gap"))), "ops": r and r["ops"], **{k: r and r["derived"][k] for k in sizes},
             "test_acc": of("train", "test_acc_final"), "val_acc": of("train", "val_acc_final"), "random_acc": of("random", "test_acc_final"), "random_val_acc": of("random", "val_acc_final"), **{f"random_{k}": of("random", k) for k in sizes}}
 
 def list_runs(folder: str|Path|None = None # None: the project's runs/

@@ -14,7 +14,7 @@ from .space import *
 from .discretise import common_start, start_thresholds
 from .events import Event, Emitter, NonFiniteLoss, evaluate, plain
 from .loss import Lambda, beta_decay, live_thresholds, pressure, prices
-from .prune import SLACK, Sizes, candidates, choose, commit, follow
+from .prune import SLACK, Sizes, candidates, choose, commit, evenly, follow
 from .decide import all_but, by_rank, by_share, by_strength, decide_edge, decide_node, fewer_skips, fit_scored, jacobian_score, keep_scored, plan_round, standardise, strongest_two
 from .unroll import unrolled
 from .regrow import regrow, update_momentum
@@ -228,8 +228,8 @@ class StagedSearch:
         found, out = candidates(self.net), dict.fromkeys(GRANULARITIES)
         for name in self.net.granularities:
             g, t = (torch.cat([v[i][v[2]] for k, v in zip(found.names, found.values) if k == name]) for i in (0, 1))
-            at = torch.linspace(0, len(g) - 1, min(len(g), 1 << 17)).round().long() # evenly spread, where there are very many
             if not len(g): continue
+            at = evenly(len(g)) # where there are very many
             ratio = (g[at] / t[at].clamp(min=1e-12)).clamp(max=1e6)
             out[name] = {"t": float(t[at].mean()), "ratio": [round(v, 4) for v in ratio.quantile(torch.tensor([0, .05, .25, .5, .75, .95, 1])).tolist()]}
         return out
@@ -243,7 +243,9 @@ class StagedSearch:
     def _close(self, status: str):
         "End a stage: regrow, then the next, or the end."
         last = self.stage == len(self.stages) - 1
-        if last and self.by_size and self.spec.constraint == 1: self._leave(keep=strongest_two(self._strongest())) # what thresholds have left, as far as the space has it
+        if last and self.by_size and self.spec.constraint == 1: # what thresholds have left, as far as the space has it
+            self._leave(keep=strongest_two(self._strongest()))
+            status = "reached" if self._met(self.net.count().params, self.target) else "target not reached"
         count = self.net.count()
         self.reached.append(status == "reached")
         self._emit("stage", status=status, params=count.params, target=self.target, ops=count.ops, pruned=self.pruned)
@@ -358,7 +360,7 @@ class Search(SavedSearch):
         of = {k: [names[id(p)] for p in ps] for k, ps in groups(net).items()}
         (sgd,) = (g for g in self.optimizer.param_groups if g["name"] == "weights")
         buffers = {names[id(p)]: self.optimizer.state[p]["momentum_buffer"] for p in sgd["params"] if self.optimizer.state.get(p, {}).get("momentum_buffer") is not None}
-        def loss(f, x, y, regularised, values): return F.cross_entropy(f(x), y) + (self._decay(values["alpha"]) if regularised and self.rules.beta_decay else 0.)
+        def loss(f, x, y, regularised, values): return F.cross_entropy(f(x), y, label_smoothing=0. if regularised else cfg.label_smoothing) + (self._decay(values["alpha"]) if regularised and self.rules.beta_decay else 0.)
         found = unrolled(net, loss, self._batch(), self._batch("arch"), of["weights"], of["strengths"], sgd["lr"], cfg.momentum, cfg.weight_decay, buffers)
         net.zero_grad(set_to_none=True)
         for name, g in found.items(): net.get_parameter(name).grad = g
@@ -442,7 +444,7 @@ class Search(SavedSearch):
             if self.clock >= 1 - 1e-9: self._begin_deciding()
             return
         if warm: return
-        due = self.phase_epoch % cfg.prune_every == 0
+        due = self.phase_epoch % cfg.prune_every == 0 or self.phase_epoch >= cfg.max_epochs
         if due: self._commit(ce, own, epoch)
         params = self.net.count().params if due else math.inf
         if params <= self.target: self._close("reached")
@@ -450,18 +452,22 @@ class Search(SavedSearch):
 
     def _commit(self, ce, price, epoch):
         self.rebuilds += 1
-        found, before, last = self._found(), self.lam.value, self.phase_epoch >= self.cfg.max_epochs
+        found, before = self._found(), self.lam.value
         # where nothing finer than operations is searched, or a rule says how many go, others than those that are due may bring the size to the target
         coarse = self.rules.discretiser != "thresholds" or self.cfg.granularities == ("operation",)
         if coarse and Sizes(self.net, found)(torch.ones(len(found.places), dtype=torch.bool)) < (1 - SLACK) * self.target: found = self._found(more=True)
-        done = commit(self.net, self.target, [self.optimizer, self.adam], self.rebuilds, found, wait=not (coarse or last))
+        done = commit(self.net, self.target, [self.optimizer, self.adam], self.rebuilds, found, wait=not coarse)
+        self._tally(done, before)
+        lam = 0. if self.rules.regulariser == "none" else self.lam.update(done.pruned["operation"], ce, price)
+        self._emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params, target=self.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
+
+    def _tally(self, done, lam: float):
+        "Add up what was pruned, at which lambda, and how weak it was."
         self.pruned += done.pruned["operation"]
         for name, n in done.pruned.items():
             row = self.drift.setdefault(name, [0, 0, 0., 0])
-            row[0] += n; row[1] += n * (before == 0)
+            row[0] += n; row[1] += n * (lam == 0)
             if done.auc.get(name) is not None: row[2] += n * done.auc[name]; row[3] += n
-        lam = 0. if self.rules.regulariser == "none" else self.lam.update(done.pruned["operation"], ce, price)
-        self._emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params, target=self.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
 
     def _found(self, more: bool = False # whether others may follow behind those that are due
               ):
@@ -553,7 +559,7 @@ class Search(SavedSearch):
             for c in net.cells: keep_scored(c, r.keep)
         done = commit(net, 0. if keep is not None else self.target, [self.optimizer, self.adam], self.rebuilds, all_but(net, keep) if keep is not None else by_strength(net, strength), wait=False)
         if r.keep < 1 and r.fit: fit_scored(net, self.target)
-        self.pruned += done.pruned["operation"]
+        self._tally(done, self.lam.value if self.lam else 0.)
         self._emit("commit", None, max(self.epoch - 1, 0), pruned=done.pruned, auc=done.auc, lambda_before=0., params_before=done.before.params, target=self.target, **{"lambda": 0.}, **net.count().summary())
 
     def run(self, until: str = "end" # step, epoch, commit, stage or end

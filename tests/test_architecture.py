@@ -333,3 +333,18 @@ def test_genotype_in_another_order_is_sorted_with_its_masks(tmp_path):
     masks = [m[1:] + m[:1] for m in masks]; torch.save(masks, tmp_path / "m.npy")
     got = genotype(tmp_path, f"Mine = Genotype(gene=[{turned}, {turned}, {turned}], concat=range(2, 6))", masks_path=tmp_path / "m.npy")
     assert got.cells == arch.cells and list(got.masks) == ["c0.o0.dw1"]
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_width_is_fitted_to_the_target(seed):
+    arch = random_architecture(NetSpec(6, 3 + seed, size=16), 20_000 + 4_000 * seed, seed)
+    least = count(at_width(arch, 2)).params
+    for target in (1_000, least + 400, 30_000, 120_000):
+        found = fitted(arch, target)
+        n, widths = count(found).params, [c.widths[0] for c in found.cells]
+        assert min(widths) >= 2 and all(a <= b for a, b in zip(widths, widths[1:]))
+        assert n == least if target < least else 0.97 * target <= n <= target
+        if target >= 30_000:
+            assert n >= 0.99 * target
+            shares = [w / c.width for w, c in zip(widths, found.spec.cell)]
+            assert max(shares) - min(shares) <= 1 / min(c.width for c in found.spec.cell) + 1e-9  # in proportion

@@ -15,7 +15,7 @@ from mgdarts.events import NonFiniteLoss
 from mgdarts.loss import Lambda, average_cost, cost, prices, regulariser, size_loss
 from mgdarts.mobile import MobileSpec
 from mgdarts.mobilenet import supernet
-from mgdarts.prune import Sizes, candidates, chance_weaker, choose, commit
+from mgdarts.prune import Sizes, candidates, chance_weaker, choose, commit, evenly
 from mgdarts.regrow import potential, quotas, regrow
 from mgdarts.search import Search
 from mgdarts.space import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, count_supernet, is_conv
@@ -304,6 +304,28 @@ def test_the_size_of_the_masks_is_the_size_of_the_derived_network(seed, pressure
     # and the super-net's own size, weight by weight
     held = sum(p.numel() for c in net.cells for p in (c.omega, c.plain, c.scale, c.shift)) + sum(p.numel() for m in (net.stem, net.head) for p in m.parameters())
     assert now.searched.dense == held and now.searched.params == held - sum(int((~c.omega_live).sum()) for c in net.cells)
+
+
+def test_places_are_spread_in_whole_numbers():
+    for n in (1, 2, 7, 1 << 17, (1 << 24) + 3, 19_049_184, (1 << 25) - 3):  # of float32 the last would be rounded up to n
+        at = evenly(n)
+        assert at[0] == 0 and at[-1] == n - 1 and len(at) == min(n, 1 << 17) and bool((at.diff() > 0).all())
+
+
+def test_a_space_without_convolutions_is_searched():
+    cfg = Settings(target_m=0.0012, warmup=0, prune_every=1, max_epochs=3, lambda_step=0.02)
+    search = Search(NetSpec(4, 3, 3, 8), {"train": Noise(8, 3, 2), "val": Noise(8, 3, 2)}, cfg, rules=Rules(ops=("skip_connect", "max_pool_3x3")))
+    search.run()
+    assert search.finished and search._drifted()["weight"] == {"pruned": 0, "free": None, "auc": None}
+
+
+def test_the_last_epoch_of_a_stage_commits():
+    "Also where it is none of those in which a commit is due."
+    cfg = Settings(target_m=0.0012, warmup=0, prune_every=2, max_epochs=3, lambda_step=0.02, stage_keep=(0.01,) * 3)
+    search, heard = Search(NetSpec(2, 3, 3, 8), {"train": Noise(8, 3, 2), "val": Noise(8, 3, 2)}, cfg), []
+    search.events.listen(lambda e: heard.append((e.stage, e.epoch)), "commit")
+    search.run()
+    assert [epoch for stage, epoch in heard if stage == "stage 1"] == [1, 2]
 
 
 def test_chance_weaker_is_that_of_all_pairs():

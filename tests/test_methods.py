@@ -88,6 +88,10 @@ def test_the_registry_and_the_knobs_agree():
     ({"method": "pc-darts", "train.weights": "supernet"}, "train.weights=scratch"),
     ({"method": "darts-v1", "search.granularities": "filter"}, "search.granularities"),
     ({"rules.gates": False}, "search.granularities"),
+    ({"method": "gold-nas", "rules.superpose": "kernels"}, "rules.superpose=none"),
+    ({"method": "gold-nas", "rules.partial": 2}, "rules.partial=1"),
+    ({"method": "dass", "rules.superpose": "kernels"}, "rules.keep=1"),
+    ({"method": "darts-v2", "rules.aux": 0.4}, "rules.aux=0"),
 ])
 def test_rules_that_do_not_go_together(settings, says):
     with pytest.raises(InputError, match=says): preset("smoke", **settings)

@@ -1,6 +1,7 @@
 "Run folders, the command line, and what bad input gets: one line, exit code 2, nothing written."
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from mgdarts import architecture, runs
 from mgdarts.cli import main
 from mgdarts.config import InputError, preset
 from mgdarts.space import NetSpec
+from mgdarts.store import read_json, write_json
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
@@ -253,3 +255,21 @@ def test_a_dry_run_says_what_is_needed_and_writes_nothing(kind, tmp_path, capsys
     said = capsys.readouterr()
     assert said.err.count("\n") == 1 and "a step needs about" in said.err and len(json.loads(said.out)["problems"]) == 1
     assert main([*order, "--set", "data.name=nowhere"]) == 2
+
+
+def test_a_run_of_before_opens_and_its_sizes_are_called_what_they_were(run, tmp_path, capsys):
+    "Older runs compared the size before alignment with their target, and each of their thresholds started alone."
+    old = tmp_path / "old"
+    shutil.copytree(run, old)
+    record, result = read_json(old / "config.json", "a record"), read_json(old / "result.json", "a result")
+    for name in ("lambda_cap_fine", "label_smoothing"): del record["config"]["search"][name]
+    for name in ("gap", "drift"): del result[name]
+    result["params"] = result.pop("params_searched")
+    for name, content in (("config", record), ("result", result)): write_json(old / f"{name}.json", content)
+    assert runs.read_config(old).search.threshold_init == "own" and runs.read_config(old).search.lambda_cap_fine == 0.5
+    assert runs.read_config(run).search.threshold_init == "min"
+    row = runs.run_row(old, runs.load_run(old))
+    assert row["status"].endswith("reached (before alignment)") and row["params"] == result["derived"]["params_nonzero"] and row["params_searched"] == result["params"]
+    code, out, _ = call(["search", "--resume", "--out", old], capsys)
+    assert code == 0 and "as counted" in out
+    assert "before alignment" in runs.write_report(old).read_text("utf-8")
