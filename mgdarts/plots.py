@@ -211,7 +211,8 @@ def _prunings(fig, events, row):
         fig.add_scatter(x=[s[0] for s in seen], y=[s[1] for s in seen], mode="markers", name=g, legendgroup=g, showlegend=False, row=row, col=1, hoverinfo="text",
                         hovertext=[f"{n:,} {g}s pruned{'' if lam else ', λ = 0'}: one of them is weaker than one that stays with a chance of {v:.2f}" for _, v, n, lam in seen],
                         marker={"symbol": GRANULARITY_SYMBOLS[g], "color": colour, "size": [5 + 2 * math.log10(n) for *_, n, _ in seen]})
-    fig.add_shape(type="line", x0=0, x1=1, xref="paper", y0=.5, y1=.5, line={"color": GREY, "width": 1, "dash": "dot"}, row=row, col=1)
+    end = max((e["epoch"] + 1 for e in events if e.get("type") in ("epoch", "commit")), default=1)
+    fig.add_scatter(x=[0, end], y=[.5, .5], mode="lines", line={"color": GREY, "width": 1, "dash": "dot"}, showlegend=False, hoverinfo="skip", row=row, col=1)
 
 def _prunings_axes(fig, row): return fig.update_yaxes(title_text="chance that the weaker goes", range=[0, 1.05], row=row, col=1)
 
