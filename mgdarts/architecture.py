@@ -213,8 +213,7 @@ def count(arch: Architecture)->NetCount:
             n.by_op[op.edge, op.index] = [sum(gates), len(gates) * spec.width, *((kept, initial) if op.is_conv else (0, 0)), kept + bn]
         cells.append(n)
     out = arch.out(len(arch.cells) - 1)
-    fixed = lambda n, macs: Size(n, n, macs, macs)
-    return NetCount(cells, fixed(arch.spec.stem_params, arch.spec.stem_macs), fixed((out + 1) * arch.classes, out * arch.classes))
+    return NetCount(cells, Size.whole(arch.spec.stem_params, arch.spec.stem_macs), Size.whole(*arch.spec.top(out)))
 
 # %% ../nbs/11_architecture.ipynb #69bbf978
 CONVS = sum(map(is_conv, range(len(OPS)))) * len(EDGES) # searched convolutions of a super-net cell

@@ -273,6 +273,9 @@ class StoredCell(PlannedCell):
         self._plan()
         return moved
 
+    def full_strength(self)->Tensor: # [filters of the full cell], on the CPU; 0 for filters that are gone
+        "sigma(beta) at the places of the full cell."
+        return torch.zeros(self.spec.sizes["gates"]).index_copy_(0, self.layout.slots["gates"], torch.sigmoid(self.beta.detach()).cpu().float())
     @property
     def statistics(self)->tuple:
         "The running statistics: tensors that training moves, besides the parameters."

@@ -103,8 +103,7 @@ def count(arch: MobileArchitecture)->NetCount:
         n.dense, n.params, n.macs_dense = layer.params, sum(r[4] for r in rows), layer.macs
         n.by_op = {(0, KERNELS.index(b.kernel)): r for b, r in zip(layer.branches, rows)}
         cells.append(n)
-    fixed = lambda n, macs: Size(n, n, macs, macs)
-    return NetCount(cells, fixed(spec.stem_params, spec.stem_macs), fixed(*spec.top(spec.cell[-1].cout)), names=spec.ops)
+    return NetCount(cells, Size.whole(spec.stem_params, spec.stem_macs), Size.whole(*spec.top(spec.cell[-1].cout)), names=spec.ops)
 
 def _counts(arch):
     net, spec, rows = count(arch), arch.spec, []

@@ -129,7 +129,6 @@ class Sizes:
         self.ops, self.cells = ops.view_as(c.live).masked_fill(~c.live, self.gone).flatten(), []
         for cell, gates, weights in zip(net.cells, others[:n], others[n:]):
             index, slots, width = cell.index, cell.layout.slots["gates"], cell.spec.sizes["gates"]
-            strength = torch.zeros(width).index_copy_(0, slots, torch.sigmoid(cell.beta.detach()).cpu().float())
             weights = weights.masked_fill(~cell.omega_live.cpu(), self.gone)
             at = (weights != self.there).nonzero().flatten()
             off = Masked.of(cell.layout, at)
@@ -137,7 +136,7 @@ class Sizes:
             whole, op = (off.rows == off.cols) & (off.rows < cell.spec.ungated), index.kernels["op"].int()
             if bool(whole.any()): off.rows = torch.where(whole, cell.spec.units + op.index_select(0, off.kernel.int()), off.rows)
             filters = torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates)
-            self.cells.append((index, filters, strength, weights[at], off))
+            self.cells.append((index, filters, cell.full_strength(), weights[at], off))
 
     def widths(self)->Tensor: # [m] int64
         "For each candidate the cell whose width it has a say in, or -1."

@@ -229,6 +229,10 @@ class Size:
     macs: int = 0 # multiply-accumulates of one image, masked weights left out
     macs_dense: int = 0
 
+    @classmethod
+    def whole(cls, params: int, macs: int)->Size:
+        "Of what has no masks."
+        return cls(params, params, macs, macs)
     def __add__(self, other: Size)->Size: return Size(*(getattr(self, k) + getattr(other, k) for k in Size.__dataclass_fields__))
 
 @dataclass

@@ -233,12 +233,11 @@ class SuperNet(nn.Module):
         "Which channels the cells have, or would have."
         out, outs = [], [self._out(-2), self._out(-1)]
         for c, cell in enumerate(self.cells):
-            lay, index, slots = cell.layout, cell.index, cell.layout.slots["gates"]
+            lay, index = cell.layout, cell.index
             if not derived and ops is None: out.append(lay.alive)
             else:
                 now, full = lay.ops if ops is None else ops[c] & lay.ops, self.full_gates(c, None if gates is None else gates[c])
-                if derived: strength = torch.zeros(len(full)).index_copy_(0, slots, torch.sigmoid(cell.beta.detach()).cpu().float())
-                out.append(index.align(now, full, strength, *outs[-2:]) if derived else index.alive(now, full, *outs[-2:]))
+                out.append(index.align(now, full, cell.full_strength(), *outs[-2:]) if derived else index.alive(now, full, *outs[-2:]))
             outs.append(index.out(out[-1]))
         return out
 
@@ -253,14 +252,13 @@ class SuperNet(nn.Module):
             on = cell.omega_live.cpu() if weights is None else cell.omega_live.cpu() & weights[c]
             off = Masked.of(cell.layout, (~on).nonzero().flatten())
             parts.append(count_cell(cell.index, cell.layout.ops if ops is None else ops[c] & cell.layout.ops, alive[c], aligned[c], off))
-        return NetCount(parts, Size(self.spec.stem_params, self.spec.stem_params, self.spec.stem_macs, self.spec.stem_macs), *(self.top_size(units[-1] if units else None) for units in (aligned, alive)), self.spec.ops)
+        return NetCount(parts, Size.whole(self.spec.stem_params, self.spec.stem_macs), *(self.top_size(units[-1] if units else None) for units in (aligned, alive)), self.spec.ops)
 
     def top_size(self, unit: Tensor|None # [units] bool of the last cell
                 )->Size:
         "The size of the classifier behind these channels; an auxiliary head counts as nothing."
         if unit is None or isinstance(self.head, AuxHead): return Size()
-        n, macs = self.spec.top(int(self.cells[-1].index.out(unit).sum()))
-        return Size(n, n, macs, macs)
+        return Size.whole(*self.spec.top(int(self.cells[-1].index.out(unit).sum())))
 
     def full_gates(self, c: int, # cell
                    keep: Tensor|None = None # [stored filters] bool; None: all
