@@ -14,7 +14,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 demo: .venv/.installed
 	rm -rf runs/demo && mkdir -p runs
-	$(BIN)/papermill --log-level WARNING -k python3 nbs/quickstart.ipynb runs/quickstart-demo.ipynb -p out runs/demo
+	$(BIN)/papermill --log-level WARNING -k python3 nbs/start/quickstart.ipynb runs/quickstart-demo.ipynb -p out runs/demo
 	@echo "report:   $(CURDIR)/runs/demo/report.html"
 	@echo "notebook: $(CURDIR)/runs/quickstart-demo.ipynb"
 
@@ -30,7 +30,7 @@ test: .venv/.export
 # Fifty kills, failing system calls, rotten files, wrong inputs: under 20 minutes on two cores.
 faults: .venv/.installed
 	mkdir -p runs
-	$(BIN)/papermill --log-level WARNING --no-progress-bar --stdout-file - -k python3 nbs/faults.ipynb runs/faults.ipynb -p out runs/faults
+	$(BIN)/papermill --log-level WARNING --no-progress-bar --stdout-file - -k python3 nbs/runs/fault_suite.ipynb runs/faults.ipynb -p out runs/faults
 	@echo "record:   $(CURDIR)/runs/faults/record.json"
 	@echo "notebook: $(CURDIR)/runs/faults.ipynb"
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from hypothesis import settings
 
-from mgdarts import compiled, runs
+from mgdarts.fast import compiled
+from mgdarts.runs import run as runs
 
 # Nets this small are fastest on one thread, and tests may share the machine.
 torch.set_num_threads(1)

@@ -4,12 +4,12 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from mgdarts import compiled
-from mgdarts.architecture import *
-from mgdarts.config import InputError
-from mgdarts.genotype import import_genotype
-from mgdarts.operations import avg_pool, max_pool
-from mgdarts.space import NetSpec, NODE_EDGES, EDGES
+from mgdarts.fast import compiled
+from mgdarts.net.architecture import *
+from mgdarts.base.options import InputError
+from mgdarts.net.genotype import import_genotype
+from mgdarts.net.layers import avg_pool, max_pool
+from mgdarts.space.darts import NetSpec, NODE_EDGES, EDGES
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).parents[2] / "shared"))
 PUBLISHED = SHARED / "data" / "published"
@@ -111,7 +111,7 @@ def test_fused_is_reference(size, n, drop, monkeypatch):
     def run(fused):
         with monkeypatch.context() as m:
             if not fused:
-                for module in ("kernels", "operations", "architecture"): m.setattr(f"mgdarts.{module}.native", lambda x: True)
+                for module in ("fast.kernels", "net.layers", "net.architecture"): m.setattr(f"mgdarts.{module}.native", lambda x: True)
                 m.setattr(DerivedCell, "fused", None)
             else: m.setattr(DerivedCell, "reference", None)
             net = DerivedNet(arch, True).double()

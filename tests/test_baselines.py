@@ -7,14 +7,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mgdarts import architecture, cell, compiled, kernels, operations, runs, supernet
-from mgdarts.config import Compute, InputError, Rules, preset
-from mgdarts.data import load_data
-from mgdarts.derive import derive, inherited
-from mgdarts.methods import METHODS
-from mgdarts.operations import AuxHead
-from mgdarts.space import AVG, EDGES, INPUTS, MAX, NODE_EDGES, STATES, NetSpec
-from mgdarts.supernet import SuperNet
+from mgdarts.net import architecture
+from mgdarts.net import cell
+from mgdarts.fast import compiled
+from mgdarts.fast import kernels
+from mgdarts.net import layers as operations
+from mgdarts.runs import run as runs
+from mgdarts.net import supernet
+from mgdarts.base.options import Compute, InputError, Rules, preset
+from mgdarts.base.data import load_data
+from mgdarts.net.derive import derive, inherited
+from mgdarts.methods.registry import METHODS
+from mgdarts.net.layers import AuxHead
+from mgdarts.space.darts import AVG, EDGES, INPUTS, MAX, NODE_EDGES, STATES, NetSpec
+from mgdarts.net.supernet import SuperNet
 
 POOLS = ("avg_pool_3x3", "max_pool_3x3")
 DARTS = dict(relaxation="softmax", gates=False, discretiser="argmax", pool_norm=True)
@@ -320,7 +326,7 @@ def test_rates_fall_at_the_beginning_of_an_epoch(splits):
 def test_smoothing_is_for_the_weights_only(splits, monkeypatch):
     search, seen = runs.make_search(preset("smoke", "proxylessnas", **{"data.subset": 100, "search.batch": 40, "search.length": 1, "rules.weights_only": 0., "rules.arch_every": 1}), splits), []
     original = F.cross_entropy
-    monkeypatch.setattr("mgdarts.search.F.cross_entropy", lambda *a, **k: seen.append(k.get("label_smoothing", 0.)) or original(*a, **k))
+    monkeypatch.setattr("mgdarts.search.loop.F.cross_entropy", lambda *a, **k: seen.append(k.get("label_smoothing", 0.)) or original(*a, **k))
     search.step()
     assert seen[:3] == [0., 0., .1] # alpha's loss; what is reported; the weights' loss
 

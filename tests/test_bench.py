@@ -8,12 +8,12 @@ import papermill
 import pytest
 import torch
 
-from mgdarts.bench import measured
-from mgdarts.cli import main
-from mgdarts.config import Compute, Search as Settings
-from mgdarts.memory import memory_plan, prune_to, step_memory
-from mgdarts.space import INPUTS, NODE_EDGES, NetSpec, STATES
-from mgdarts.supernet import SuperNet
+from mgdarts.runs.bench import measured
+from mgdarts.runs.cli import main
+from mgdarts.base.options import Compute, Search as Settings
+from mgdarts.runs.memory import memory_plan, prune_to, step_memory
+from mgdarts.space.darts import INPUTS, NODE_EDGES, NetSpec, STATES
+from mgdarts.net.supernet import SuperNet
 
 
 @pytest.mark.parametrize("recompute", ["none", "earlier", "all"])
@@ -84,7 +84,7 @@ def test_plan_refuses_with_one_line(bad, capsys):
 
 
 def test_benchmark_notebook(tmp_path):
-    notebook = Path(__file__).resolve().parent.parent / "nbs/benchmarks.ipynb"
+    notebook = Path(__file__).resolve().parent.parent / "nbs/runs/benchmarks.ipynb"
     papermill.execute_notebook(notebook, tmp_path / "out.ipynb", {"out": str(tmp_path / "bench")}, kernel_name="python3", progress_bar=False, cwd=notebook.parent)
     record = json.loads((tmp_path / "bench/record.json").read_text())
     assert set(record) >= {"batch", "width", "depth", "live", "recompute", "validation", "plan", "search", "environment"}

@@ -18,8 +18,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from mgdarts import runs
-from mgdarts.config import preset
+from mgdarts.runs import run as runs
+from mgdarts.base.options import preset
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 try:
@@ -52,8 +52,8 @@ def lab(tmp_path_factory):
     folder = tmp_path_factory.mktemp("lab")
     runs.search(preset("smoke", **FAST), folder / "runs/demo")
     runs.search(preset("smoke", **{**FAST, "search.max_epochs": 2}, seed=1), folder / "runs/other")
-    (folder / "nbs").mkdir()
-    shutil.copyfile(ROOT / "nbs/workbench.ipynb", folder / "nbs/workbench.ipynb")
+    (folder / "nbs/start").mkdir(parents=True)
+    shutil.copyfile(ROOT / "nbs/start/workbench.ipynb", folder / "nbs/start/workbench.ipynb")
     (folder / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
     (folder / "config").mkdir()
     (folder / "config/jupyter_server_config.json").write_text(json.dumps({"IdentityProvider": {"token": ""}, "ServerApp": {"disable_check_xsrf": True}}))
@@ -80,7 +80,7 @@ class Desk:
         self.page, self.base, self.folder, self.shots = page, base, folder, shots
 
     def open(self, reset=True):
-        self.page.goto(f"{self.base}/lab/tree/nbs/workbench.ipynb" + ("?reset" if reset else ""))
+        self.page.goto(f"{self.base}/lab/tree/nbs/start/workbench.ipynb" + ("?reset" if reset else ""))
         self.page.wait_for_selector(".jp-Notebook")
         self.idle()
 
@@ -305,7 +305,7 @@ def test_nothing_is_lost(lab, tmp_path):
         page.click(".jp-Notebook-cell >> nth=0")
         page.keyboard.press("Control+s")
         time.sleep(1)
-        notebook = desk.folder / "nbs/workbench.ipynb"
+        notebook = desk.folder / "nbs/start/workbench.ipynb"
         assert notebook.stat().st_size < 1_000_000 and any(c.get("outputs") for c in nbformat.read(notebook, 4).cells)
         desk.shot("dark-live")
 
@@ -361,7 +361,7 @@ def test_nothing_is_lost(lab, tmp_path):
 def test_mgdarts_lab(lab, tmp_path):
     "The workbench is there without anything being run by hand; Ctrl-C ends server, kernel and search, saved."
     folder = lab[1]
-    server = subprocess.Popen([sys.executable, "-c", "from mgdarts.cli import main; raise SystemExit(main())", "lab", "--no-browser", "--json", "--port", str(free_port())], env=environment(folder), stdout=subprocess.PIPE, text=True, cwd=folder)
+    server = subprocess.Popen([sys.executable, "-c", "from mgdarts.runs.cli import main; raise SystemExit(main())", "lab", "--no-browser", "--json", "--port", str(free_port())], env=environment(folder), stdout=subprocess.PIPE, text=True, cwd=folder)
     try:
         facts = json.loads(server.stdout.readline())
         with browser((facts["url"].partition("/lab")[0], folder), tmp_path) as desk:

@@ -5,11 +5,13 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from mgdarts import architecture, compare, runs
-from mgdarts.architecture import counts, random_architecture
-from mgdarts.cli import main
-from mgdarts.config import InputError, preset
-from mgdarts.space import NetSpec, OPS
+from mgdarts.net import architecture
+from mgdarts.views import compare
+from mgdarts.runs import run as runs
+from mgdarts.net.architecture import counts, random_architecture
+from mgdarts.runs.cli import main
+from mgdarts.base.options import InputError, preset
+from mgdarts.space.darts import NetSpec, OPS
 
 
 def arch(seed=0, cells=3, target=30_000):

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
-from mgdarts import compiled, kernels, runs
-from mgdarts.config import preset
+from mgdarts.fast import compiled
+from mgdarts.fast import kernels
+from mgdarts.runs import run as runs
+from mgdarts.base.options import preset
 
 build = compiled.library.__wrapped__
 TINY = " ".join(f'extern "C" void {name}() {{}}' for name in ("pairs", "pointwise", "norms"))

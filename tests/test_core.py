@@ -7,19 +7,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from mgdarts import derive, mobile_derive
-from mgdarts.architecture import counts
-from mgdarts.config import InputError, Rules, Search as Settings
-from mgdarts.discretise import common_start, discretise, start_thresholds, step, strongest, surrogate
-from mgdarts.events import NonFiniteLoss
-from mgdarts.loss import Lambda, average_cost, cost, prices, regulariser, size_loss
-from mgdarts.mobile import MobileSpec
-from mgdarts.mobilenet import supernet
-from mgdarts.prune import Sizes, candidates, chance_weaker, choose, commit, evenly
-from mgdarts.regrow import potential, quotas, regrow
-from mgdarts.search import Search
-from mgdarts.space import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, count_supernet, is_conv
-from mgdarts.supernet import SuperNet
+from mgdarts.net import derive
+from mgdarts.net import mobile_derive
+from mgdarts.net.architecture import counts
+from mgdarts.base.options import InputError, Rules, Search as Settings
+from mgdarts.net.discretise import common_start, discretise, start_thresholds, step, strongest, surrogate
+from mgdarts.base.events import NonFiniteLoss
+from mgdarts.search.loss import Lambda, average_cost, cost, prices, regulariser, size_loss
+from mgdarts.space.mobile import MobileSpec
+from mgdarts.net.mobile import supernet
+from mgdarts.search.prune import Sizes, candidates, chance_weaker, choose, commit, evenly
+from mgdarts.search.regrow import potential, quotas, regrow
+from mgdarts.search.loop import Search
+from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, count_supernet, is_conv
+from mgdarts.net.supernet import SuperNet
 
 
 def random_net(seed, cells=3, width=4, size=8, stage=2):
@@ -495,12 +496,11 @@ def test_any_search_ends_with_every_node_fed_and_the_size_at_or_just_under_the_t
         for n in range(INPUTS, STATES):
             assert net.op_live[c, list(NODE_EDGES[n])].any()
     params = net.count().params
-    assert done[0].data["reached"] == (params <= cfg.target_m * 1e6) and params == done[0].data["params"]
+    target = cfg.target_m * 1e6
+    assert done[0].data["reached"] == (0.99 * target <= params <= target) and params == done[0].data["params"]
     assert net(loader.batch(0, 0)[0]).isfinite().all()
-    for e in commits:  # sizes only fall, and never past a target that was still ahead
-        assert e.data["params"] <= e.data["params_before"]
-    if done[0].data["reached"] and len(search.stages) > 1:
-        assert params > 0
+    for before, after in zip(commits, commits[1:]):  # within a stage the super-net only shrinks
+        assert before.stage != after.stage or after.data["params_searched"] <= before.data["params_searched"]
 
 
 def small_search():

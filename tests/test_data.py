@@ -3,9 +3,9 @@ import gzip, hashlib, os, pickle, shutil, subprocess, sys
 from pathlib import Path
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
-import mgdarts.data as D
-from mgdarts.config import Data, InputError
-from mgdarts.data import (Augment, Files, Loader, apportion, autoaugment, channel_stats, crop_box, crop_flip, cutout, decode, epoch_order, eval_batches, fit,
+import mgdarts.base.data as D
+from mgdarts.base.options import Data, InputError
+from mgdarts.base.data import (Augment, Files, Loader, apportion, autoaugment, channel_stats, crop_box, crop_flip, cutout, decode, epoch_order, eval_batches, fit,
                           hold_out, load_data, normalise, open_source, read_idx, resize, root, stream, subset, train_and_val, train_batch)
 
 def picture(key, c=3, h=12, w=12):

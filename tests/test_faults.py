@@ -14,16 +14,17 @@ import papermill
 import pytest
 import torch
 
-from mgdarts import faults, runs
-from mgdarts.cli import main
-from mgdarts.config import InputError, preset
-from mgdarts.faults import FAST, SETS
-from mgdarts.store import Checkpoints, lock, pack_state, read_json, unpack_state, write_json
+from mgdarts.runs import faults
+from mgdarts.runs import run as runs
+from mgdarts.runs.cli import main
+from mgdarts.base.options import InputError, preset
+from mgdarts.runs.faults import FAST, SETS
+from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_state, write_json
 
 
 
 def start(*args):
-    code = "import sys; from mgdarts.cli import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from mgdarts.runs.cli import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -43,7 +44,7 @@ def whole(tmp_path_factory):
 
 def test_some_of_the_fault_suite(tmp_path):
     "Kills, failing system calls, rotten files and wrong inputs, through the notebook that shows them; `make faults` does more of each."
-    notebook = Path(__file__).resolve().parent.parent / "nbs/faults.ipynb"
+    notebook = Path(__file__).resolve().parent.parent / "nbs/runs/fault_suite.ipynb"
     papermill.execute_notebook(notebook, tmp_path / "out.ipynb", {"out": str(tmp_path), "kills": 2, "failures": 3, "places": 6}, kernel_name="python3", progress_bar=False)
     record = read_json(tmp_path / "record.json", "a record of faults")
     assert record["lost"] == [] and record["kills"] >= 2 and record["kinds_of_files"] >= 10 and len(record["inputs"]) >= 80
@@ -95,7 +96,7 @@ def test_out_of_memory_says_what_is_needed(tmp_path, capsys, monkeypatch):
     def full(self, loss):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr("mgdarts.search.Search._backward", full)
+    monkeypatch.setattr("mgdarts.search.loop.Search._backward", full)
     assert main(["search", "--preset", "smoke", *SETS, "--out", str(tmp_path / "run")]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
     assert len(said) == 1 and "GB" in said[0] and "search.batch" in said[0]

@@ -17,10 +17,10 @@ sys.path.insert(0, str(ROOT / "tools"))
 import gpu
 import gpu_jobs
 import gpu_layouts
-from mgdarts.arms import Arm, job
-from mgdarts.config import InputError, from_dict
-from mgdarts.data import load_data
-from mgdarts.reproduce import measure
+from mgdarts.paper.arms import Arm, job
+from mgdarts.base.options import InputError, from_dict
+from mgdarts.base.data import load_data
+from mgdarts.paper.study import measure
 
 
 def failures(record): return {n: r for n, p in record["parts"].items() for r in p["rows"] for k in r if k.endswith("error")} | {n: p["note"] for n, p in record["parts"].items() if "note" in p}

@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
-from mgdarts.compiled import compiled
-from mgdarts.kernels import Pair, from_phases, images_abreast, narrow, pairs, pixels, from_pixels, weighted_sum, widen
-from mgdarts.space import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec
-from mgdarts.supernet import SuperNet
+from mgdarts.fast.compiled import compiled
+from mgdarts.fast.kernels import Pair, from_phases, images_abreast, narrow, pairs, pixels, from_pixels, weighted_sum, widen
+from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec
+from mgdarts.net.supernet import SuperNet
 
 
 def draw(*shape, seed=0):
@@ -135,8 +135,8 @@ def test_other_ways_to_the_same_gradients(how, monkeypatch):
         if other and how == "recompute":
             twin.compute.recompute = "all"
         if other and how == "native":
-            monkeypatch.setattr("mgdarts.kernels.native", lambda x: True)
-            monkeypatch.setattr("mgdarts.supernet.native", lambda x: True)
+            monkeypatch.setattr("mgdarts.fast.kernels.native", lambda x: True)
+            monkeypatch.setattr("mgdarts.net.supernet.native", lambda x: True)
         twin(x).square().mean().backward()
         seen.append([p.grad for p in twin.parameters() if p.grad is not None] + [c.var for c in twin.cells])
     for a, b in zip(*seen):

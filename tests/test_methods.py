@@ -5,12 +5,14 @@ import json
 import pytest
 import torch
 
-from mgdarts import architecture, cli, runs
-from mgdarts.config import InputError, Rules, configure, preset
-from mgdarts.data import load_data
-from mgdarts.methods import METHODS
-from mgdarts.relax import RELAXATIONS
-from mgdarts.space import INPUTS, NODE_EDGES, STATES, is_conv
+from mgdarts.net import architecture
+from mgdarts.runs import cli
+from mgdarts.runs import run as runs
+from mgdarts.base.options import InputError, Rules, configure, preset
+from mgdarts.base.data import load_data
+from mgdarts.methods.registry import METHODS
+from mgdarts.net.relax import RELAXATIONS
+from mgdarts.space.darts import INPUTS, NODE_EDGES, STATES, is_conv
 
 TINY = {"data.subset": 100, "search.batch": 40, "search.length": 3, "search.max_epochs": 2, "search.warmup": 1, "search.prune_every": 1, "train.epochs": 1, "rules.samples": 1, "rules.batches": 1, "search.lambda_step": .05}
 OWN = {"dass": {"rules.sparse": .5}, "random": {"rules.samples": 2}, "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3}}
@@ -129,7 +131,7 @@ def test_weights_stand_still_while_scores_are_learned(splits):
 
 @pytest.mark.parametrize("method", ("pc-darts", "gdas", "tanglenas", "p-darts", "fixed-rate"))
 def test_the_workbench_sees_any_method(method, splits):
-    from mgdarts.inspector import View
+    from mgdarts.views.inspector import View
     search = runs.make_search(config(method), splits)
     search.run("epoch")
     view = View(search)

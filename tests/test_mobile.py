@@ -7,18 +7,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgdarts import architecture, export, runs
-from mgdarts.architecture import counts
-from mgdarts.cli import main
-from mgdarts.config import Compute, InputError, Search as Settings, preset
-from mgdarts.loss import regulariser
-from mgdarts.mobile import Branch, MobileSpec
-from mgdarts.mobile_architecture import MobileArchitecture, random_mobile, weaknas
-from mgdarts.mobile_derive import derive, inherited
-from mgdarts.mobilenet import MobileNet
-from mgdarts.prune import candidates, choose, commit
-from mgdarts.search import Search, plan
-from mgdarts.space import count_supernet
+from mgdarts.net import architecture
+from mgdarts.runs import export
+from mgdarts.runs import run as runs
+from mgdarts.net.architecture import counts
+from mgdarts.runs.cli import main
+from mgdarts.base.options import Compute, InputError, Search as Settings, preset
+from mgdarts.search.loss import regulariser
+from mgdarts.space.mobile import Branch, MobileSpec
+from mgdarts.net.mobile_architecture import MobileArchitecture, random_mobile, weaknas
+from mgdarts.net.mobile_derive import derive, inherited
+from mgdarts.net.mobile import MobileNet
+from mgdarts.search.prune import candidates, choose, commit
+from mgdarts.search.loop import Search, plan
+from mgdarts.space.darts import count_supernet
 
 # --- the table of the published network, block by block: kernel, in, inside, out, stride, squeezed, activation
 
@@ -375,7 +377,7 @@ def test_an_interrupted_run_resumes_to_the_same_events(run, interrupted, events_
 
 
 def test_what_cannot_be_shown_is_said(run, tmp_path):
-    from mgdarts.workbench import Workbench
+    from mgdarts.views.workbench import Workbench
     with pytest.raises(InputError, match="cannot be drawn"):
         Workbench(run, interactive=False).stills()
     with pytest.raises(InputError, match="cannot be drawn"):
@@ -433,7 +435,7 @@ def test_drop_path_drops_what_is_beside_an_identity():
 
 
 def test_the_memory_plan_of_this_space(capsys):
-    from mgdarts.memory import step_memory
+    from mgdarts.runs.memory import step_memory
     net = random_net(0, SPEC, double=False)
     fake, real = step_memory(net, Settings(), 8), step_memory(random_net(0, SPEC, double=False), Settings(), 8, real=True)
     assert fake.live_ops == 15 and abs(fake.peak_bytes / real.peak_bytes - 1) < 0.02 and abs(fake.activations / real.activations - 1) < 0.02

@@ -1,9 +1,9 @@
 "Tensor functions against plain PyTorch."
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from mgdarts.kernels import every_second, from_phases, to_phases
-from mgdarts.operations import *
-from mgdarts.space import NetSpec, HeadSpec
+from mgdarts.fast.kernels import every_second, from_phases, to_phases
+from mgdarts.net.layers import *
+from mgdarts.space.darts import NetSpec, HeadSpec
 
 
 def draw(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(memory_format=torch.channels_last)

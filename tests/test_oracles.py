@@ -10,15 +10,20 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from mgdarts import architecture, cell, compiled, kernels, operations, supernet
-from mgdarts.architecture import ArchCell, Architecture, Op
-from mgdarts.config import Compute, preset
-from mgdarts.loss import live_thresholds, size_loss, threshold_loss
-from mgdarts.operations import AuxHead
-from mgdarts.search import groups
-from mgdarts.space import OPS, HeadSpec, NetSpec, is_sep
-from mgdarts.supernet import SuperNet
-from mgdarts.unroll import unrolled
+from mgdarts.net import architecture
+from mgdarts.net import cell
+from mgdarts.fast import compiled
+from mgdarts.fast import kernels
+from mgdarts.net import layers as operations
+from mgdarts.net import supernet
+from mgdarts.net.architecture import ArchCell, Architecture, Op
+from mgdarts.base.options import Compute, preset
+from mgdarts.search.loss import live_thresholds, size_loss, threshold_loss
+from mgdarts.net.layers import AuxHead
+from mgdarts.search.loop import groups
+from mgdarts.space.darts import OPS, HeadSpec, NetSpec, is_sep
+from mgdarts.net.supernet import SuperNet
+from mgdarts.search.unroll import unrolled
 
 ORACLES = Path(__file__).parent / "oracles"
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from mgdarts import paper
-from mgdarts.config import Config, InputError
-from mgdarts.paper import claims, figures, slips, systems, table
+from mgdarts.paper import data as paper
+from mgdarts.base.options import Config, InputError
+from mgdarts.paper.data import claims, figures, slips, systems, table
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).resolve().parents[2] / "shared"))
 TEXT = SHARED / "paper/mg-darts.txt"

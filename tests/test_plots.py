@@ -3,11 +3,11 @@ import json, re
 from dataclasses import replace
 import plotly.graph_objects as go
 import pytest, torch
-from mgdarts.architecture import count, random_architecture
-from mgdarts.config import InputError
-from mgdarts.plots import *
-from mgdarts.plots import _arc_heights
-from mgdarts.space import GRANULARITIES, NetSpec, OPS
+from mgdarts.net.architecture import count, random_architecture
+from mgdarts.base.options import InputError
+from mgdarts.views.plots import *
+from mgdarts.views.plots import _arc_heights
+from mgdarts.space.darts import GRANULARITIES, NetSpec, OPS
 
 
 def epoch(n, stage="stage 1", phase="joint", **kw):

@@ -6,7 +6,7 @@ import nbformat
 import papermill
 import pytest
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs/quickstart.ipynb"
+NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs/start/quickstart.ipynb"
 FAST = "data.subset=200, search.warmup=1, search.max_epochs=2, train.epochs=2, search.batch=32"
 
 

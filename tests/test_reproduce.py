@@ -12,16 +12,19 @@ import papermill
 import pytest
 import torch
 
-from mgdarts import arms, paper, reproduce, runs
-from mgdarts import verdicts as judged
-from mgdarts.architecture import counts, load
-from mgdarts.arms import Arm, job, run_arms
-from mgdarts.cli import main
-from mgdarts.config import InputError, from_dict
-from mgdarts.events import RunFailed
-from mgdarts.reproduce import TARGETS, Study, make_record, measure, rebuild, seeds_of
-from mgdarts.space import NetSpec
-from mgdarts.store import read_json, write_json
+from mgdarts.paper import arms
+from mgdarts.paper import data as paper
+from mgdarts.paper import study as reproduce
+from mgdarts.runs import run as runs
+from mgdarts.paper import verdicts as judged
+from mgdarts.net.architecture import counts, load
+from mgdarts.paper.arms import Arm, job, run_arms
+from mgdarts.runs.cli import main
+from mgdarts.base.options import InputError, from_dict
+from mgdarts.base.events import RunFailed
+from mgdarts.paper.study import TARGETS, Study, make_record, measure, rebuild, seeds_of
+from mgdarts.space.darts import NetSpec
+from mgdarts.base.files import read_json, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 100, "data.test_subset": 200, "search.stages": 1, "search.warmup": 0, "search.max_epochs": 2, "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
@@ -99,7 +102,7 @@ def test_an_arm_trained_on_all_images_shares_the_search_and_has_no_validation(do
 
 
 def test_a_record_at_the_papers_scale_is_trained_on_all_images():
-    from mgdarts.config import preset, to_dict
+    from mgdarts.base.options import preset, to_dict
     assert reproduce.scale_of(to_dict(preset("small"))) == "paper" and reproduce.scale_of(to_dict(preset("small", **{"train.images": "train"}))) == "scaled down"
 
 
@@ -221,7 +224,7 @@ def test_welch_is_students_where_it_can_be_looked_up():
 
 def test_every_claim_has_a_check_and_every_target_a_notebook():
     assert {c["id"] for c in paper.claims()} == set(judged.CHECKS)
-    assert {p.stem for p in (ROOT / "nbs/repro").glob("*.ipynb")} == set(TARGETS) >= {c["item"] for c in paper.claims()}
+    assert {p.stem for p in (ROOT / "nbs/paper").glob("*.ipynb")} >= set(TARGETS) >= {c["item"] for c in paper.claims()}
 
 
 @pytest.mark.parametrize("args", [["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"], ["all", "--arms", "r = 0"], ["table05", "--set", "chanels=4"], ["table05", "--dataset", "nothing-here"], ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
@@ -279,19 +282,19 @@ def test_the_notebook_of_claims(tmp_path):
     (tmp_path / "table09").mkdir()
     write_json(tmp_path / "table09/record.json", record)
     given = {"records": str(tmp_path), "out": str(tmp_path / "claims")}
-    papermill.execute_notebook(str(ROOT / "nbs/claims.ipynb"), str(tmp_path / "claims.ipynb"), given, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
+    papermill.execute_notebook(str(ROOT / "nbs/paper/claims.ipynb"), str(tmp_path / "claims.ipynb"), given, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
     shown = [o["data"] for c in nbformat.read(tmp_path / "claims.ipynb", 4).cells for o in c.get("outputs", []) if "data" in o]
     assert f"| not run | {len(paper.claims()) - 1} |" in shown[0]["text/markdown"] and "| reproduced | 1 |" in shown[0]["text/markdown"]
     figure = next(d["application/vnd.plotly.v1+json"] for d in shown if "application/vnd.plotly.v1+json" in d)
     assert sum(len(t["y"]) for t in figure["data"]) == len(paper.claims()) and (tmp_path / "claims/verdicts.html").exists()
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="recrods"):
-        papermill.execute_notebook(str(ROOT / "nbs/claims.ipynb"), str(tmp_path / "bad.ipynb"), {"recrods": ""}, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
+        papermill.execute_notebook(str(ROOT / "nbs/paper/claims.ipynb"), str(tmp_path / "bad.ipynb"), {"recrods": ""}, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
 
 
 run = reproduce.run_notebook
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nbs/repro").glob("*.ipynb")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", [ROOT / f"nbs/paper/{name}.ipynb" for name in sorted(TARGETS)], ids=lambda p: p.stem)
 def test_papermill_knows_all_parameters(path):
     found = papermill.inspect_notebook(str(path))
     assert {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "out", "runs_dir"} <= found.keys()

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgdarts import architecture, runs
-from mgdarts.cli import main
-from mgdarts.config import InputError, preset
-from mgdarts.space import NetSpec
-from mgdarts.store import read_json, write_json
+from mgdarts.net import architecture
+from mgdarts.runs import run as runs
+from mgdarts.runs.cli import main
+from mgdarts.base.options import InputError, preset
+from mgdarts.space.darts import NetSpec
+from mgdarts.base.files import read_json, write_json
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
@@ -45,8 +46,8 @@ def test_count(capsys):
 
 
 def test_counts_agree_with_built_super_nets():
-    from mgdarts.space import count_supernet
-    from mgdarts.supernet import SuperNet
+    from mgdarts.space.darts import count_supernet
+    from mgdarts.net.supernet import SuperNet
     for C, L in ((16, 8), (44, 14)):
         spec = NetSpec(C, L)
         want = count_supernet(spec)
@@ -193,7 +194,8 @@ def test_data_for_another_architecture_is_refused(run):
 
 def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, capsys):
     import shutil
-    from mgdarts import compare, plots
+    from mgdarts.views import compare
+    from mgdarts.views import plots
     copy = tmp_path / "all"
     shutil.copytree(run, copy)
     for k in ("train", "random"): shutil.rmtree(copy / k)
@@ -222,7 +224,7 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
 
 
 def test_presets_search_and_retrain_as_the_paper_does():
-    from mgdarts.data import Augment
+    from mgdarts.base.data import Augment
     for name in ("imagenet", "mobilenet"):
         cfg = preset(name)
         assert Augment.of(cfg.data).at(224) == Augment(28, True, 112, True, "imagenet") and not cfg.train.autoaugment and not cfg.train.cutout
@@ -232,7 +234,7 @@ def test_presets_search_and_retrain_as_the_paper_does():
 
 
 def test_a_retraining_without_cutout_has_none(run):
-    from mgdarts.data import load_data
+    from mgdarts.base.data import load_data
     cfg = preset("smoke", **FAST, **{"data.cutout": 4})
     splits = load_data(cfg.data, 0)
     augment = lambda **k: runs.make_trainer(preset("smoke", **FAST, **{"data.cutout": 4}, **k), architecture.load(run), splits).loaders["train"].augment
@@ -243,7 +245,7 @@ def test_a_retraining_without_cutout_has_none(run):
 
 @pytest.mark.parametrize("kind", ["darts", "mobilenet"])
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(kind, tmp_path, capsys, monkeypatch):
-    from mgdarts import estimate
+    from mgdarts.runs import estimate
     order = ["search", "--preset", "smoke", "--dry-run", "--json", "--out", str(tmp_path / "run"), "--set", f"space.kind={kind}", "--set", "data.subset=200"]
     assert main(order) == 0
     found = json.loads(capsys.readouterr().out)

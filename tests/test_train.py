@@ -2,11 +2,11 @@
 import io, json, math
 from dataclasses import replace
 import pytest, torch
-from mgdarts.architecture import DerivedNet, random_architecture
-from mgdarts.config import InputError, Train
-from mgdarts.events import Emitter, Event, NonFiniteLoss, evaluate
-from mgdarts.space import NetSpec
-from mgdarts.train import *
+from mgdarts.net.architecture import DerivedNet, random_architecture
+from mgdarts.base.options import InputError, Train
+from mgdarts.base.events import Emitter, Event, NonFiniteLoss, evaluate
+from mgdarts.space.darts import NetSpec
+from mgdarts.search.train import *
 
 
 class Toy:
@@ -128,7 +128,7 @@ def test_states_from_before_a_setting_was_there_still_fit():
     "The checksum of a run with the defaults of younger settings is what it was without them."
     from dataclasses import asdict
     import hashlib
-    from mgdarts.architecture import fingerprint
+    from mgdarts.net.architecture import fingerprint
     t = Trainer(arch(), loaders(), CFG, seed=4)
     old = {k: v for k, v in asdict(CFG).items() if k not in ("images", "cutout")}
     assert t.fingerprint() == hashlib.sha256(json.dumps([fingerprint(t.arch), old, 4, 3], sort_keys=True).encode()).hexdigest()

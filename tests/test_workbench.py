@@ -11,14 +11,15 @@ import papermill
 import pytest
 import torch
 
-from mgdarts import architecture, runs
-from mgdarts.config import InputError, preset
-from mgdarts.inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, pruned, some_images
-from mgdarts.memory import step_memory
-from mgdarts.prune import commit
-from mgdarts.replay import replay
-from mgdarts.events import evaluate
-from mgdarts.space import EDGES, GRANULARITIES, OPS, is_conv
+from mgdarts.net import architecture
+from mgdarts.runs import run as runs
+from mgdarts.base.options import InputError, preset
+from mgdarts.views.inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, pruned, some_images
+from mgdarts.runs.memory import step_memory
+from mgdarts.search.prune import commit
+from mgdarts.views.replay import replay
+from mgdarts.base.events import evaluate
+from mgdarts.space.darts import EDGES, GRANULARITIES, OPS, is_conv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,7 +149,7 @@ def test_fixed_ratios(search):
 
 @pytest.mark.parametrize("cells, live", [(3, 1.0), (3, 0.4)])
 def test_memory_estimate(cells, live):
-    from mgdarts.memory import prune_to
+    from mgdarts.runs.memory import prune_to
     s = runs.make_search(preset("smoke", **FAST, **{"space.channels": 12, "space.cells": cells, "data.size": 16, "search.stages": 1}))
     s._open()
     prune_to(s.net, live, torch.Generator().manual_seed(0))
@@ -189,7 +190,7 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
 
 
 # ---- with widgets
-workbench = pytest.importorskip("mgdarts.workbench", reason="the lab requirements are not installed")
+workbench = pytest.importorskip("mgdarts.views.workbench", reason="the lab requirements are not installed")
 
 
 def until(ready, seconds=300):
@@ -326,16 +327,16 @@ def test_a_failed_search_says_why(tmp_path):
 
 
 def test_the_core_needs_no_widgets():
-    code = "import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; import mgdarts.inspector, mgdarts.runs, mgdarts.cli, mgdarts.pictures"
+    code = "import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; import mgdarts.views.inspector, mgdarts.runs.run, mgdarts.runs.cli, mgdarts.views.pictures"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 def test_headless_it_is_a_small_still(finished, tmp_path):
     out = tmp_path / "out.ipynb"
-    papermill.execute_notebook(ROOT / "nbs/workbench.ipynb", out, {"folder": str(finished)}, kernel_name="python3", progress_bar=False, cwd=ROOT / "nbs")
+    papermill.execute_notebook(ROOT / "nbs/start/workbench.ipynb", out, {"folder": str(finished)}, kernel_name="python3", progress_bar=False, cwd=ROOT / "nbs")
     nb = nbformat.read(out, 4)
     shown = [o.get("data", {}) for c in nb.cells for o in c.get("outputs", [])]
     assert sum("application/vnd.plotly.v1+json" in d for d in shown) == 1 and sum("image/svg+xml" in d for d in shown) == 5
     assert os.path.getsize(out) < 1_000_000 and "widgets" not in nb.metadata
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="InputError"):
-        papermill.execute_notebook(ROOT / "nbs/workbench.ipynb", out, {"foldr": "x"}, kernel_name="python3", progress_bar=False, cwd=ROOT / "nbs")
+        papermill.execute_notebook(ROOT / "nbs/start/workbench.ipynb", out, {"foldr": "x"}, kernel_name="python3", progress_bar=False, cwd=ROOT / "nbs")

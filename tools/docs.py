@@ -17,7 +17,7 @@ def page(notebook: Path) -> str:
     for cell in json.loads(notebook.read_text("utf-8"))["cells"]:
         source = "".join(cell["source"]).strip()
         if cell["cell_type"] == "markdown":
-            parts.append(source.replace("](../figures/", "](figures/"))
+            parts.append(source.replace("](../../figures/", "](../figures/"))
             continue
         if source.startswith("#| hide") or not source:
             continue
@@ -38,12 +38,12 @@ def page(notebook: Path) -> str:
                 text = out.get("text") or data["text/plain"]
                 parts.append("```text\n" + "".join(text).rstrip() + "\n```")
     if charts:  # the library must be there before the first chart
-        parts.insert(1, '<script src="../assets/plotly.min.js"></script>')
+        parts.insert(1, '<script src="../../assets/plotly.min.js"></script>')
     return "\n\n".join(parts) + "\n"
 
 
-def build(root: Path):
-    "Write _docs/ from nbs/, with the executed quickstart where a recorded one is kept."
+def build(root: Path, chapters: list):
+    "Write _docs/ from nbs/, chapter by chapter, with the executed quickstart where a recorded one is kept."
     source, site = root / "_proc", root / "_docs"
     shutil.rmtree(source, ignore_errors=True)
     (source / "assets").mkdir(parents=True)
@@ -52,13 +52,17 @@ def build(root: Path):
         target = source / picture.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
-    nav, paper = [], []
-    for notebook in sorted([*(root / "nbs").glob("*.ipynb"), *(root / "nbs/repro").glob("*.ipynb")], key=lambda p: (p.stem != "index", p.stem != "quickstart", p.stem)):
-        executed = root / "figures" / notebook.name
-        text = page(executed if executed.exists() else notebook)
-        (source / f"{notebook.stem}.md").write_text(text, "utf-8")
-        (paper if notebook.parent.name == "repro" else nav).append({re.search(r"^# (.+)$", text, re.M).group(1): f"{notebook.stem}.md"})
-    nav.append({"The paper, table by table": paper})
+    nav = []
+    for folder, title, names in chapters:
+        pages = []
+        (source / folder).mkdir()
+        for name in names:
+            executed = root / "figures" / f"{name}.ipynb"
+            text = page(executed if executed.exists() else root / "nbs" / folder / f"{name}.ipynb")
+            target = source / ("index.md" if name == "index" else f"{folder}/{name}.md")
+            target.write_text(text.replace("](../figures/", "](figures/") if name == "index" else text, "utf-8")
+            pages.append({re.search(r"^# (.+)$", text, re.M).group(1): str(target.relative_to(source))})
+        nav.append({title: pages})
     config = {"site_name": "mgdarts", "docs_dir": str(source), "site_dir": str(site), "nav": nav,
               "theme": {"name": "material", "font": False, "palette": [
                   {"media": "(prefers-color-scheme: light)", "scheme": "default", "toggle": {"icon": "material/weather-night", "name": "dark"}},

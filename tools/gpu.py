@@ -116,8 +116,8 @@ def measure(args) -> dict:
     "All parts; the record is written after each of them."
     import torch
 
-    from mgdarts import runs
-    from mgdarts.store import write_json
+    from mgdarts.runs import run as runs
+    from mgdarts.base.files import write_json
 
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     out, begun = Path(args.out), time.monotonic()
@@ -211,8 +211,8 @@ def main(argv: list):
         import gpu_jobs
 
         if args.what == "list":
-            from mgdarts.config import pairs
-            from mgdarts.reproduce import seeds_of
+            from mgdarts.base.options import pairs
+            from mgdarts.paper.study import seeds_of
 
             found = gpu_jobs.listed(args.paths, seeds_of(args.seeds) if args.seeds else [], pairs(args.set), args.arms.split(",") if args.arms else [])
             Path(args.out).write_text(json.dumps([vars(j) for j in found]))

@@ -1,6 +1,6 @@
 """Runs that are made on another machine: what they are (a list), the images they need (a pack), the runs themselves, and bringing them home.
 
-A list is a JSON list of the fields of `mgdarts.arms.Job`. What a run is called depends on these alone, not on where its images lie: a run folder made elsewhere and unpacked
+A list is a JSON list of the fields of `mgdarts.paper.arms.Job`. What a run is called depends on these alone, not on where its images lie: a run folder made elsewhere and unpacked
 into runs/repro is found finished by `mgdarts reproduce`. A pack has the very images that the jobs' configurations and seeds choose, so the fingerprint of the data is that of a run at home.
 """
 import dataclasses
@@ -16,11 +16,13 @@ from pathlib import Path
 
 import torch
 
-from mgdarts import arms, data, runs
-from mgdarts.arms import Job
-from mgdarts.config import InputError, configure, from_dict, to_dict
-from mgdarts.data import Split, Splits, fingerprint, load_data
-from mgdarts.store import read_json
+from mgdarts.paper import arms
+from mgdarts.base import data
+from mgdarts.runs import run as runs
+from mgdarts.paper.arms import Job
+from mgdarts.base.options import InputError, configure, from_dict, to_dict
+from mgdarts.base.data import Split, Splits, fingerprint, load_data
+from mgdarts.base.files import read_json
 
 
 def read_list(path) -> list:  # of Job
@@ -29,7 +31,7 @@ def read_list(path) -> list:  # of Job
 
 def listed(records: list, seeds: list, settings: dict, labels: list) -> list:  # of Job
     "The arms of some records, with other seeds and settings."
-    from mgdarts.reproduce import jobs_in
+    from mgdarts.paper.study import jobs_in
 
     out = {}
     for path in records:
@@ -102,7 +104,7 @@ def made_of(commit: str):
 def work(job: Job, folder, images: str, commit: str):
     "What a process does with a job: `arms.do`, with its images from a pack."
     if images: runs.load_data = arms.load_data = Packed(Path(images))
-    if commit and runs.environment.__module__ == "mgdarts.runs": made_of(commit)
+    if commit and runs.environment.__module__ == "mgdarts.runs.run": made_of(commit)
     arms.do(job, folder)
 
 

@@ -19,13 +19,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mgdarts import cell, kernels, loss, memory, runs, supernet
-from mgdarts.architecture import count, random_architecture
-from mgdarts.config import Compute, InputError, Search as Settings, preset
-from mgdarts.data import Split, Splits, channel_stats, stream
-from mgdarts.search import make_optimizer, plan
-from mgdarts.space import NetSpec
-from mgdarts.supernet import SuperNet
+from mgdarts.net import cell
+from mgdarts.fast import kernels
+from mgdarts.search import loss
+from mgdarts.runs import memory
+from mgdarts.runs import run as runs
+from mgdarts.net import supernet
+from mgdarts.net.architecture import count, random_architecture
+from mgdarts.base.options import Compute, InputError, Search as Settings, preset
+from mgdarts.base.data import Split, Splits, channel_stats, stream
+from mgdarts.search.loop import make_optimizer, plan
+from mgdarts.space.darts import NetSpec
+from mgdarts.net.supernet import SuperNet
 
 HOWS = ("fp32", "tf32", "bf16")  # of products: float32; float32 rounded to 10 bits of mantissa; maps in bfloat16
 
@@ -131,7 +136,7 @@ def syncs(g: Ground):  # a Counter of lines
 
 def compiled(g: Ground):
     "Whether the C++ kernels compile, and how long that takes. Runs beside the first parts."
-    from mgdarts.compiled import kernels_in_use
+    from mgdarts.fast.compiled import kernels_in_use
 
     start = time.perf_counter()
     yield {"kernels": kernels_in_use(), "seconds": time.perf_counter() - start, "compiler": shutil.which("c++") or shutil.which("g++") or "none"}
@@ -554,8 +559,8 @@ def together(rounds: list, seconds: float, device: str, toy: bool) -> list:  # a
 
 def crowd_cpu(g: Ground):
     "One-thread steps on the machine's CPU, alone and with as many processes as it has cores, but one."
-    from mgdarts.bench import bench_step
-    from mgdarts.compiled import kernels_in_use
+    from mgdarts.runs.bench import bench_step
+    from mgdarts.fast.compiled import kernels_in_use
 
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), "unknown")
     cores = len(os.sched_getaffinity(0))

@@ -1,7 +1,7 @@
 """Keep the generated files of the repository equal to their sources.
 
 usage: python tools/project.py [readme] [environment] [docs]
-  readme        README.md from the prose and code of nbs/index.ipynb
+  readme        README.md from the prose and code of nbs/start/index.ipynb
   environment   environment.yml from settings.ini
   docs          the site, in _docs/, from the notebooks
   publish RUN   figures/NAME/: the figures of a run folder, or of a benchmark's or fault suite's folder, with the record they come from;
@@ -22,14 +22,26 @@ def settings() -> dict:
     return dict(parser["DEFAULT"])
 
 
+def chapters() -> list:
+    "The notebooks in reading order: (folder, title, names) of each part."
+    out = []
+    for line in (ROOT / "nbs/chapters.txt").read_text("utf-8").splitlines():
+        if line.startswith("["):
+            folder, title = line[1:].split("] ", 1)
+            out.append((folder, title, []))
+        elif not line.startswith("#"):
+            out[-1][2].extend(line.split())
+    return out
+
+
 def readme() -> str:
     "README.md: markdown cells as they are, code cells as fenced blocks, outputs left out."
-    parts = ["<!-- generated from nbs/index.ipynb by tools/project.py: edit the notebook -->"]
-    for cell in json.loads((ROOT / "nbs/index.ipynb").read_text("utf-8"))["cells"]:
+    parts = ["<!-- generated from nbs/start/index.ipynb by tools/project.py: edit the notebook -->"]
+    for cell in json.loads((ROOT / "nbs/start/index.ipynb").read_text("utf-8"))["cells"]:
         source = "".join(cell["source"]).strip()
         code = [line for line in source.split("\n") if not line.startswith("#|")]
         if cell["cell_type"] == "markdown":
-            parts.append(source.replace("](../", "]("))  # the notebook is one folder down
+            parts.append(source.replace("](../../", "]("))  # the notebook is two folders down
         elif not source.startswith("#| hide") and any(code):
             parts.append("```python\n" + "\n".join(code).strip() + "\n```")
     return "\n\n".join(parts) + "\n"
@@ -48,7 +60,8 @@ def publish(run: Path):
     "Figures as PNG (where a Chromium is found), and everything that says where they come from."
     if run.suffix == ".ipynb":
         return publish_notebook(run)
-    from mgdarts import plots, runs
+    from mgdarts.views import plots
+    from mgdarts.runs import run as runs
     folder = ROOT / "figures" / run.name
     if (run / "record.json").exists():  # of the benchmark notebook
         import plotly.io
@@ -80,8 +93,8 @@ def publish_notebook(path: Path):
 
 
 def draw(folder: Path, figures: dict):
-    from mgdarts.config import InputError
-    from mgdarts.export import save_figure
+    from mgdarts.base.options import InputError
+    from mgdarts.runs.export import save_figure
     for name, figure in figures.items():
         try:
             save_figure(figure, folder / f"{name}.png")
@@ -99,7 +112,7 @@ def main(targets):
             (ROOT / "environment.yml").write_text(environment(), "utf-8")
         elif target == "docs":
             from docs import build
-            build(ROOT)
+            build(ROOT, chapters())
         else:
             sys.exit(__doc__)
 

@@ -1,0 +1,146 @@
+"""What every method does at preset `smoke`, as checksums: they show that a change of structure changed no decision.
+
+    python tools/golden.py record              # into tests/golden.json, with the processor and the commit they belong to
+    python tools/golden.py check [METHOD ...]  # search again and compare; exit code 1 where something differs
+    python tools/golden.py begin FOLDER        # searches cut off in the middle, to be finished by a later version
+    python tools/golden.py finish FOLDER       # resume copies of them and compare
+
+Floating-point sums depend on the processor: on another one, `record` first at the commit that tests/golden.json names
+(PYTHONPATH may point to a checkout of it).
+"""
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+FILE = HERE / "tests" / "golden.json"
+METHODS = ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas", "beta-darts", "dass",
+           "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
+# name -> settings of the search; retraining of two of them covers the discrete networks, too
+RUNS = {m: ["--method", m] for m in METHODS} | {
+    "mg-darts mobilenet": ["--set", "space.kind=mobilenet"],
+    "mg-darts reference": ["--set", "compute.impl=reference", "--set", "search.max_epochs=6"],
+    "mobilenet reference": ["--set", "space.kind=mobilenet", "--set", "compute.impl=reference", "--set", "search.max_epochs=4"],
+    "mg-darts second": ["--set", "cells=5", "--set", "space.channels=6", "--set", "search.target_m=0.02", "--set", "seed=3"]}
+TRAINED = {"mg-darts": ["--preset", "smoke", "--set", "train.epochs=3", "--set", "train.aux_weight=0.4", "--set", "train.drop_path=0.2"],
+           "mg-darts mobilenet": ["--preset", "smoke", "--set", "train.epochs=3"]}
+CLOCK = ("time", "wall_s", "seconds")
+MAIN = ("try: from mgdarts.runs.cli import main\n"
+        "except ImportError: from mgdarts.cli import main\n"
+        "main()")
+
+
+def command(*args):
+    return [sys.executable, "-c", MAIN, *map(str, args)]
+
+
+def sha(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def events(run):
+    lines = (run / "events.jsonl").read_text("utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in CLOCK} for line in lines]
+
+
+def architecture(run):
+    "All of an architecture but where it comes from, masks included."
+    found = json.loads((run / "architecture.json").read_text("utf-8"))
+    return {k: v for k, v in found.items() if k not in ("provenance", "sha256")}
+
+
+def sums(run):
+    return {"events": sha(events(run)), "architecture": sha(architecture(run))}
+
+
+def search(name, out, *more):
+    return command("search", "--preset", "smoke", "--out", out, *RUNS[name], *more)
+
+
+def done(name, folder):
+    "The checksums of a finished search, and of its retraining."
+    run = folder / name.replace(" ", "_")
+    subprocess.run(search(name, run), capture_output=True)  # 1: ended without reaching its target
+    found = sums(run)
+    if name in TRAINED:
+        subprocess.run(command("train", run, *TRAINED[name], "--out", folder / "train"), check=True, capture_output=True)
+        found["train"] = sha(events(folder / "train"))
+        shutil.rmtree(folder / "train")
+    return found
+
+
+def machine():
+    import torch
+    return {"cpu": torch.backends.cpu.get_cpu_capability(), "torch": torch.__version__}
+
+
+def record(_):
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True).stdout.strip()
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in RUNS:
+            found[name] = done(name, Path(folder))
+            print(name, found[name]["events"][:12], found[name]["architecture"][:12], flush=True)
+    FILE.write_text(json.dumps({"commit": commit, **machine(), "runs": found}, indent=1) + "\n", "utf-8")
+
+
+def golden():
+    known = json.loads(FILE.read_text("utf-8"))
+    if any(known[k] != v for k, v in machine().items()):
+        sys.exit(f"{FILE.name} was recorded with {known['cpu']} and torch {known['torch']}: record at {known['commit'][:9]} first")
+    return known["runs"]
+
+
+def compare(name, found, known):
+    wrong = [k for k in known if found.get(k) != known[k]]
+    print(f"{name}: {'as before' if not wrong else 'DIFFERS in ' + ', '.join(wrong)}", flush=True)
+    return not wrong
+
+
+def check(args):
+    known = golden()
+    with tempfile.TemporaryDirectory() as folder:
+        good = [compare(name, done(name, Path(folder)), known[name]) for name in args.what or known]
+    sys.exit(0 if all(good) else 1)
+
+
+def begin(args):
+    folder = Path(args.what[0])
+    for name in RUNS:
+        run = folder / name.replace(" ", "_")
+        child = subprocess.Popen(search(name, run), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while child.poll() is None:
+            log = run / "events.jsonl"
+            if log.exists() and log.read_text("utf-8").count('"type": "epoch"') >= 3:
+                child.send_signal(signal.SIGTERM)
+                child.wait()
+            time.sleep(.05)
+        print(name, "cut off after", log.read_text("utf-8").count('"type": "epoch"'), "epochs", flush=True)
+
+
+def finish(args):
+    known, good = golden(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.what[1:] or RUNS:
+            run = Path(folder) / name.replace(" ", "_")
+            shutil.copytree(Path(args.what[0]) / run.name, run)
+            subprocess.run(command("search", "--out", run, "--resume"), capture_output=True)
+            good.append(compare(name, sums(run), {k: v for k, v in known[name].items() if k != "train"}))
+    sys.exit(0 if all(good) else 1)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("do", choices=("record", "check", "begin", "finish"))
+    parser.add_argument("what", nargs="*", help="methods, or a folder")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    {"record": record, "check": check, "begin": begin, "finish": finish}[args.do](args)
