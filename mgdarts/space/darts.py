@@ -6,6 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
+from .graph import dense_graph
 
 # %% auto #0
 __all__ = ['OPS', 'SKIP', 'SEP3', 'SEP5', 'DIL3', 'DIL5', 'AVG', 'MAX', 'GRANULARITIES', 'INPUTS', 'NODES', 'STATES', 'EDGES',
@@ -198,6 +199,7 @@ class NetSpec:
     partial: int = 1 # operations see one part in so many of the channels
 
     kind = "darts" # as in `space.kind`
+    graph = dense_graph(INPUTS, NODES)
     edges, ops, inputs = EDGES, OPS, INPUTS # of a cell: operations stand on every edge, inputs are preprocessed
     convs = tuple(map(is_conv, range(len(OPS)))) # which operations have filters and weights to search
     node_sizes = tuple(len(NODE_EDGES[n]) * len(OPS) for n in range(INPUTS, STATES)) # operations into each node

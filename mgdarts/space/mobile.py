@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from .darts import AUX, Gate, HeadSpec, Segment
+from .graph import Graph
 
 # %% auto #0
 __all__ = ['KERNELS', 'EXPANSION', 'GROUPS', 'MOBILE_OPS', 'WEAKNAS', 'divisible', 'Branch', 'Kernel', 'LayerSpec', 'MobileSpec',
@@ -119,7 +120,7 @@ class MobileSpec:
     in_channels: int = 3
     stem: str = "auto" # imagenet halves the image, cifar does not; auto: by size
 
-    kind = "mobilenet"
+    kind, graph = "mobilenet", Graph(1, ((0, 1),))
     edges, ops, inputs = ((0, 1),), MOBILE_OPS, 0
     constraint, partial = 3, 1 # each layer decides for itself
     convs, node_sizes = (True,) * len(KERNELS), (len(KERNELS),)
