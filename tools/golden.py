@@ -27,8 +27,8 @@ METHODS = ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "g
 # name -> settings of the search; retraining of two of them covers the discrete networks, too
 RUNS = {m: ["--method", m] for m in METHODS} | {
     "mg-darts mobilenet": ["--set", "space.kind=mobilenet"],
-    "mg-darts reference": ["--set", "compute.impl=reference", "--set", "search.max_epochs=6"],
-    "mobilenet reference": ["--set", "space.kind=mobilenet", "--set", "compute.impl=reference", "--set", "search.max_epochs=4"],
+    "mg-darts reference": ["--set", "compute.impl=reference", "--set", "search.max_epochs=12", "--set", "search.target_m=0.02"],
+    "mobilenet reference": ["--set", "space.kind=mobilenet", "--set", "compute.impl=reference", "--set", "search.max_epochs=8"],
     "mg-darts second": ["--set", "cells=5", "--set", "space.channels=6", "--set", "search.target_m=0.02", "--set", "seed=3"]}
 TRAINED = {"mg-darts": ["--preset", "smoke", "--set", "train.epochs=3", "--set", "train.aux_weight=0.4", "--set", "train.drop_path=0.2"],
            "mg-darts mobilenet": ["--preset", "smoke", "--set", "train.epochs=3"]}
@@ -53,7 +53,8 @@ def events(run):
 
 def architecture(run):
     "All of an architecture but where it comes from, masks included."
-    found = json.loads((run / "architecture.json").read_text("utf-8"))
+    file = run / "architecture.json"
+    found = json.loads(file.read_text("utf-8")) if file.exists() else {}  # none where the target was not reached
     return {k: v for k, v in found.items() if k not in ("provenance", "sha256")}
 
 
