@@ -4,115 +4,93 @@
 
 # %% ../../nbs/space/mobile.ipynb #609a9d9e
 from __future__ import annotations
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
-from .darts import AUX, Gate, HeadSpec, Segment
+from .cell import CellSpec
 from .graph import Graph
+from .operation import BatchNorm, Kernel, OPERATIONS, Operation
+from .space import Space, add_space, count_supernet
 
 # %% auto #0
-__all__ = ['KERNELS', 'EXPANSION', 'GROUPS', 'MOBILE_OPS', 'WEAKNAS', 'divisible', 'Branch', 'Kernel', 'LayerSpec', 'MobileSpec',
-           'weaknas_branches']
+__all__ = ['EXPANSION', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'LayerSpec', 'MobileSpec']
 
 # %% ../../nbs/space/mobile.ipynb #ca71696c
-KERNELS, EXPANSION = (3, 5, 7), 6 # kernels of the three operations of a layer; filters inside of each, times those of the input
-
 def divisible(v: float, by: int = 8)->int:
-    "The nearest multiple, at most a tenth below."
+    "Return the nearest multiple, at most a tenth below."
     n = max(by, int(v + by / 2) // by * by)
     return n if n >= .9 * v else n + by
 
 # %% ../../nbs/space/mobile.ipynb #764e2bc1
-@dataclass(frozen=True)
-class Branch:
-    "An inverted residual block."
-    kernel: int # side of the depthwise kernel
-    mid: int # filters inside
-    squeeze: int = 0 # filters of its squeeze-and-excitation; 0: there is none
+EXPANSION = 6 # filters inside of a block, times those of its input
 
-@dataclass(frozen=True)
-class Kernel(Segment):
-    "A kernel of a layer. Roles: exp dw proj, and squeeze, excite with their biases."
+class Block(Operation):
+    "An inverted residual block: 1x1, batch norm, activation; depthwise k x k, the same; squeeze-and-excitation; 1x1, batch norm."
+    kind = "block"
+    def __init__(self, name: str, k: int, squeezes: bool = False, act: str = "relu"): # relu or hardswish
+        super().__init__(name)
+        self.k, self.squeezes, self.act = k, squeezes, act
+        self.ports = ("in", "mid", "squeeze", "out") if squeezes else ("in", "mid", "out")
+    def __eq__(self, other): return type(other) is Block and vars(self) == vars(other)
+    def __hash__(self): return hash((self.k, self.squeezes, self.act))
     @property
-    def depthwise(self): return self.role == "dw" or self.role.endswith("_bias")
+    def label(self): return f"block {self.k}x{self.k}"
+    def inner(self, width):
+        mid = EXPANSION * width
+        return {"mid": mid, "squeeze": divisible(mid // 4)} if self.squeezes else {"mid": mid}
+    def kernels(self, stride):
+        few = (Kernel("squeeze", "squeeze", "mid", searched=False, side="one"), Kernel("squeeze_bias", "squeeze", "squeeze", 1, True, False, side="none"),
+               Kernel("excite", "mid", "squeeze", searched=False, side="one"), Kernel("excite_bias", "mid", "mid", 1, True, False, side="none"))
+        return (Kernel("exp", "mid", "in", side="in"), Kernel("dw", "mid", "mid", self.k, True), *few * self.squeezes, Kernel("proj", "out", "mid"))
+    def norms(self, stride): return BatchNorm("exp", "mid", "none", "in"), BatchNorm("mid", "mid"), BatchNorm("out", "out", "none")
+
+    def forward(self, x, parts, stride):
+        import torch.nn.functional as F # PyTorch is loaded only when something is computed
+        act = F.hardswish if self.act == "hardswish" else F.relu
+        y = act(parts.norm("exp", parts.conv("exp", x)))
+        y = act(parts.gated("mid", parts.conv("dw", y, stride)))
+        if self.squeezes: # a number between 0 and 1 for each channel, from the means of all
+            s = F.relu(parts.conv("squeeze", y.mean((2, 3), keepdim=True), bias="squeeze_bias"))
+            y = y * F.hardsigmoid(parts.conv("excite", s, bias="excite_bias"))
+        return parts.norm("out", parts.conv("proj", y))
+
+# %% ../../nbs/space/mobile.ipynb #00471bcf
+BLOCKS = {f"irb_{k}x{k}": k for k in (3, 5, 7)} # the three operations of a layer, by name
+OPERATIONS.update({name: Block(name, k) for name, k in BLOCKS.items()})
 
 # %% ../../nbs/space/mobile.ipynb #50b53e2f
 @dataclass(frozen=True)
-class LayerSpec:
-    "One layer as data: parallel blocks from `cin` to `cout` channels, and the identity beside them where both maps are alike."
-    index: int
-    stage: int # 0, 1, 2
-    cin: int
-    cout: int
-    stride: int # 1 or 2
-    act: str # relu or hardswish
-    side_in: int # side of the map it reads, pixels
-    side: int # side of the map it writes
-    branches: tuple # of Branch
-
-    rest = 0 # no channels go round
+class LayerSpec(CellSpec):
+    "One layer as data: parallel blocks from one map to the next, and the identity beside them where both are alike."
+    aligned, preprocessed = False, 0 # blocks are derived as they are
 
     @property
-    def residual(self)->bool: return self.stride == 1 and self.cin == self.cout
+    def residual(self)->bool: return not self.reduction and self.inputs[0] == self.width
     @property
-    def reduction(self)->bool: return self.stride == 2
+    def out(self)->int: return self.width
+    def state(self, s: int)->tuple: return (0, self.inputs[0]) if s == 0 else (self.inputs[0], self.width)
     @property
-    def out(self)->int: return self.cout
-    # places in the unit vector: input, output, then the squeezed channels and the filters inside of each branch; the last unit stands for batch norms that are no filters of their own
-    def squeeze_unit(self, b: int)->int: return self.cin + self.cout + sum(x.squeeze for x in self.branches[:b])
+    def ungated(self)->int: return self.inputs[0] + self.width + sum(op.inner(self.inputs[0]).get("squeeze", 0) for op in self.ops)
     @property
-    def ungated(self)->int: return self.squeeze_unit(len(self.branches))
-    def mid_unit(self, b: int)->int: return self.ungated + sum(x.mid for x in self.branches[:b])
-    @property
-    def units(self)->int: return self.mid_unit(len(self.branches)) + 1
-    def gate_side(self, gate: Gate)->int:
-        "Side of a gated map, pixels."
-        return self.side_in if gate.role == "exp" else self.side
-
+    def units(self)->int: return self._ports[1] + 1 # the last one stands for batch norms that are no filters of their own
     @cached_property
-    def segments(self)->tuple:
-        "All kernels of the layer, in storage order."
-        out, at = [], {"omega": 0, "plain": 0}
-        def add(group, b, role, rows, cols, k, row0, col0, side): # biases multiply nothing: their map has no side
-            out.append(Kernel(group, 0, b, role, rows, cols, k, row0, col0, side, at[group]))
-            at[group] += out[-1].numel
-        for b, x in enumerate(self.branches):
-            mid, few = self.mid_unit(b), self.squeeze_unit(b)
-            add("omega", b, "exp", x.mid, self.cin, 1, mid, 0, self.side_in)
-            add("omega", b, "dw", x.mid, x.mid, x.kernel, mid, mid, self.side)
-            if x.squeeze:
-                add("plain", b, "squeeze", x.squeeze, x.mid, 1, few, mid, 1)
-                add("plain", b, "squeeze_bias", x.squeeze, x.squeeze, 1, few, few, 0)
-                add("plain", b, "excite", x.mid, x.squeeze, 1, mid, few, 1)
-                add("plain", b, "excite_bias", x.mid, x.mid, 1, mid, mid, 0)
-            add("omega", b, "proj", self.cout, x.mid, 1, self.cin, mid, self.side)
-        return tuple(out)
+    def _ports(self)->tuple:
+        "The squeezed channels of all blocks, then the filters inside of each; a block puts out the channels of its node."
+        at, places = self.inputs[0] + self.width, {(0, o, "out"): self.state(1) for o in range(len(self.ops))}
+        for port in ("squeeze", "mid"):
+            for o, op in enumerate(self.ops):
+                if width := op.inner(self.inputs[0]).get(port):
+                    places[0, o, port] = at, width
+                    at += width
+        return places, at
+    def preprocessing(self): return iter(())
 
-    @cached_property
-    def gates(self)->tuple:
-        "All batch norms of the layer, in storage order: three a branch, of which `mid` has a gate."
-        out, at = [], 0
-        for b, x in enumerate(self.branches):
-            for role, width, unit in (("exp", x.mid, self.mid_unit(b)), ("mid", x.mid, self.mid_unit(b)), ("out", self.cout, self.cin)):
-                out.append(Gate(0, b, role, width, unit, at, role == "mid"))
-                at += width
-        return tuple(out)
+# %% ../../nbs/space/mobile.ipynb #1cd44e5a
+GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"), (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
 
-    @cached_property
-    def sizes(self)->dict:
-        "Length of the full flat vectors."
-        return {**{g: sum(s.numel for s in self.segments if s.group == g) for g in ("omega", "plain")}, "gates": sum(g.width for g in self.gates)}
-    @property
-    def params(self)->int: return self.sizes["omega"] + self.sizes["plain"] + 2 * self.sizes["gates"]
-    @property
-    def macs(self)->int: return sum(s.numel * s.side ** 2 for s in self.segments)
-
-# %% ../../nbs/space/mobile.ipynb #21224b70
-GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"), (160, 2, True, "hardswish"))
-MOBILE_OPS = tuple(f"irb_{k}x{k}" for k in KERNELS)
-
+@add_space
 @dataclass(frozen=True)
-class MobileSpec:
-    "The super-net of the MobileNet-like space, as data. It answers the same questions as a `NetSpec`."
+class MobileSpec(Space):
+    "The MobileNet-like space at a certain size. It answers the same questions as a `NetSpec`."
     cells: int = 17 # searched layers L
     width: float = 1.2 # multiplier of all widths
     classes: int = 1000
@@ -120,19 +98,13 @@ class MobileSpec:
     in_channels: int = 3
     stem: str = "auto" # imagenet halves the image, cifar does not; auto: by size
 
-    kind, graph = "mobilenet", Graph(1, ((0, 1),))
-    edges, ops, inputs = ((0, 1),), MOBILE_OPS, 0
-    constraint, partial = 3, 1 # each layer decides for itself
-    convs, node_sizes = (True,) * len(KERNELS), (len(KERNELS),)
+    kind, graph, ops, preprocessed = "mobilenet", Graph(1, ((0, 1),)), tuple(BLOCKS), 0
+    head_fields = ("width", *Space.head_fields)
 
-    @property
-    def kinds(self)->list: return list(range(self.cells))
-    @property
-    def stem_kind(self)->str: return self.stem if self.stem != "auto" else "cifar" if self.size <= 64 else "imagenet"
     @property
     def channels(self)->int: return divisible(16 * self.width) # of the stem and of the fixed first block
     @property
-    def stem_out(self)->tuple: return (self.channels,) * 2
+    def stem_out(self)->tuple: return (self.channels,)
     @property
     def stem_side(self)->int: return self.size if self.stem_kind == "cifar" else (self.size + 1) // 2
     @property
@@ -142,6 +114,9 @@ class MobileSpec:
         return 9 * self.in_channels * C + 9 * C + C * C + 6 * C
     @property
     def stem_macs(self)->int: return (9 * self.in_channels * self.channels + 9 * self.channels + self.channels ** 2) * self.stem_side ** 2
+    def make_stem(self, generator):
+        from mgdarts.space.layers import MobileStem # PyTorch is loaded only when something is built
+        return MobileStem(self, generator)
 
     @property
     def depths(self)->tuple:
@@ -152,48 +127,31 @@ class MobileSpec:
     def ends(self)->tuple:
         "Last layer of each of the three sub-nets. The second and the third begin where the map is halved, as near to thirds of the depth as can be."
         starts = [sum(self.depths[:g]) for g, group in enumerate(GROUPS) if g and group[1] == 2 and self.depths[g]]
-        near = lambda where: min(starts, key=lambda s: abs(s - where))
-        return near(self.cells / 3) - 1, near(2 * self.cells / 3) - 1, self.cells - 1
+        first, second = (min(starts, key=lambda s: abs(s - third * self.cells / 3)) for third in (1, 2))
+        return first - 1, second - 1, self.cells - 1
+    @property
+    def aux_cell(self)->int:
+        "The layer that the auxiliary head of retraining reads: the end of the second sub-net."
+        return self.ends[1]
 
     @cached_property
     def cell(self)->tuple:
         "The `LayerSpec` of every layer."
         cin, side, out = self.channels, self.stem_side, []
-        for (width, first, squeeze, act), depth in zip(GROUPS, self.depths):
+        for (width, first, squeezes, act), depth in zip(GROUPS, self.depths):
+            ops = tuple(Block(name, k, squeezes, act) for name, k in BLOCKS.items())
             for stride in (first, *[1] * depth)[:depth]:
-                mid, after = EXPANSION * cin, (side + 1) // 2 if stride == 2 else side
-                branches = tuple(Branch(k, mid, divisible(mid // 4) if squeeze else 0) for k in KERNELS)
-                out.append(LayerSpec(len(out), sum(len(out) > e for e in self.ends), cin, divisible(width * self.width), stride, act, side, after, branches))
-                cin, side = out[-1].cout, after
+                after, c = (side + 1) // 2 if stride == 2 else side, len(out)
+                out.append(LayerSpec(c, sum(c > e for e in self.ends), self.graph, ops, (cin,), divisible(width * self.width), stride == 2, False, side, after))
+                cin, side = out[-1].width, after
         return tuple(out)
 
-    def head(self, stage: int, size: str = "medium" # small, medium or large
-            )->HeadSpec:
-        "The auxiliary head of an early stage."
-        cell, (mid, out, k) = self.cell[self.ends[stage]], AUX[size]
-        return HeadSpec(cell.cout, cell.side, mid, out, k, self.classes)
     @property
     def features(self)->tuple: return divisible(960 * self.width), divisible(1280 * self.width) # of the head, before and after the pooling
-    def top(self, width: int # channels of the last layer
-           )->tuple: # (parameters, MACs)
-        "Size of the head: a 1x1 convolution with batch norm, pooling, a linear layer without bias, and the classifier."
+    def top(self, width: int)->tuple:
+        "Return the size of the head: a 1x1 convolution with batch norm, pooling, a linear layer without bias, and the classifier."
         a, b = self.features
         return width * a + 2 * a + a * b + (b + 1) * self.classes, width * a * self.cell[-1].side ** 2 + a * b + b * self.classes
-    @property
-    def classifier_params(self)->int: return self.top(self.cell[-1].cout)[0]
-    @property
-    def params(self)->int:
-        "Everything but the auxiliary heads."
-        return self.stem_params + sum(c.params for c in self.cell) + self.classifier_params
-
-# %% ../../nbs/space/mobile.ipynb #9640c5f8
-WEAKNAS = (((5, 3), (3, 3), (3, 4), (3, 3)), ((5, 4), (5, 6), (5, 4)), ((7, 4), (5, 6), (7, 6)), ((3, 6), (5, 6), (5, 6)), ((7, 6), (5, 6), (3, 6), (5, 3))) # (kernel, expansion) of each layer, by group
-
-def weaknas_branches(spec: MobileSpec # of 17 layers
-                    )->tuple: # of tuples of one Branch
-    "The blocks of the published network, by layer."
-    out = []
-    for layer, (k, expand) in zip(spec.cell, sum(WEAKNAS, ()), strict=True):
-        mid = divisible(expand * layer.cin)
-        out.append((Branch(k, mid, divisible(mid // 4) if layer.branches[0].squeeze else 0),))
-    return tuple(out)
+    def make_top(self, width, generator):
+        from mgdarts.space.layers import MobileHead # PyTorch is loaded only when something is built
+        return MobileHead(width, self, generator)
