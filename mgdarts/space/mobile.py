@@ -4,9 +4,11 @@
 
 # %% ../../nbs/space/mobile.ipynb #609a9d9e
 from __future__ import annotations
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
+from ..base.options import InputError
 from .cell import CellSpec
+from .found import ArchCell, MAX_WIDTH, Op, whole
 from .graph import Graph
 from .operation import BatchNorm, Kernel, OPERATIONS, Operation
 from .space import Space, add_space, count_supernet
@@ -53,7 +55,7 @@ class Block(Operation):
             y = y * F.hardsigmoid(parts.conv("excite", s, bias="excite_bias"))
         return parts.norm("out", parts.conv("proj", y))
 
-# %% ../../nbs/space/mobile.ipynb #00471bcf
+# %% ../../nbs/space/mobile.ipynb #384d01b9
 BLOCKS = {f"irb_{k}x{k}": k for k in (3, 5, 7)} # the three operations of a layer, by name
 OPERATIONS.update({name: Block(name, k) for name, k in BLOCKS.items()})
 
@@ -61,10 +63,12 @@ OPERATIONS.update({name: Block(name, k) for name, k in BLOCKS.items()})
 @dataclass(frozen=True)
 class LayerSpec(CellSpec):
     "One layer as data: parallel blocks from one map to the next, and the identity beside them where both are alike."
-    aligned, preprocessed = False, 0 # blocks are derived as they are
+    fixed, preprocessed = True, 0
 
     @property
-    def residual(self)->bool: return not self.reduction and self.inputs[0] == self.width
+    def residual(self)->bool:
+        "Whether the map that comes in is added to what the blocks give."
+        return not self.reduction and self.inputs[0] == self.width
     @property
     def out(self)->int: return self.width
     def state(self, s: int)->tuple: return (0, self.inputs[0]) if s == 0 else (self.inputs[0], self.width)
@@ -84,7 +88,7 @@ class LayerSpec(CellSpec):
         return places, at
     def preprocessing(self): return iter(())
 
-# %% ../../nbs/space/mobile.ipynb #1cd44e5a
+# %% ../../nbs/space/mobile.ipynb #d6cebd1b
 GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"), (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
 
 @add_space
@@ -145,6 +149,19 @@ class MobileSpec(Space):
                 out.append(LayerSpec(c, sum(c > e for e in self.ends), self.graph, ops, (cin,), divisible(width * self.width), stride == 2, False, side, after))
                 cin, side = out[-1].width, after
         return tuple(out)
+
+    # files have one row a block: its kernel, its filters, its squeezed filters
+    def write_cell(self, cell: ArchCell)->list:
+        return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
+    def read_cell(self, c: int, d)->ArchCell:
+        cin, cout, names = self.cell[c].inputs[0], self.cell[c].width, {k: name for name, k in BLOCKS.items()}
+        squeezes = self.cell[c].ops[0].squeezes
+        try: rows = [(kernel, mid, few) for kernel, mid, few in d]
+        except (TypeError, ValueError): raise InputError(f"architecture: layer {c} must be a list of blocks of the form [kernel, filters, squeezed filters]") from None
+        for i, (kernel, _, few) in enumerate(rows):
+            if not isinstance(kernel, int) or kernel not in names: raise InputError(f"architecture: the kernel of block {i} of layer {c} is {str(kernel)[:40]}: choose from {', '.join(map(str, names))}")
+            whole(f"the number of squeezed filters of block {i} of layer {c}", few, *((1, MAX_WIDTH) if squeezes else (0, 0)))
+        return ArchCell(tuple(Op(names[k], 0, 1, (cin, mid, few, cout) if squeezes else (cin, mid, cout)) for k, mid, few in rows), (cin, cout))
 
     @property
     def features(self)->tuple: return divisible(960 * self.width), divisible(1280 * self.width) # of the head, before and after the pooling
