@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from .cell import CellSpec
+from .found import MAX_WIDTH
 from .graph import Graph, dense_graph
 from .operation import DARTS_OPS
 from .space import Space, add_space, count_supernet
@@ -14,10 +15,10 @@ from .space import Space, add_space, count_supernet
 # %% auto #0
 __all__ = ['DARTS_GRAPH', 'chain', 'stem_sizes', 'NetSpec']
 
-# %% ../../nbs/space/darts.ipynb #5668a471
+# %% ../../nbs/space/darts.ipynb #a39e7cd2
 DARTS_GRAPH = dense_graph(2, 4)
 
-# %% ../../nbs/space/darts.ipynb #49530c26
+# %% ../../nbs/space/darts.ipynb #baed5abe
 def chain(spec: Space, width: int, # filters of the first cell
           side: int, # of the map that the stem hands on, pixels
           after_reduction: bool # whether the first map of the stem is twice as large
@@ -33,7 +34,7 @@ def chain(spec: Space, width: int, # filters of the first cell
         maps, after_reduction = [*maps[1:], out[-1].out], halved
     return tuple(out)
 
-# %% ../../nbs/space/darts.ipynb #2b7692af
+# %% ../../nbs/space/darts.ipynb #a0eb90c3
 def stem_sizes(channels: int, in_channels: int, size: int, kind: str # cifar or imagenet
               )->tuple: # (parameters, MACs)
     "Count the stem of DARTS: one 3x3 convolution to 3 C channels, or three that halve the map; batch norm after each."
@@ -72,6 +73,7 @@ class NetSpec(Space):
     def cell(self)->tuple:
         small = self.stem_kind == "cifar"
         return chain(self, self.channels, self.size if small else -(-self.size // 8), not small)
+    def head_ranges(self): return (("channels", self.channels, 2, MAX_WIDTH),)
     def make_stem(self, generator):
         from mgdarts.space.layers import Stem # PyTorch is loaded only when something is built
         return Stem(self, generator)

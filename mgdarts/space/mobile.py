@@ -55,7 +55,7 @@ class Block(Operation):
             y = y * F.hardsigmoid(parts.conv("excite", s, bias="excite_bias"))
         return parts.norm("out", parts.conv("proj", y))
 
-# %% ../../nbs/space/mobile.ipynb #384d01b9
+# %% ../../nbs/space/mobile.ipynb #b64b8162
 BLOCKS = {f"irb_{k}x{k}": k for k in (3, 5, 7)} # the three operations of a layer, by name
 OPERATIONS.update({name: Block(name, k) for name, k in BLOCKS.items()})
 
@@ -88,7 +88,7 @@ class LayerSpec(CellSpec):
         return places, at
     def preprocessing(self): return iter(())
 
-# %% ../../nbs/space/mobile.ipynb #d6cebd1b
+# %% ../../nbs/space/mobile.ipynb #8aa29612
 GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"), (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
 
 @add_space
@@ -150,6 +150,9 @@ class MobileSpec(Space):
                 cin, side = out[-1].width, after
         return tuple(out)
 
+    def head_ranges(self):
+        if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not .05 <= self.width <= 16: raise InputError(f"architecture: width is {str(self.width)[:40]!r}, which is not a number from 0.05 to 16")
+        return ()
     # files have one row a block: its kernel, its filters, its squeezed filters
     def write_cell(self, cell: ArchCell)->list:
         return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
