@@ -193,7 +193,7 @@ class SuperNet(nn.Module):
         full[slots if keep is None else slots[keep]] = True
         return full
 
-# %% ../../nbs/net/supernet.ipynb #2cbe37de
+# %% ../../nbs/net/supernet.ipynb #04bc5a09
 def add_cell(net: SuperNet, ops: Tensor, alive: Tensor # [edges, operations] and [units] bool: what the next cell stores
             ):
     "Append a cell."
@@ -222,7 +222,7 @@ def open_stage(net: SuperNet, end: int, # last cell of the sub-net
     first = sorted(set(kinds))
     for name, at in (("first_of_kind", first), ("kind", [first.index(k) for k in kinds])): net.register_buffer(name, torch.tensor(at, device=device), persistent=False)
 
-# %% ../../nbs/net/supernet.ipynb #b41f50e4
+# %% ../../nbs/net/supernet.ipynb #f79f497b
 def channels_left(net: SuperNet, ops: Tensor|None = None, gates: list|None = None, # as for `count`
                   derived: bool = True # of the network that would be derived; else of the super-net
                  )->list: # of [units] bool, a vector for each cell
@@ -238,7 +238,7 @@ def channels_left(net: SuperNet, ops: Tensor|None = None, gates: list|None = Non
         outs.append(index.out(out[-1]))
     return out
 
-# %% ../../nbs/net/supernet.ipynb #9991c64f
+# %% ../../nbs/net/supernet.ipynb #a1326629
 def top_size(net: SuperNet, unit: Tensor|None # [units] bool of the last cell
             )->Size:
     "Count the classifier behind these channels; an auxiliary head counts as nothing."
@@ -260,7 +260,7 @@ def count(net: SuperNet, ops: Tensor|None = None, # [cells, edges, operations] b
     tops = (net.top_size(units[-1] if units else None) for units in (aligned, alive))
     return NetCount(parts, Size.whole(spec.stem_params, spec.stem_macs), *tops, spec.ops)
 
-# %% ../../nbs/net/supernet.ipynb #860895a6
+# %% ../../nbs/net/supernet.ipynb #050b6a4c
 @torch.no_grad()
 def rebuild(net: SuperNet, ops: Tensor, # [cells, edges, operations] bool: operations that are to be live
             gates: list, # per cell [full gates] bool: filters that are to be live, for live operations
