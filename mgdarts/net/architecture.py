@@ -16,10 +16,10 @@ from ..space.space import HeadSpec, Space
 MAX_WEIGHTS = 500_000_000
 
 # %% auto #0
-__all__ = ['MAX_WEIGHTS', 'plain_space', 'Architecture', 'check_head', 'checked_masks', 'operation', 'stride', 'preprocessing',
-           'kernels']
+__all__ = ['MAX_WEIGHTS', 'plain_space', 'Architecture', 'check_spec', 'check_name', 'checked_masks', 'operation', 'stride',
+           'preprocessing', 'kernels']
 
-# %% ../../nbs/net/architecture.ipynb #2c84e17d
+# %% ../../nbs/net/architecture.ipynb #18ed7b6b
 def plain_space(spec: Space, cells: tuple # of ArchCell
                )->Space:
     "Return the space that an architecture says it belongs to."
@@ -40,9 +40,11 @@ class Architecture:
 
     def __post_init__(self):
         self.cells = tuple(self.cells)
-        check_head(self)
+        check_name(self.name, self.provenance)
+        check_spec(self.spec)
+        if len(self.cells) != self.spec.cells: raise InputError(f"architecture: a space of {self.spec.cells} cells has {len(self.cells)} of them here")
         self.spec = plain_space(self.spec, self.cells) # a later change of the image size must not change the stem
-        for cell, full in zip(self.cells, self.spec.cell, strict=True): check_cell(cell, full)
+        for cell, full in zip(self.cells, self.spec.cell): check_cell(cell, full)
         self.masks = checked_masks(self.masks, self.mask_shapes())
         if sum(math.prod(s) for c in range(len(self.cells)) for *_, s in kernels(self, c)) > MAX_WEIGHTS: raise InputError(f"architecture: more than {MAX_WEIGHTS} weights: widths are out of hand")
 
@@ -75,19 +77,22 @@ class Architecture:
         return (type(other) is type(self) and self.spec.kind == other.spec.kind and (self.head, self.cells, self.provenance) == (other.head, other.cells, other.provenance)
                 and self.masks.keys() == other.masks.keys() and all(m.equal(other.masks[k]) for k, m in self.masks.items()))
 
-# %% ../../nbs/net/architecture.ipynb #37d2e21c
-def check_head(arch: Architecture):
-    "Refuse an impossible name, size or provenance: `InputError`."
-    spec = arch.spec
-    if not isinstance(arch.name, str) or not 0 < len(arch.name) <= 200: raise InputError("architecture: the name must be a text of 1 to 200 characters")
-    for what, value, lo, hi in (*spec.head_ranges(), ("classes", spec.classes, 1, 100_000), ("size", spec.size, 4, 1024), ("in_channels", spec.in_channels, 1, 64), ("the number of cells", len(arch.cells), 3, 64)):
-        whole(what, value, lo, hi)
+# %% ../../nbs/net/architecture.ipynb #7c0f23f4
+def check_spec(spec: Space)->Space: # the same
+    "Refuse a space of impossible sizes: `InputError`."
+    ranges = ("classes", spec.classes, 1, 100_000), ("size", spec.size, 4, 1024), ("in_channels", spec.in_channels, 1, 64), ("the number of cells", spec.cells, 3, 64)
+    for what, value, lo, hi in (*spec.head_ranges(), *ranges): whole(what, value, lo, hi)
     if spec.stem not in ("auto", "cifar", "imagenet"): raise InputError(f"architecture: stem {str(spec.stem)[:40]!r} is not auto, cifar or imagenet")
-    if not isinstance(arch.provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
-    try: json.dumps(arch.provenance, allow_nan=False)
+    return spec
+
+def check_name(name: str, provenance: dict):
+    "Refuse an impossible name or provenance: `InputError`."
+    if not isinstance(name, str) or not 0 < len(name) <= 200: raise InputError("architecture: the name must be a text of 1 to 200 characters")
+    if not isinstance(provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
+    try: json.dumps(provenance, allow_nan=False)
     except (TypeError, ValueError, RecursionError): raise InputError("architecture: the provenance must be plain JSON without NaN") from None
 
-# %% ../../nbs/net/architecture.ipynb #ed6728c3
+# %% ../../nbs/net/architecture.ipynb #ae2f744c
 def checked_masks(masks: dict, shapes: dict # name -> shape of the kernel
                  )->dict:
     "Return masks in the order of their kernels, without those that mask nothing; `InputError` where one fits no kernel."
@@ -97,7 +102,7 @@ def checked_masks(masks: dict, shapes: dict # name -> shape of the kernel
             raise InputError(f"architecture: mask {key} must be a boolean tensor of shape {list(shapes[key])}")
     return {key: masks[key].detach().cpu() for key in shapes if key in masks and not bool(masks[key].all())}
 
-# %% ../../nbs/net/architecture.ipynb #d18e4a26
+# %% ../../nbs/net/architecture.ipynb #98e56211
 def operation(arch: Architecture, c: int, op: Op)->Operation:
     "Return the operation that stands for `op` in cell `c`."
     return next(o for o in arch.spec.cell[c].ops if o.name == op.op)
@@ -106,7 +111,7 @@ def stride(arch: Architecture, c: int, op: Op)->int:
     "Return the stride of an operation of cell `c`."
     return arch.spec.cell[c].stride(arch.spec.edges.index((op.src, op.dst)))
 
-# %% ../../nbs/net/architecture.ipynb #4e043491
+# %% ../../nbs/net/architecture.ipynb #cafa2da6
 def preprocessing(arch: Architecture, c: int # cell
                  )->list: # of (Preprocess, widths by port, stride of its map), one for each input
     "List the preprocessing of a cell's inputs."

@@ -25,9 +25,12 @@ class Size:
     def whole(cls, params: int, macs: int)->Size:
         "Of what has no masks."
         return cls(params, params, macs, macs)
+    def add(self, other: Size):
+        "Add in place."
+        for k in Size.__dataclass_fields__: setattr(self, k, getattr(self, k) + getattr(other, k))
     def __add__(self, other: Size)->Size: return Size(*(getattr(self, k) + getattr(other, k) for k in Size.__dataclass_fields__))
 
-# %% ../../nbs/net/size.ipynb #ed31c9ad
+# %% ../../nbs/net/size.ipynb #af6ea6a5
 @dataclass
 class CellCount(Size):
     "Sizes of one cell of the derived network."
@@ -38,7 +41,7 @@ class CellCount(Size):
 
 UNITS = ("filters", "filters_initial", "weights", "weights_initial", "params") # of one live operation, as searched; params: as derived
 
-# %% ../../nbs/net/size.ipynb #acb3eb82
+# %% ../../nbs/net/size.ipynb #6ea2818b
 @dataclass
 class Masked:
     "The stored weights of a cell that are off: the channel each writes, the channel it reads, the kernel it belongs to."
@@ -74,7 +77,7 @@ def size_of(index: CellIndex, ops: Tensor, unit: Tensor, masked: Masked, more: T
     size = Size(int(left.sum()) + bn, int(weights.sum()) + bn, int((left * k["side2"]).sum()), int((weights * k["side2"]).sum()))
     return size, by(k, left), by(k, left * k["searched"]), by(k, weights * k["searched"]), norms
 
-# %% ../../nbs/net/size.ipynb #62afe280
+# %% ../../nbs/net/size.ipynb #eb9f2a8f
 def count_cell(index: CellIndex,
                ops: Tensor, # [edges, operations] bool: live operations
                alive: Tensor, # [units] bool: live channels, from `alive`
@@ -100,7 +103,7 @@ def _ratios(ops, ops_initial, rows)->dict:
     def ratio(a, b): return a / b if b else None
     return {"operation": ratio(ops, ops_initial), "filter": ratio(total[0], total[1]), "weight": ratio(total[2], total[3])}
 
-# %% ../../nbs/net/size.ipynb #351092ff
+# %% ../../nbs/net/size.ipynb #4e007cd7
 @dataclass
 class NetCount:
     "Sizes of a net: cells, and what surrounds them. Parameters and MACs are plain numbers, of the derived network where nothing else is said."
