@@ -11,7 +11,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..base.options import InputError, closest
 from ..space.darts import *
-from ..fast.kernels import Pair, abreast, from_phases, from_pixels, images_abreast, native, pairs, pixels, pointwise, widen_both
+from .engine import Engine
 from .layers import *
 from .size import CellCount, NetCount, Size
 from ..base.files import digest, parse_json, read_bytes, write_whole
@@ -164,9 +164,9 @@ class Architecture(Discovered):
         "The auxiliary head of retraining. On an 8-pixel map: pooling 5 with stride 3, 1x1 to 128, 2x2 to 768, linear."
         c = self.aux_cell
         return HeadSpec(self.out(c), self.spec.cell[c].side, 128, 768, 1, self.classes)
-    def build(self, aux: bool = False, seed: int = 0)->DerivedNet:
+    def build(self, aux: bool = False, seed: int = 0, engine: Engine|None = None)->DerivedNet:
         "Its network, with or without the auxiliary head, with fresh weights."
-        return DerivedNet(self, aux, seed)
+        return DerivedNet(self, aux, seed, engine)
     def random(self, seed: int, name: str = "random")->Architecture:
         "A random architecture of the same space and size."
         return random_architecture(self.spec, counts(self)["params_nonzero"], seed, name=name)
@@ -330,30 +330,25 @@ class _Part(nn.Module):
         super().__init__()
         self.stride = stride
         for role, shape in kernels: setattr(self, role, init_conv(shape, _numel(shape[1:]), generator))
-        self.norms = nn.ModuleList(Norm(w) for w in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(w, EPS) for w in widths)
 
 class SepConv(_Part):
     "Depthwise, pointwise, batch norm, and the same again."
-    def first(self, b): return Pair(abreast(self.dw1, b), self.pw1, stride=self.stride)
-    def second(self, b): return Pair(abreast(self.dw2, b), self.pw2)
     def forward(self, x): # x: after ReLU
         x = F.relu(self.norms[0](F.conv2d(depthwise(x, self.dw1, self.stride), self.pw1)))
         return self.norms[1](F.conv2d(depthwise(x, self.dw2), self.pw2))
 
 class DilConv(_Part):
     "Depthwise with dilation 2, pointwise, batch norm."
-    def first(self, b): return Pair(abreast(self.dw, b), self.pw, stride=self.stride, dilated=True)
-    def forward(self, x): return self.norms[0](F.conv2d(dilated_depthwise(x, self.dw, self.stride), self.pw))
+    def forward(self, x): return self.norms[0](F.conv2d(depthwise(x, self.dw, self.stride, 2), self.pw))
 
 class Reduce(_Part):
     "Factorised reduction, batch norm."
-    def mix(self, halves, b=1): return factorized_reduce(halves, self.a, self.b, b)
-    def forward(self, x): return self.norms[0](self.mix(even_odd(x)))
+    def forward(self, x): return self.norms[0](factorized_reduce(x, self.a, self.b))
 
 class Pointwise(_Part):
     "1x1 convolution, batch norm."
-    def mix(self, x, b=1): return pointwise(x, self.pre, b)
-    def forward(self, x): return self.norms[0](self.mix(x))
+    def forward(self, x): return self.norms[0](F.conv2d(x, self.pre))
 
 class PoolNorm(_Part):
     "The batch norm after a pool."
@@ -367,7 +362,7 @@ def _module(op, stride, generator):
 
 # %% ../../nbs/net/architecture.ipynb #39ebf31d
 class DerivedCell(nn.Module):
-    "A discovered cell: two maps in, the four nodes side by side out. Maps are channels-last."
+    "A discovered cell: two maps in, the four nodes side by side out."
     def __init__(self, arch: Architecture, c: int, # cell
                  generator: torch.Generator):
         super().__init__()
@@ -378,19 +373,11 @@ class DerivedCell(nn.Module):
             self.pre.append((Pointwise if len(shapes) == 1 else Reduce)(tuple(zip(roles, shapes)), (cell.widths[s],), generator))
         self.arch_ops = cell.ops
         self.ops = nn.ModuleList(_module(op, stride, generator) for op, stride in zip(cell.ops, self.strides))
-        drawn = [i for i, m in enumerate(self.ops) if not isinstance(m, nn.Identity)]
-        self.droppable, self.drawn = len(drawn), {i: k for k, i in enumerate(drawn)} # operation -> its row of drop-path factors
-        which = lambda kind, **at: [i for i, (op, m) in enumerate(zip(cell.ops, self.ops)) if isinstance(m, kind) and all(getattr(op, k) == v for k, v in at.items())]
-        self.readers = [which((SepConv, DilConv), src=s) for s in range(STATES)]
-        self.into = [[which(kind, dst=s) for kind in (nn.Identity, PoolNorm, SepConv, DilConv, Reduce)] for s in range(STATES)]
+        self.droppable = sum(not isinstance(m, nn.Identity) for m in self.ops) # operations that drop path may drop
 
-    def forward(self, x0: Tensor, x1: Tensor, # [N/B, B C, H, W], the first one twice as large after a reduction
-                keep: Tensor|None = None, # [droppable, N] drop-path factors
-                b: int = 1 # images abreast; more than one on a CPU only
-               )->Tensor: # [N/B, B out, H', W']
-        return self.reference(x0, x1, keep) if native(x0) else self.fused(x0, x1, keep, b)
-
-    def reference(self, x0: Tensor, x1: Tensor, keep: Tensor|None = None)->Tensor: # as `forward`, one image abreast
+    def forward(self, x0: Tensor, x1: Tensor, # [N, C, H, W], the first one twice as large after a reduction
+                keep: Tensor|None = None # [droppable, N] drop-path factors
+               )->Tensor: # [N, out, H', W']
         "One operation after the other."
         states, sums, shared, drawn = [self.pre[0](F.relu(x0)), self.pre[1](F.relu(x1))], {}, {}, 0
         def source(op, stride): # what the module of an operation reads
@@ -410,44 +397,11 @@ class DerivedCell(nn.Module):
             if i + 1 == len(self.ops) or self.arch_ops[i + 1].dst != op.dst: states.append(sums[op.dst][0])
         return torch.cat(states[INPUTS:], 1)
 
-    def fused(self, x0: Tensor, x1: Tensor, keep: Tensor|None, b: int)->Tensor: # as `forward`
-        "All that reads a state at once, then all that a node adds up."
-        maps = [m.mix(even_odd(x) if isinstance(m, Reduce) else x, b) for m, x in zip(self.pre, (F.relu(x0), F.relu(x1)))]
-        states, reached, pools, halves = normed(maps, [m.norms[0] for m in self.pre], b, reuse=True), {}, {}, {}
-        in_phases = lambda i: self.ops[i].first(1).reads(states[self.arch_ops[i].src].shape[-1])[0] == "phases"
-        def reach(s): reached.update(zip(self.readers[s], pairs(states[s], [self.ops[i].first(b) for i in self.readers[s]], b, relu=True)))
-        def pool(op, stride):
-            if (key := (op.op, op.src, stride)) not in pools: pools[key] = (avg_pool if op.op == "avg_pool_3x3" else max_pool)(states[op.src], stride)
-            return pools[key]
-        def reduced(i):
-            if (s := self.arch_ops[i].src) not in halves: halves[s] = even_odd(F.relu(states[s]))
-            return self.ops[i].mix(halves[s], b)
-        def kept(i, y): return keep[self.drawn[i]].view(-1, b, 1).expand(-1, b, y.shape[1] // b).reshape(len(y), -1, 1, 1)
-        def add(total, which, maps, phases=False, reuse=True): # results of operations, normalised
-            if not which: return total
-            norms, back = [self.ops[i].norms[-1] for i in which], from_phases if phases else lambda y: y
-            if keep is None and not phases: return normed_sum(maps, norms, total, b, reuse)
-            if keep is None: ys = [back(normed_sum(maps, norms, None, b, reuse))]
-            else: ys = [y * kept(i, y) for i, y in zip(which, map(back, normed(maps, norms, b, reuse=reuse)))]
-            for y in ys: total = y if total is None else total + y
-            return total
-        for s in range(INPUTS): reach(s)
-        for node in range(INPUTS, STATES):
-            total, (skip, pooled, sep, dil, reduce) = None, self.into[node]
-            for i in skip: total = states[self.arch_ops[i].src] if total is None else total + states[self.arch_ops[i].src]
-            total = add(total, pooled, [pool(self.arch_ops[i], self.strides[i]) for i in pooled], reuse=False) # others may read the pool
-            middle = normed([reached.pop(i) for i in sep], [self.ops[i].norms[0] for i in sep], b, relu=True, reuse=True) if sep else []
-            ends = [pairs(y, [self.ops[i].second(b)], b)[0] for i, y in zip(sep, middle)]
-            phased = [i for i in dil if in_phases(i)]
-            whole = [i for i in dil if i not in phased]
-            total = add(total, sep + whole + reduce, ends + [reached.pop(i) for i in whole] + [reduced(i) for i in reduce])
-            states.append(add(total, phased, [reached.pop(i) for i in phased], phases=True))
-            reach(node)
-        return from_pixels(torch.cat([pixels(s, b) for s in states[INPUTS:]], 1), b)
-
 # %% ../../nbs/net/architecture.ipynb #dd5abd24
 class MaskedNet(nn.Module):
-    "A discrete network of cells, some of whose weights are masked."
+    "A discrete network of cells, some of whose weights are masked. Input [N, in_channels, size, size]; output (logits [N, classes], auxiliary logits or None)."
+    def forward(self, x: Tensor)->tuple: return self.engine.discrete(self, x)
+
     def _mask(self, arch: Discovered):
         "Last part of the construction."
         self.drop_path_prob, self.drop_path_generator = 0.0, None # set both before each training step that drops paths
@@ -477,9 +431,10 @@ class MaskedNet(nn.Module):
         super().__setstate__(state)
         self._hold()
 
-    def _keep(self, n, x):
+    def drop_factors(self, x: Tensor # [N, ...]
+                    )->list: # of [droppable, N], or None
         "Drop-path factors of a step, one row an operation, by cell."
-        sizes = [cell.droppable for cell in self.cells]
+        n, sizes = len(x), [cell.droppable for cell in self.cells]
         if not self.training or self.drop_path_prob == 0: return [None] * len(sizes)
         if self.drop_path_generator is None: raise RuntimeError("drop path needs a generator: set drop_path_generator")
         p = self.drop_path_prob
@@ -487,29 +442,20 @@ class MaskedNet(nn.Module):
         return (kept.to(x) / (1 - p)).split(sizes)
 
 class DerivedNet(MaskedNet):
-    "The network of an `Architecture`. Input [N, in_channels, size, size]; output (logits [N, classes], auxiliary logits or None)."
-    impl = "fused" # where a CPU computes it; or reference: operation by operation
+    "The network of an `Architecture`."
     def __init__(self, arch: Architecture,
                  aux: bool = False, # with the auxiliary head; it speaks in training mode only
-                 seed: int = 0 # of the initial weights
+                 seed: int = 0, # of the initial weights
+                 engine: Engine|None = None # what computes it; None: the reference
                 ):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
+        self.engine = engine or Engine()
         self.channels, self.stem = arch.channels, Stem(arch.spec, g)
         self.cells = nn.ModuleList(DerivedCell(arch, c, g) for c in range(len(arch.cells)))
         self.classifier = Classifier(arch.out(len(arch.cells) - 1), arch.classes, g)
         self.aux_cell, self.aux = arch.aux_cell, AuxHead(arch.aux_head, g) if aux else None
         self._mask(arch)
-
-    def forward(self, x: Tensor)->tuple:
-        x, plain = x.contiguous(memory_format=torch.channels_last), self.impl == "reference" or native(x)
-        keep, aux, b = self._keep(len(x), x), None, 1 if plain else images_abreast(len(x), self.channels)
-        x0, x1 = self.stem(x)
-        x0, x1 = widen_both(x0, x1, b)
-        for c, cell in enumerate(self.cells):
-            x0, x1 = x1, cell.reference(x0, x1, keep[c]) if plain else cell(x0, x1, keep[c], b)
-            if c == self.aux_cell and self.aux is not None and self.training: aux = self.aux(x1, b)
-        return self.classifier(x1, b), aux
 
 # %% ../../nbs/net/architecture.ipynb #9e11b241
 SCHEMA, JSON_FILE, MASK_FILE = 2, "architecture.json", "masks.safetensors"

@@ -7,10 +7,9 @@ from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .cell import Cell, LiveOp
-from ..fast.kernels import EPS, normalise, normalise_sum
 from ..space.mobile import KERNELS, LayerSpec, MobileSpec
 from .size import Index
-from .layers import Classifier, ConvNorm, Norm, depthwise, init_conv
+from .layers import EPS, Classifier, ConvNorm, depthwise, init_conv
 from .supernet import SuperNet
 
 # %% auto #0
@@ -57,23 +56,13 @@ def squeeze_excite(x: Tensor, # [N, C, H, W]
     return x * F.hardsigmoid(F.conv2d(s, excite, excite_bias))
 
 class MobileCell(Cell):
-    "One layer of the super-net. Maps are channels-last."
+    "One layer of the super-net."
     INDEX, PRE = LayerIndex, 0
 
     def _plan_operations(self):
         kernels, gates = self._parts()
         self.ops = [LiveOp(0, b, tuple(kernels[0, b]), tuple(gates[0, b]), None) for b in self.layout.ops[0].nonzero().flatten().tolist()]
         self.act = ACTIVATIONS[self.spec.act]
-
-    def _plan_groups(self):
-        "The batch norms in the order in which they are computed: before the depthwise convolutions, after them, after the last ones."
-        starts, at = [], 0
-        for n in self.gate_sizes: starts.append(at); at += n
-        groups = [[torch.arange(starts[i], starts[i] + self.gate_sizes[i]) for i in g] for g in zip(*(op.gates for op in self.ops))]
-        order = torch.cat([x for g in groups for x in g])
-        self.group_sizes, self.map_sizes = [sum(map(len, g)) for g in groups], [[len(x) for x in g] for g in groups]
-        self._hold(order=order, where=order.argsort())
-        self._spread = {}
 
     def _fresh(self, lay, group, generator):
         bias = torch.tensor([s.role.endswith("_bias") for s in lay.spec.segments])[lay.segs[group].long()]
@@ -85,10 +74,10 @@ class MobileCell(Cell):
         first, depth, *few, last = op.kernels
         return omega[first], omega[depth], omega[last], tuple(plain[i] if n % 2 == 0 else plain[i].flatten() for n, i in enumerate(few))
 
-    def reference(self, x: Tensor, # [N, cin, H, W]
-                  alpha: Tensor, # [branches] M_alpha of this layer's blocks
-                  t_gate: Tensor|None, t_weight: Tensor|None # from `SuperNet.thresholds`
-                 )->tuple: # ([N, cout, H', W'], means and variances [filters] of this batch)
+    def forward(self, x: Tensor, # [N, cin, H, W]
+                alpha: Tensor, # [branches] M_alpha of this layer's blocks
+                t_gate: Tensor|None, t_weight: Tensor|None # from `SuperNet.thresholds`
+               )->tuple: # ([N, cout, H', W'], means and variances [filters] of this batch)
         "The equations, block by block."
         cut = {n: getattr(self, n).split(self.gate_sizes) for n in ("scale", "shift", "mean", "var")}
         plain = [w.view(s) for w, s in zip(self.plain.split(self.sizes["plain"]), self.shapes["plain"])]
@@ -102,28 +91,11 @@ class MobileCell(Cell):
             omega = {i: self._masked(i, op.op, t_weight) for i in (*op.kernels[:2], op.kernels[-1])}
             first, depth, last, se = self.kernels(op, omega, plain)
             y = self.act(norm(F.conv2d(x, first), op.gates[0]))
-            y = norm(F.conv2d(y, depth, None, self.spec.stride, depth.shape[-1] // 2, 1, len(depth)), op.gates[1])
+            y = norm(depthwise(y, depth, self.spec.stride), op.gates[1])
             y = self.act(y * self._gate(op.gates[1], t_gate).view(1, -1, 1, 1))
             if se: y = squeeze_excite(y, *se)
             total = total + alpha[op.op] * norm(F.conv2d(y, last), op.gates[2])
         return total, *(torch.cat(s) for s in zip(*(stats[i] for i in range(len(stats)))))
-
-    def forward(self, x: Tensor, alpha: Tensor, # as for `reference`
-                gate: Tensor, # [filters] from `gates`
-                omega: Tensor # from `weights`
-               )->tuple:
-        views = lambda v, g: [w.view(s) for w, s in zip(v.split(self.sizes[g]), self.shapes[g])]
-        blocks = [self.kernels(op, views(omega, "omega"), views(self.plain, "plain")) for op in self.ops]
-        factor = torch.cat([alpha, alpha.new_ones(1)])[self.coef].repeat_interleave(self.gate_n, output_size=len(gate)) * gate.masked_fill(self.skips, 1)
-        scale, shift, mean, var = (v.index_select(0, self.order).split(self.group_sizes) for v in (self.scale * factor, self.shift * factor, self.mean, self.var))
-        def norms(i): return dict(scale=scale[i], shift=shift[i], running=(mean[i], var[i]), index=self.spread(1)[i], b=1, training=self.training, reuse=True)
-        relu = self.spec.act == "relu"
-        act = (lambda ys: ys) if relu else (lambda ys: map(self.act, ys))
-        wide, *a = normalise([F.conv2d(x, first) for first, *_ in blocks], **norms(0), relu=relu)
-        deep, *b = normalise([depthwise(y, depth, self.spec.stride) for y, (_, depth, *_) in zip(act(wide), blocks)], **norms(1), relu=relu)
-        ends = [F.conv2d(squeeze_excite(y, *se) if se else y, last) for y, (*_, last, se) in zip(act(deep), blocks)]
-        y, *c = normalise_sum(ends, x if self.spec.residual else None, **norms(2))
-        return y, *(torch.cat(s)[self.where] for s in zip(a, b, c))
 
 # %% ../../nbs/net/mobile.ipynb #ac95e288
 class MobileStem(nn.Module):
@@ -132,7 +104,7 @@ class MobileStem(nn.Module):
         super().__init__()
         C = spec.channels
         self.first = ConvNorm(spec.in_channels, C, 3, generator, 1 if spec.stem_kind == "cifar" else 2, 1)
-        self.depth, self.norm, self.last = init_conv((C, 1, 3, 3), 9, generator), Norm(C), ConvNorm(C, C, 1, generator)
+        self.depth, self.norm, self.last = init_conv((C, 1, 3, 3), 9, generator), nn.BatchNorm2d(C, EPS), ConvNorm(C, C, 1, generator)
     def forward(self, x):
         x = F.hardswish(self.first(x))
         return x + self.last(F.relu(self.norm(depthwise(x, self.depth))))
@@ -143,7 +115,7 @@ class MobileHead(nn.Module):
         super().__init__()
         a, b = spec.features
         self.wide, self.mix, self.classifier = ConvNorm(width, a, 1, generator), init_conv((b, a, 1, 1), a, generator), Classifier(b, spec.classes, generator)
-    def forward(self, x, b=1):
+    def forward(self, x):
         return self.classifier(F.hardswish(F.conv2d(F.hardswish(self.wide(x)).mean((2, 3), keepdim=True), self.mix)))
     @property
     def reads(self)->nn.Parameter:
@@ -158,16 +130,6 @@ class MobileNet(SuperNet):
     STEM, CELL = MobileStem, MobileCell
 
     def _top(self, width, g): return MobileHead(width, self.spec, g)
-
-    def _forward(self, x):
-        n, x, alpha = len(x), self.stem(x.contiguous(memory_format=torch.channels_last)), self.strengths()
-        for c, cell in enumerate(self.cells):
-            t_gate, t_weight = self.thresholds(c)
-            if self.compute.impl == "reference": f, args = cell.reference, (x, alpha[c], t_gate, t_weight)
-            else: f, args = self._cell(c), (x, alpha[c], cell.gates(t_gate), cell.weights(t_weight))
-            x, mean, var = self._kept(c, f, args)
-            if self.training: cell.track(mean, var, n)
-        return self.head(x)
 
 def supernet(spec, # NetSpec or MobileSpec
              *args, **kwargs # as for `SuperNet`

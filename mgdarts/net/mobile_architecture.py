@@ -11,7 +11,8 @@ from ..base.options import InputError
 from .architecture import Discovered, MaskedNet, MAX_WIDTH, counts, sizes, _numel, whole
 from ..space.mobile import *
 from .mobile import ACTIVATIONS, MobileHead, MobileStem, squeeze_excite
-from .layers import AuxHead, Norm, depthwise, init_conv
+from .layers import EPS, AuxHead, depthwise, init_conv
+from .engine import Engine
 from .size import CellCount, NetCount, Size
 from ..space.darts import HeadSpec
 
@@ -65,9 +66,9 @@ class MobileArchitecture(Discovered):
         layer = self.spec.cell[self.aux_cell]
         return HeadSpec(layer.cout, layer.side, 128, 768, 1, self.classes)
 
-    def build(self, aux: bool = False, seed: int = 0)->MobileDerivedNet:
+    def build(self, aux: bool = False, seed: int = 0, engine: Engine|None = None)->MobileDerivedNet:
         "Its network, with or without the auxiliary head, with fresh weights."
-        return MobileDerivedNet(self, aux, seed)
+        return MobileDerivedNet(self, aux, seed, engine)
     def random(self, seed: int, name: str = "random")->MobileArchitecture:
         "A random architecture of the same space and size."
         return random_mobile(self.spec, counts(self)["params_nonzero"], seed, name=name)
@@ -147,7 +148,7 @@ class InvertedResidual(nn.Module):
         for s in (s for s in layer.segments if s.op == b):
             bias = s.role.endswith("_bias")
             setattr(self, s.role, nn.Parameter(torch.zeros(s.rows)) if bias else init_conv(shape_of(s), _numel(shape_of(s)[1:]), generator))
-        self.norms = nn.ModuleList(Norm(g.width) for g in layer.gates if g.op == b)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(g.width, EPS) for g in layer.gates if g.op == b)
         self.stride, self.squeezes, self.act = layer.stride, layer.branches[b].squeeze > 0, layer.act
     def forward(self, x):
         act = ACTIVATIONS[self.act]
@@ -170,22 +171,16 @@ class MobileLayer(nn.Module):
         return x + (y if keep is None else y * keep[0].view(-1, 1, 1, 1))
 
 class MobileDerivedNet(MaskedNet):
-    "The network of a `MobileArchitecture`. Input [N, in_channels, size, size]; output (logits [N, classes], auxiliary logits or None)."
+    "The network of a `MobileArchitecture`."
     def __init__(self, arch: MobileArchitecture, aux: bool = False, # the auxiliary head speaks in training mode only
-                 seed: int = 0 # of the initial weights
+                 seed: int = 0, # of the initial weights
+                 engine: Engine|None = None # what computes it; None: the reference
                 ):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
+        self.engine = engine or Engine()
         self.stem = MobileStem(arch.spec, g)
         self.cells = nn.ModuleList(MobileLayer(layer, g) for layer in arch.layers)
         self.classifier = MobileHead(arch.spec.cell[-1].cout, arch.spec, g)
         self.aux_cell, self.aux = arch.aux_cell, AuxHead(arch.aux_head, g) if aux else None
         self._mask(arch)
-
-    def forward(self, x: Tensor)->tuple:
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        keep, aux = self._keep(len(x), x), None
-        for c, cell in enumerate(self.cells):
-            x = cell(x, keep[c])
-            if c == self.aux_cell and self.aux is not None and self.training: aux = self.aux(x)
-        return self.classifier(x), aux

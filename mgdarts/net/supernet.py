@@ -7,12 +7,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
-from torch.utils.checkpoint import checkpoint
-from ..base.options import Compute, Rules
+from ..base.options import Rules
 from ..space.darts import *
 from .discretise import discretise, strongest
-from .relax import HARD, MEANS, RELAXATIONS, edge_shares
-from ..fast.kernels import images_abreast, native, widen_both
+from .relax import MEANS, RELAXATIONS, edge_shares
+from .engine import Engine
 from .layers import Classifier, Stem, AuxHead
 from .size import Masked, NetCount, Size, count_cell, layout
 from .cell import Cell, carry_columns, remap
@@ -55,11 +54,11 @@ class SuperNet(nn.Module):
                  aux_size: str = "medium", # small, medium or large
                  granularities: tuple = GRANULARITIES, # what is discretised; the others stay as they are
                  seed: int = 0, # of all weights
-                 compute: Compute|None = None, # how: see there
+                 engine: Engine|None = None, # what computes it; None: the reference
                  rules: Rules|None = None # how strong operations are
                 ):
         super().__init__()
-        self.compute, self.rules = compute or Compute(), rules or Rules()
+        self.engine, self.rules = engine or Engine(), rules or Rules()
         self.spec, self.aux_size, self.granularities, self.seed = spec, aux_size, tuple(granularities), seed
         shape, rules = (spec.cells, len(spec.edges), len(spec.ops)), self.rules
         for name, there, size in (("zero", rules.zero, shape[:2]), ("edge", rules.edge_norm, shape[:2]), ("widths", rules.superpose == "kernels+filters", shape + (self.WIDTHS,))):
@@ -84,7 +83,6 @@ class SuperNet(nn.Module):
             ):
         "Add cells up to `end`, with every operation that the rules allow, and put the stage's head on top."
         device = self.alpha.device
-        self._forget()
         if len(self.cells) <= end: self.first = len(self.cells) # cell of this stage
         for c in range(len(self.cells), end + 1):
             spec = self.spec.cell[c]
@@ -99,13 +97,17 @@ class SuperNet(nn.Module):
         g = self._generator(3, stage)
         self.head = (self._top(width, g) if last else AuxHead(self.spec.head(stage, self.aux_size), g, width)).to(device)
         if last and self.rules.aux:
-            spec, seen = self.spec.cell[self.spec.ends[1] + 1], int(self._out(self.spec.ends[1] + 1).sum())
+            spec, seen = self.spec.cell[self.aux_cell], int(self._out(self.aux_cell).sum())
             self.aux = AuxHead(HeadSpec(spec.out, spec.side, 128, 768, 1, self.spec.classes), self._generator(3, 3), seen).to(device)
         self.stage = stage
         kinds = self.spec.kinds[:end + 1]
         first = sorted(set(kinds))
         for name, at in (("first_of_kind", first), ("kind", [first.index(k) for k in kinds])): self.register_buffer(name, torch.tensor(at, device=device), persistent=False)
 
+    @property
+    def aux_cell(self)->int:
+        "The cell whose output the auxiliary head of the whole net reads: the second reduction cell."
+        return self.spec.ends[1] + 1
     def allowed(self)->Tensor: # [edges, operations] bool
         "The operations that a cell begins with."
         return torch.tensor([o in self.rules.ops or o not in OPS for o in self.spec.ops]).expand(len(self.spec.edges), -1)
@@ -184,48 +186,19 @@ class SuperNet(nn.Module):
         if self.rules.superpose != "none": alpha, inner = superposed(alpha.view(grid), self.op_live[:len(alpha)])
         return Mixture(alpha, edges, widths, inner, (alpha.detach() > 0).view(grid).cpu() if paths else None)
 
+    def masked(self, c: int, m: Mixture)->tuple: # ([searched weights], [filters])
+        "Kernels and gates of a cell, masked, for the whole cell at once."
+        t_gate, t_weight = self.thresholds(c)
+        _, _, widths, inner, _ = m.of(c)
+        return self.cells[c].weights(t_weight, self.rules.keep if self.sparse else 1., inner), self.cells[c].gates(t_gate, widths)
+    @property
+    def drop(self)->tuple|None:
+        "Drop-out on skip connections, where there is any: (probability, generator)."
+        return (self.skip_dropout, self.noise) if self.skip_dropout else None
+
     def forward(self, x: Tensor, also: list|None = None # gets the logits of the auxiliary head of the whole net, where there is one
                )->Tensor:
-        more = () if also is None else (also,)
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute.amp): return self._forward(x, *more).float()
-
-    def _forward(self, x, also=None):
-        how, x, n = self.compute, x.contiguous(memory_format=torch.channels_last), len(x)
-        plain, paths = how.impl == "reference", self.rules.relaxation in HARD and (self.paths or not self.training)
-        b = 1 if plain or paths or how.compile or native(x) else images_abreast(n, self.spec.channels // self.rules.partial)
-        x0, x1 = self.stem(x)
-        if plain: x0, x1 = x0.contiguous(), x1.contiguous() # plain NCHW maps
-        x0, x1 = widen_both(x0, x1, b)
-        x0, x1 = (x0.relu(),) * 2 if x0 is x1 else (x0.relu(), x1.relu()) # two cells read each map, and both begin with a ReLU
-        m, keep, drop = self.mixture(paths), self.rules.keep if self.sparse else 1., (self.skip_dropout, self.noise) if self.skip_dropout else None
-        reference, own = plain or paths, plain and not (paths or self.sparse or m.inner is not None or m.widths is not None) # what the equations do not know of is worked out for both versions alike
-        for c, cell in enumerate(self.cells):
-            t_gate, t_weight = self.thresholds(c)
-            alpha, edges, widths, inner, chosen = m.of(c)
-            omega, gate = (None, None) if own else (cell.weights(t_weight, keep, inner), cell.gates(t_gate, widths))
-            f, args = (cell.reference, (x0, x1, alpha, t_gate, t_weight, omega, edges, chosen, gate, drop)) if reference else (self._cell(c), (x0, x1, alpha, gate, omega, b, edges, drop))
-            y, mean, var = self._kept(c, f, args)
-            if self.training: cell.track(mean, var, n, some=paths)
-            if also is not None and self.aux is not None and c == self.spec.ends[1] + 1: also.append(self.aux(y, b).float())
-            if c + 1 < len(self.cells): x0, x1 = x1, y.relu()
-        return self.head(y, b)
-
-    def _kept(self, c: int, f, args: tuple)->tuple:
-        "What a cell computes, its maps kept for the backward pass or computed again in it."
-        if torch.is_grad_enabled() and (self.compute.recompute == "all" or self.compute.recompute == "earlier" and c < self.first):
-            return checkpoint(f, *args, use_reentrant=False, preserve_rng_state=False)
-        return f(*args)
-
-    # Between two commits shapes stay, and a compiled cell can be used again.
-    COMPILER = "inductor"
-    def _cell(self, c):
-        if not self.compute.compile: return self.cells[c]
-        if c not in self._compiled:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * self.spec.cells) # all cells are one function to it
-            self._compiled[c] = torch.compile(self.cells[c].forward, dynamic=False, backend=self.COMPILER)
-        return self._compiled[c]
-    def _forget(self):
-        if self.compute.compile: self._compiled = {}; torch._dynamo.reset()
+        return self.engine.forward(self, x, also)
 
     def channels_left(self, ops: Tensor|None = None, gates: list|None = None, # as for `count`
                       derived: bool = True # of the network that would be derived; else of the super-net
@@ -275,8 +248,7 @@ class SuperNet(nn.Module):
                 stamp: int = 0 # distinguishes the fresh weights of one rebuilding from those of another
                )->list: # (old parameter, new parameter, positions, kept), for optimizers
         "Compact, regrow, or both: store exactly what lives from now on. Exact in evaluation for whatever only leaves."
-        self._forget()
-        heads = [(len(self.cells) - 1, self.head)] + [(self.spec.ends[1] + 1, self.aux)] * (self.aux is not None)
+        heads = [(len(self.cells) - 1, self.head)] + [(self.aux_cell, self.aux)] * (self.aux is not None)
         moved, before = [], [self._out(c) for c, _ in heads]
         self.op_live[:len(self.cells)] = ops.to(self.op_live.device)
         for c, cell in enumerate(self.cells):
