@@ -14,11 +14,12 @@ from mgdarts.base.options import Compute, Search as Settings
 from mgdarts.runs.memory import memory_plan, prune_to, step_memory
 from mgdarts.space.darts import INPUTS, NODE_EDGES, NetSpec, STATES
 from mgdarts.net.supernet import SuperNet
+from mgdarts.fast.engine import make
 
 
 @pytest.mark.parametrize("recompute", ["none", "earlier", "all"])
 def test_the_plan_is_what_real_tensors_take(recompute):
-    net = SuperNet(NetSpec(4, 3, size=16), compute=Compute(recompute=recompute))
+    net = SuperNet(NetSpec(4, 3, size=16), engine=make(Compute(recompute=recompute)))
     net.open(0, 0)
     net.open(1, 1)
     net.discretising = True

@@ -10,6 +10,9 @@ from mgdarts.fast.compiled import compiled
 from mgdarts.fast.kernels import Pair, from_phases, images_abreast, narrow, pairs, pixels, from_pixels, weighted_sum, widen
 from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec
 from mgdarts.net.supernet import SuperNet
+from mgdarts.net.engine import Engine
+from mgdarts.fast.engine import FastEngine
+from mgdarts.base.options import Compute
 
 
 def draw(*shape, seed=0):
@@ -101,9 +104,9 @@ def prune(net, seed, share):
 def difference(net, x):
     "Relative, largest over outputs, gradients of every parameter and running statistics."
     seen = []
-    for impl in ("reference", "fused"):
+    for engine in (Engine(), FastEngine()):
         twin = copy.deepcopy(net)
-        twin.compute.impl = impl
+        twin.engine = engine
         y = twin(x)
         (y**2).mean().backward()
         seen.append([y.detach()] + [p.grad for p in twin.parameters() if p.grad is not None] + [v for c in twin.cells for v in (c.mean, c.var)])
@@ -132,11 +135,9 @@ def test_other_ways_to_the_same_gradients(how, monkeypatch):
     x, seen = torch.randn(4, 3, 8, 8, dtype=torch.double), []
     for other in (False, True):
         twin = copy.deepcopy(net)
-        if other and how == "recompute":
-            twin.compute.recompute = "all"
+        twin.engine = FastEngine(Compute(recompute="all" if other and how == "recompute" else "none"))
         if other and how == "native":
-            monkeypatch.setattr("mgdarts.fast.kernels.native", lambda x: True)
-            monkeypatch.setattr("mgdarts.net.supernet.native", lambda x: True)
+            for module in ("kernels", "parts", "cell", "engine"): monkeypatch.setattr(f"mgdarts.fast.{module}.native", lambda x: True)
         twin(x).square().mean().backward()
         seen.append([p.grad for p in twin.parameters() if p.grad is not None] + [c.var for c in twin.cells])
     for a, b in zip(*seen):
@@ -145,13 +146,12 @@ def test_other_ways_to_the_same_gradients(how, monkeypatch):
 
 def test_a_compiled_cell_computes_the_same_before_and_after_a_commit(monkeypatch):
     # the compiler's own backend needs a C++ compiler; this one traces the graph and runs it
-    monkeypatch.setattr(SuperNet, "COMPILER", "aot_eager")
-    net = SuperNet(NetSpec(2, 3, size=8), seed=1)
+    monkeypatch.setattr(FastEngine, "COMPILER", "aot_eager")
+    net = SuperNet(NetSpec(2, 3, size=8), seed=1, engine=FastEngine())
     net.open(0, 0)
     net.discretising = True
     twin = copy.deepcopy(net)
-    twin.compute.compile = True
-    twin._forget()
+    twin.engine = FastEngine(Compute(compile=True))
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     for pruned in (False, True):
         if pruned:
@@ -160,7 +160,7 @@ def test_a_compiled_cell_computes_the_same_before_and_after_a_commit(monkeypatch
         for n in (net, twin):
             n.zero_grad()
             n(x).square().mean().backward()
-        assert len(twin._compiled) == 1
+        assert len(twin.engine._compiled) == 1
         for p, q in zip(net.parameters(), twin.parameters()):
             if p.grad is not None:
                 assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6
@@ -171,7 +171,7 @@ def test_bfloat16_leaves_masks_gates_and_statistics_in_float32():
     x, seen = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0)), []
     for amp in (False, True):
         twin = copy.deepcopy(net)
-        twin.compute.amp = amp
+        twin.engine = FastEngine(Compute(amp=amp))
         y = twin(x)
         y.square().mean().backward()
         assert y.dtype == torch.float and all(p.grad.dtype == torch.float for p in twin.parameters() if p.grad is not None)

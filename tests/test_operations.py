@@ -2,6 +2,7 @@
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from mgdarts.fast.kernels import every_second, from_phases, to_phases
+from mgdarts.fast.parts import even_odd, reduced
 from mgdarts.net.layers import *
 from mgdarts.space.darts import NetSpec, HeadSpec
 
@@ -17,16 +18,12 @@ def agree(f, g, *args):
     for a, b in zip(with_grads(f, *args), with_grads(g, *args)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
-@settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 9), w=st.integers(1, 9), k=st.sampled_from((3, 5)), stride=st.sampled_from((1, 2)))
-def test_dilated_depthwise(n, c, h, w, k, stride):
-    agree(lambda x, w: dilated_depthwise(x, w, stride), lambda x, w: F.conv2d(x, w, None, stride, k - 1, 2, c), draw(n, c, h, w), draw(c, 1, k, k, seed=1))
-
 @pytest.mark.parametrize("k", (3, 5))
 @pytest.mark.parametrize("stride", (1, 2))
-def test_contiguous_input_gives_the_same(k, stride):
-    x, w = draw(2, 4, 8, 6), draw(4, 1, k, k, seed=1)
-    assert dilated_depthwise(x.contiguous(), w.contiguous(), stride).allclose(dilated_depthwise(x, w, stride))
+@pytest.mark.parametrize("side", (7, 8))
+def test_a_dilated_kernel_is_a_larger_one_with_gaps(k, stride, side):
+    def gaps(w): return F.conv_transpose2d(w, torch.ones(1, 1, 1, 1, dtype=w.dtype), stride=2)
+    agree(lambda x, w: depthwise(x, w, stride, 2), lambda x, w: F.conv2d(x, gaps(w), None, stride, k - 1, 1, 4), draw(2, 4, side, side), draw(4, 1, k, k, seed=1))
 
 @settings(max_examples=30, deadline=None)
 @given(n=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 5), w=st.integers(1, 5))
@@ -45,13 +42,13 @@ def test_phases_do_not_copy_gradients_wrong():
 @pytest.mark.parametrize("side", (2, 8))
 def test_factorized_reduce(side):
     plain = lambda x, a, b: torch.cat([F.conv2d(x, a, None, 2), F.conv2d(x[:, :, 1:, 1:], b, None, 2)], 1)
-    agree(lambda x, a, b: factorized_reduce(even_odd(x), a, b), plain, draw(2, 5, side, side), draw(3, 5, 1, 1, seed=1), draw(2, 5, 1, 1, seed=2))
+    for f in (factorized_reduce, lambda x, a, b: reduced(even_odd(x), a, b)): agree(f, plain, draw(2, 5, side, side), draw(3, 5, 1, 1, seed=1), draw(2, 5, 1, 1, seed=2))
 
 @pytest.mark.parametrize("side", (1, 3, 7))
 def test_factorized_reduce_pads_odd_sides_with_zeros(side):
     x, a, b = draw(2, 5, side, side), draw(3, 5, 1, 1, seed=1), draw(2, 5, 1, 1, seed=2)
-    y, padded = factorized_reduce(even_odd(x), a, b), factorized_reduce(even_odd(F.pad(x, (0, 1, 0, 1))), a, b)
-    assert y.shape[-1] == (side + 1) // 2 and torch.allclose(y, padded)
+    y, padded = factorized_reduce(x, a, b), factorized_reduce(F.pad(x, (0, 1, 0, 1)), a, b)
+    assert y.shape[-1] == (side + 1) // 2 and torch.allclose(y, padded) and torch.allclose(y, reduced(even_odd(x), a, b))
 
 def test_pools():
     x = draw(2, 3, 7, 7)

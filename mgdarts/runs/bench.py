@@ -7,9 +7,9 @@ from __future__ import annotations
 import os, resource, statistics, sys, tempfile, time
 from pathlib import Path
 import torch, torch.nn.functional as F
-from torch.utils._pytree import tree_leaves
 from ..net.architecture import count, random_architecture
 from ..fast.compiled import kernels_in_use
+from ..fast.engine import make
 from ..base.options import Compute, Config, InputError, Search as Settings
 from ..space.darts import *
 from ..search.loss import regulariser
@@ -86,7 +86,7 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     compute, spec = compute or Compute(), NetSpec(channels, cells, classes, size)
     F.conv2d(torch.randn(1, 8, 8, 8), torch.randn(8, 8, 1, 1)) # libraries are loaded now
     before = rss_mb()
-    net = SuperNet(spec, seed=seed, compute=compute).to(device)
+    net = SuperNet(spec, seed=seed, engine=make(compute)).to(device)
     net.open(spec.ends[stage - 1], stage - 1)
     net.discretising = True
     if live < 1: prune_to(net, live, torch.Generator().manual_seed(seed))
@@ -112,8 +112,7 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     cpu, wall = (statistics.median(sum(s[i:i + 3]) for s in seen) for i in (0, 3))
     peak, flop, rate = peak_rss_mb(), 6 * count.macs_dense * batch, matmul_gflops()
     floor = flop / rate / 1e9
-    indices = tree_leaves([(c._spread, c._repeated) for c in net.cells]) # made by the first step, kept until the layout changes
-    held = tensor_bytes([*net.parameters(), *net.buffers(), *indices, *(p.grad for p in net.parameters() if p.grad is not None), *(v["momentum_buffer"] for v in opt.state.values())])
+    held = tensor_bytes([*net.parameters(), *net.buffers(), *net.engine.held(net), *(p.grad for p in net.parameters() if p.grad is not None), *(v["momentum_buffer"] for v in opt.state.values())])
     out = {"cpu_s": cpu, "wall_s": wall, "split_cpu_s": dict(zip(("forward", "backward", "optimizer"), parts)), "peak_rss_mb": peak, "rss_before_mb": before, "peak_allocated_mb": (held + allocated(step)) / 2**20 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**20, "flop": flop,
            "matmul_gflops": rate, "floor_s": floor, "times_floor": cpu / floor, "percent_of_floor_rate": 100 * floor / cpu, "params": count.params, "macs": count.macs_dense, "live_ops": net.count().ops,
            "channels": channels, "cells": cells, "batch": batch, "stage": stage, "size": size, "threads": torch.get_num_threads(), "live": live, "device": device, "kernels": kernels_in_use(x.device.type), **vars(compute)}
@@ -128,8 +127,8 @@ def bench_train(cfg: Config, steps: int = 5)->dict: # JSON-ready
     x = torch.randn(cfg.train.batch, arch.in_channels, arch.size, arch.size, generator=torch.Generator().manual_seed(cfg.seed))
     y, seen, nets = torch.arange(len(x)) % arch.classes, {"fused": [], "reference": []}, {}
     for impl in seen:
-        net = nets[impl] = arch.build(seed=cfg.seed)
-        net.impl, opt = impl, torch.optim.SGD(net.parameters(), cfg.train.lr, cfg.train.momentum)
+        net = arch.build(seed=cfg.seed, engine=make(Compute(impl=impl)))
+        opt = torch.optim.SGD(net.parameters(), cfg.train.lr, cfg.train.momentum)
         nets[impl] = net.to(memory_format=torch.channels_last), opt
     for i in range(steps + 1):
         for impl, (net, opt) in nets.items():

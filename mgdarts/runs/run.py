@@ -13,6 +13,7 @@ from ..net import derive
 from ..net import mobile_derive
 from ..net.architecture import Discovered, counts, fitted, random_architecture
 from ..fast.compiled import kernels_in_use
+from ..fast.engine import make
 from ..base.options import LONG, Config, InputError, from_dict, to_dict
 from ..base.data import Augment, Loader, Splits, halves, load_data, root, train_and_val
 from ..base.events import Event, NonFiniteLoss, RunFailed, Stopped
@@ -197,7 +198,7 @@ def make_search(cfg: Config,
     parts = {"train": splits} # two-level methods learn alpha from one half of the images, and the weights from the other
     if cfg.search.optimisation in ("first-order", "second-order"): parts["arch"], parts["train"] = halves(splits, cfg.seed)
     loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data)) for k, s in parts.items()}
-    return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, cfg.compute, rules=cfg.rules)
+    return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, make(cfg.compute), rules=cfg.rules)
 
 def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict|None = None)->Trainer:
     "A retraining as a configuration describes it, not begun."
@@ -206,7 +207,7 @@ def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict
     if cfg.train.images == "train+val": splits = train_and_val(splits)
     augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout if cfg.train.cutout else 0)
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment), **{k: Loader(splits, k) for k in ("val", "test") if getattr(splits, k)}}
-    return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state)
+    return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state, engine=make())
 
 def _record(cfg, device, splits,
             all_images: bool = False # the images of validation are trained on
@@ -386,7 +387,7 @@ def bare_search(run: str|Path,
     cfg, saved = read_config(run), state or Checkpoints(Path(run) / "checkpoint").load()
     if saved is None: raise InputError(f"{run} has no checkpoint: there is nothing to look at yet")
     one = type("NoData", (), {"__len__": lambda self: 1})()
-    loop = Search(SPACES[cfg.space.kind][0](**saved["spec"]), {"train": one, "arch": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, compute=cfg.compute, rules=cfg.rules)
+    loop = Search(SPACES[cfg.space.kind][0](**saved["spec"]), {"train": one, "arch": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, engine=make(cfg.compute), rules=cfg.rules)
     loop.load_state_dict(saved)
     return loop
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from itertools import islice
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from ..base.options import PRUNING, Compute, InputError, Rules, Search as Settings, modern
+from ..base.options import PRUNING, InputError, Rules, Search as Settings, modern
 from ..space.darts import *
 from ..net.discretise import common_start, start_thresholds
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate, plain
@@ -18,6 +18,7 @@ from .prune import SLACK, Sizes, candidates, choose, commit, evenly, follow
 from .decide import all_but, by_rank, by_share, by_strength, decide_edge, decide_node, fewer_skips, fit_scored, jacobian_score, keep_scored, plan_round, standardise, strongest_two
 from .unroll import unrolled
 from .regrow import regrow, update_momentum
+from ..net.engine import Engine
 from ..net.supernet import SuperNet
 from ..net.mobile import supernet
 
@@ -86,7 +87,7 @@ class StagedSearch:
                  aux_size: str = "medium", # auxiliary heads
                  seed: int = 0,
                  device: str|torch.device = "cpu",
-                 compute: Compute|None = None, # how the super-net is computed
+                 engine: Engine|None = None, # what computes the super-net; None: the reference
                  events: Emitter|None = None,
                  check_every: int = 50, # steps between two looks at whether the loss is finite
                  rules: Rules|None = None # what the search is composed of
@@ -98,7 +99,7 @@ class StagedSearch:
         if len(loaders["train"]) < 1: raise InputError("the search needs at least one step an epoch: give more training images or a smaller search.batch")
         self.spec, self.whole, self.loaders, self.cfg, self.seed, self.device = spec, spec, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every, self.stages = events or Emitter(), check_every, plan(spec, cfg.stages, self.rules.growing, self.by_size and cfg.stage_keep[-1] > 0)
-        self.aux_size, self.compute, self.settled = aux_size, compute, False
+        self.aux_size, self.engine, self.settled = aux_size, engine, False
         self.optimizer, self.adam, self.trial = None, None, None
         # where it stands: stage, phase (warm-up or joint), epochs of the phase, steps of the epoch; -1: not begun
         self.stage, self.warmup, self.phase_epoch, self.epoch, self.epoch_step, self.steps = -1, True, 0, 0, 0, 0
@@ -139,7 +140,7 @@ class StagedSearch:
             self.spec = replace(self.whole, cells=self.stages[stage][1] + 1)
             rules = replace(rules, zero=rules.zero and stage < 2)
         if self.settled: self.spec, rules = replace(self.spec, partial=1), replace(rules, partial=1, superpose="none", edge_norm=False)
-        self.net = supernet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.compute, rules).to(self.device)
+        self.net = supernet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.engine, rules).to(self.device)
         if rules.init == "normal": self.net.start_normal()
         self.mom = torch.zeros_like(self.net.alpha)
 

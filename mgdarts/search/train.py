@@ -10,6 +10,7 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..base.options import InputError, Train
 from ..net.architecture import Discovered, counts, fingerprint
+from ..net.engine import Engine
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
 
 # %% auto #0
@@ -53,7 +54,8 @@ class Trainer:
                  device: str|torch.device = "cpu",
                  init_state: dict|None = None, # state dictionary of the architecture's network to start from; the auxiliary head may be missing
                  events: Emitter|None = None, # listeners; a new one if None
-                 check_every: int = 50 # steps between two looks at whether the loss is finite
+                 check_every: int = 50, # steps between two looks at whether the loss is finite
+                 engine: Engine|None = None # what computes the network; None: the reference
                 ):
         self.parts = ("train", "test") if cfg.images == "train+val" else ("train", "val", "test")
         if missing := set(self.parts) - set(loaders): raise InputError(f"retraining needs the loaders {', '.join(self.parts)}: {', '.join(sorted(missing))} missing")
@@ -61,7 +63,7 @@ class Trainer:
         if len(loaders["train"]) < 1: raise InputError("retraining needs at least one step an epoch: give more training images or smaller batches")
         self.arch, self.loaders, self.cfg, self.seed, self.device = arch, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every = events or Emitter(), check_every
-        self.net = arch.build(cfg.aux_weight > 0, seed)
+        self.net = arch.build(cfg.aux_weight > 0, seed, engine)
         if init_state is not None: self._start_from(init_state)
         self.net.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.net.parameters(), learning_rate(cfg, 0), cfg.momentum, weight_decay=cfg.weight_decay)
@@ -135,7 +137,7 @@ class Trainer:
         "Read the test split, once."
         nets = [self.net]
         if 0 <= self.best["epoch"] < self.cfg.epochs - 1:
-            best = self.arch.build(self.cfg.aux_weight > 0, self.seed)
+            best = self.arch.build(self.cfg.aux_weight > 0, self.seed, self.net.engine)
             best.load_state_dict(self.best["net"])
             nets.append(best.to(self.device, memory_format=torch.channels_last))
         tests = evaluate(nets, self.loaders["test"].eval(), self.device)

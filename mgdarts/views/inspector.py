@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..fast.compiled import compiled
+from ..fast.engine import make
 from ..base.options import InputError
 from ..space.darts import *
 from ..base.data import train_batch
@@ -31,9 +32,9 @@ __all__ = ['SCOPES', 'KEYS', 'MAPS', 'freeze', 'drawable', 'View', 'Outcome', 'W
 def freeze(net: SuperNet)->SuperNet:
     "A copy of a net on the CPU, for looking at: same numbers, no gradients, nothing shared that a search changes in place."
     memo = {id(v): v for cell in net.cells for k, v in vars(cell).items() if k not in ("_parameters", "_buffers", "_modules", "training")}
-    memo |= {id(v): v for v in (net.spec, net.compute)} | {id(v): {} for v in (getattr(net, "_compiled", None),) if v}
+    memo |= {id(v): v for v in (net.spec,)}
     out = copy.deepcopy(net, memo).cpu()
-    out.compute = replace(net.compute, compile=False, recompute="none")
+    out.engine = make(replace(net.engine.compute, compile=False, recompute="none"))
     return out
 
 SCOPES = ("all", *OPS) # what a threshold can be turned for; or one operation, as (cell, edge, op)
@@ -50,7 +51,7 @@ class View:
                 ):
         drawable(search.spec.kind)
         self.net, self.cfg = freeze(search.net), search.cfg
-        self.batch, self.recompute = getattr(search.loaders["train"], "batch_size", search.cfg.batch), search.net.compute.recompute
+        self.batch, self.recompute = getattr(search.loaders["train"], "batch_size", search.cfg.batch), search.net.engine.compute.recompute
         self.stage, self.epoch, self.step, self.warmup, self.target, self.finished = search.stage_name, search.epoch, search.steps, search.warmup, search.target, search.finished
         n = len(self.net.cells)
         cpu = lambda t: t.detach().to("cpu", copy=True)
@@ -172,7 +173,7 @@ def memory_estimate(view: View, ops: Tensor, alive: list # [cells, 14, 7] bool, 
                    )->int: # bytes
     "About what a training step needs; the exact plan is `memory.step_memory`."
     net, maps, again = view.net, 0, 0
-    lean = compiled(net.alpha) and not net.compute.amp # depthwise results are not kept
+    lean = compiled(net.alpha) and not net.engine.compute.amp # depthwise results are not kept
     for c, (cell, unit) in enumerate(zip(net.cells, alive)):
         spec = cell.spec
         n = [int(unit[spec.state_unit(s):spec.state_unit(s) + spec.width].sum()) for s in range(STATES)]
