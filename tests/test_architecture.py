@@ -4,12 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.fast import compiled
 from mgdarts.fast.engine import FastEngine
 from mgdarts.net.architecture import *
 from mgdarts.base.options import InputError
 from mgdarts.net.genotype import import_genotype
-from mgdarts.net.layers import avg_pool, max_pool
+from mgdarts.space.layers import avg_pool, max_pool
 from mgdarts.space.darts import NetSpec, NODE_EDGES, EDGES
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).parents[2] / "shared"))

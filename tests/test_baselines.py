@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.fast import compiled, kernels
 from mgdarts.fast import cell as fast_cell, engine as fast_engine, parts as fast_parts
@@ -15,7 +16,7 @@ from mgdarts.base.options import Compute, InputError, Rules, preset
 from mgdarts.base.data import load_data
 from mgdarts.net.derive import derive, inherited
 from mgdarts.methods.registry import METHODS
-from mgdarts.net.layers import AuxHead
+from mgdarts.space.layers import AuxHead
 from mgdarts.space.darts import AVG, EDGES, INPUTS, MAX, NODE_EDGES, STATES, NetSpec
 from mgdarts.net.supernet import SuperNet
 
@@ -39,11 +40,11 @@ class NaiveCell(nn.Module):
     def __init__(self, spec, one):
         super().__init__()
         self.reduction, C = spec.reduction, spec.width
-        self.pre = nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Conv2d(n, C, 1, bias=False), nn.BatchNorm2d(C, affine=False)) for n in (spec.in0, spec.in1)])
+        self.pre = nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Conv2d(n, C, 1, bias=False), nn.BatchNorm2d(C, affine=False)) for n in (spec.inputs[0], spec.inputs[1])])
         self.second = None
         if spec.reduction_prev:
-            self.second = nn.Conv2d(spec.in0, C - C // 2, 1, 2, bias=False)
-            self.pre[0][1] = nn.Conv2d(spec.in0, C // 2, 1, 2, bias=False)
+            self.second = nn.Conv2d(spec.inputs[0], C - C // 2, 1, 2, bias=False)
+            self.pre[0][1] = nn.Conv2d(spec.inputs[0], C // 2, 1, 2, bias=False)
         strides = [2 if spec.reduction and i < INPUTS else 1 for i, _ in EDGES]
         self.ops = nn.ModuleList([nn.ModuleList([nn.Sequential(nn.AvgPool2d(3, s, 1, count_include_pad=False), nn.BatchNorm2d(C, affine=False)),
                                                  nn.Sequential(nn.MaxPool2d(3, s, 1), nn.BatchNorm2d(C, affine=False))]) for s in strides])
@@ -211,13 +212,13 @@ def test_preprocessing_after_a_reduction_is_one_of_all_channels(partial):
     even, odd = (torch.cat([w for seg, w in segs if seg.role[0] == r]) for r in "ab")
     assert len(even) == C // 2 and len(odd) == C - C // 2
     rows = torch.cat([torch.arange(seg.row0, seg.row0 + seg.rows) for seg, _ in segs])
-    where = torch.cat([torch.arange(c.spec.state_unit(0), c.spec.state_unit(0) + c.spec.width), torch.arange(c.spec.rest_unit(0), c.spec.rest_unit(0) + c.spec.rest)])
+    where = torch.cat([torch.arange(c.spec.state(0)[0], c.spec.state(0)[0] + c.spec.width), torch.arange(c.spec.rest_unit(0), c.spec.rest_unit(0) + c.spec.rest)])
     assert torch.equal(rows, where) # the order of the channels
     assert c.spec.sizes["plain"] == sum(w.numel() for w in c.plain.split(c.sizes["plain"]))
-    x = torch.randn(4, c.spec.in0, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(4, c.spec.inputs[0], 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     whole = F.batch_norm(torch.cat([F.conv2d(F.relu(x), even, None, 2), F.conv2d(F.relu(x)[:, :, 1:, 1:], odd, None, 2)], 1), None, None, training=True)
     mean = torch.cat([F.conv2d(F.relu(x), even, None, 2), F.conv2d(F.relu(x)[:, :, 1:, 1:], odd, None, 2)], 1).mean((0, 2, 3))
-    x1 = torch.randn(4, c.spec.in1, 4, 4, dtype=torch.double)
+    x1 = torch.randn(4, c.spec.inputs[1], 4, 4, dtype=torch.double)
     alpha, edges = torch.zeros(98, dtype=torch.double), torch.zeros(14, dtype=torch.double)
     alpha[0], edges[0] = 1., 1. # node 2 is its first edge's skip connection, and nothing else
     y, means, _ = c(x, x1, alpha, None, None, edges=edges)

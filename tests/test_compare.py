@@ -8,7 +8,8 @@ from hypothesis import given, strategies as st
 from mgdarts.net import architecture
 from mgdarts.views import compare
 from mgdarts.runs import run as runs
-from mgdarts.net.architecture import counts, random_architecture
+from mgdarts.net.count import counts
+from mgdarts.net.sample import random_architecture
 from mgdarts.runs.cli import main
 from mgdarts.base.options import InputError, preset
 from mgdarts.space.darts import NetSpec, OPS

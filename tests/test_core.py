@@ -7,19 +7,20 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import derive
-from mgdarts.net import mobile_derive
-from mgdarts.net.architecture import counts
+from mgdarts.net.count import counts
 from mgdarts.base.options import InputError, Rules, Search as Settings
 from mgdarts.net.discretise import common_start, discretise, start_thresholds, step, strongest, surrogate
 from mgdarts.base.events import NonFiniteLoss
 from mgdarts.search.loss import Lambda, average_cost, cost, prices, regulariser, size_loss
 from mgdarts.space.mobile import MobileSpec
-from mgdarts.net.mobile import supernet
+from mgdarts.net.supernet import SuperNet
 from mgdarts.search.prune import Sizes, candidates, chance_weaker, choose, commit, evenly
 from mgdarts.search.regrow import potential, quotas, regrow
 from mgdarts.search.loop import Search
-from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, count_supernet, is_conv
+from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, is_conv
+from mgdarts.space.space import count_supernet
 from mgdarts.net.supernet import SuperNet
 
 
@@ -183,7 +184,7 @@ def test_the_price_reaches_all_three_granularities(what):
 @pytest.mark.parametrize("what", ["params", "macs"])
 @pytest.mark.parametrize("spec", [NetSpec(4, 6, size=16), MobileSpec(6, 0.25, 10, 16)], ids=["darts", "mobilenet"])
 def test_at_mu_1_the_average_cost_weighs_as_much_as_the_constant_price(spec, what):
-    net = supernet(spec)
+    net = SuperNet(spec)
     net.open(spec.cells - 1, 2)
     full = torch.stack([cost(c, None, None, what).detach() for c in net.cells])
     assert full.mean().item() == pytest.approx(average_cost(spec, what), rel=1e-5)
@@ -270,7 +271,7 @@ def test_a_commit_never_overshoots(seed, share):
 
 def random_masks(spec, seed, pressure):
     "A net of either space with a good part of everything off."
-    net = supernet(spec, seed=seed)
+    net = SuperNet(spec, seed=seed)
     net.open(spec.cells - 1, 2)
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -300,7 +301,7 @@ def test_the_size_of_the_masks_is_the_size_of_the_derived_network(seed, pressure
     n = counts(arch)
     assert (foretold.derived, foretold.searched, fast) == (now.derived, now.searched, now.params)
     assert (n["params_nonzero"], n["params_deployable"], n["macs_nonzero"], n["macs"], n["ops"]) == (now.params, now.dense, now.macs, now.macs_dense, now.ops)
-    built = sum(p.numel() for p in arch.build().parameters())
+    built = sum(p.numel() for p in DerivedNet(arch).parameters())
     assert built == now.dense
     # and the super-net's own size, weight by weight
     held = sum(p.numel() for c in net.cells for p in (c.omega, c.plain, c.scale, c.shift)) + sum(p.numel() for m in (net.stem, net.head) for p in m.parameters())
@@ -425,7 +426,7 @@ def test_potential_type_by_type(seed, cells):
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_only_what_was_pruned_returns(ops, mobile, seed, num):
     spec = MobileSpec(6, 0.25, 10, 16) if mobile else NetSpec(2, 3, size=8)
-    net = supernet(spec, rules=Rules(ops=tuple(sorted(ops, key=OPS.index))))
+    net = SuperNet(spec, rules=Rules(ops=tuple(sorted(ops, key=OPS.index))))
     net.open(spec.cells - 1, 2)
     began, g = net.op_live.clone(), torch.Generator().manual_seed(seed)
     keep = torch.rand(began.shape, generator=g) < 0.5

@@ -13,7 +13,8 @@ from mgdarts.net import architecture
 from mgdarts.runs import export
 from mgdarts.views import plots
 from mgdarts.runs import run as runs
-from mgdarts.net.architecture import DerivedNet, random_architecture
+from mgdarts.net.discrete import DerivedNet
+from mgdarts.net.sample import random_architecture
 from mgdarts.runs.cli import main
 from mgdarts.base.options import InputError, preset
 from mgdarts.space.darts import NetSpec

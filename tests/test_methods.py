@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.runs import cli
 from mgdarts.runs import run as runs

@@ -7,22 +7,24 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.runs import export
 from mgdarts.runs import run as runs
-from mgdarts.net.architecture import counts
+from mgdarts.net.count import counts
 from mgdarts.runs.cli import main
 from mgdarts.base.options import Compute, InputError, Search as Settings, preset
 from mgdarts.search.loss import regulariser
 from mgdarts.space.mobile import Branch, MobileSpec
-from mgdarts.net.mobile_architecture import MobileArchitecture, random_mobile, weaknas
-from mgdarts.net.mobile_derive import derive, inherited
-from mgdarts.net.mobile import MobileNet
+from mgdarts.net.architecture import Architecture
+from mgdarts.net.sample import random_architecture, weaknas
+from mgdarts.net.derive import derive, inherited
+from mgdarts.net.supernet import SuperNet
 from mgdarts.fast.engine import make
 from mgdarts.fast.mobile import LayerPlan, fused
 from mgdarts.search.prune import candidates, choose, commit
 from mgdarts.search.loop import Search, plan
-from mgdarts.space.darts import count_supernet
+from mgdarts.space.space import count_supernet
 
 # --- the table of the published network, block by block: kernel, in, inside, out, stride, squeezed, activation
 
@@ -77,7 +79,7 @@ def test_the_published_network():
     for m in net.modules():
         if isinstance(m, (nn.Conv2d, nn.Linear)):
             m.register_forward_hook(hook)
-    ours = weaknas().build().eval()
+    ours = DerivedNet(weaknas()).eval()
     with torch.no_grad():
         # the same weights, in the order in which they come
         mine = [p for n, p in ours.named_parameters()]
@@ -93,7 +95,7 @@ def test_the_published_network():
 
 
 def test_the_published_network_computes_what_standard_layers_compute():
-    net, ours = Plain().double().eval(), weaknas(size=64).build().double().eval()  # stride 1 in the stem: images of 64 pixels are small
+    net, ours = Plain().double().eval(), DerivedNet(weaknas(size=64)).double().eval()  # stride 1 in the stem: images of 64 pixels are small
     net.f[0].stride = (1, 1)
     g = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -133,7 +135,7 @@ def test_sizes_of_the_super_net(capsys):
     assert main(["count", "--space", "mobilenet", "--width", "1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["main"] == 15_431_920
     spec = MobileSpec()
-    net = MobileNet(spec)
+    net = SuperNet(spec)
     for stage in (0, 1):
         net.open(spec.ends[stage], stage)
         assert sum(p.numel() for p in net.head.parameters()) == count_supernet(spec)["aux"]["medium"][stage]
@@ -146,7 +148,7 @@ def test_sizes_of_the_super_net(capsys):
 # --- the super-net
 
 def random_net(seed, spec=MobileSpec(6, 0.25, 4, 16), double=True):
-    net, g = MobileNet(spec, seed=seed), torch.Generator().manual_seed(seed)
+    net, g = SuperNet(spec, seed=seed), torch.Generator().manual_seed(seed)
     net.open(spec.cells - 1, 2)
     if double:
         net.double()
@@ -257,8 +259,8 @@ def test_compaction_is_exact_and_the_size_is_the_one_predicted(seed):
     arch = derive(net)
     n = counts(arch)
     assert (n["params_nonzero"], n["params_deployable"], n["macs_nonzero"], n["macs"]) == (net.count().params, net.count().dense, net.count().macs, net.count().macs_dense)
-    assert n["params_deployable"] == sum(p.numel() for p in arch.build().parameters()) and n["retention"] | {"conv": 0} == net.count().retention() | {"conv": 0}
-    derived = arch.build()
+    assert n["params_deployable"] == sum(p.numel() for p in DerivedNet(arch).parameters()) and n["retention"] | {"conv": 0} == net.count().retention() | {"conv": 0}
+    derived = DerivedNet(arch)
     derived.load_state_dict(inherited(net, arch))
     net.discretising = False
     with torch.no_grad():
@@ -394,19 +396,19 @@ def test_the_onnx_graph_computes_the_same(tmp_path):
     pytest.importorskip("onnx", reason="the extra 'export' is not installed")
     pytest.importorskip("onnxscript", reason="the extra 'export' is not installed")
     from onnx.reference import ReferenceEvaluator
-    arch = random_mobile(MobileSpec(3, 0.25, 4, 16), 110_000)
+    arch = random_architecture(MobileSpec(3, 0.25, 4, 16), 110_000)
     architecture.save(arch, tmp_path / "A")
     export.export_arch(tmp_path / "A", "onnx", tmp_path / "net.onnx")
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     (got,) = ReferenceEvaluator(str(tmp_path / "net.onnx")).run(None, {"images": x.numpy()})
     with torch.no_grad():
-        torch.testing.assert_close(torch.from_numpy(got), arch.build().eval()(x)[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.from_numpy(got), DerivedNet(arch).eval()(x)[0], rtol=1e-4, atol=1e-4)
 
 
 # --- architectures
 
 def test_files_and_what_is_wrong_with_them(tmp_path):
-    arch = random_mobile(MobileSpec(4, 0.25, 3, 16), 110_000, seed=2)
+    arch = random_architecture(MobileSpec(4, 0.25, 3, 16), 110_000, seed=2)
     arch.masks = {k: torch.rand(s, generator=torch.Generator().manual_seed(0)) > 0.4 for k, s in arch.mask_shapes().items()}
     path = architecture.save(arch, tmp_path)
     assert architecture.load(tmp_path) == arch and architecture.fingerprint(arch) == architecture.fingerprint(architecture.load(tmp_path))
@@ -423,13 +425,13 @@ def test_files_and_what_is_wrong_with_them(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         architecture.load(tmp_path)
     with pytest.raises(InputError, match="belongs to no kernel"):
-        MobileArchitecture("x", 0.25, 3, 16, 3, arch.cells, {"c0.o0.squeeze": torch.zeros(1, dtype=torch.bool)})
+        Architecture("x", 0.25, 3, 16, 3, arch.cells, {"c0.o0.squeeze": torch.zeros(1, dtype=torch.bool)})
 
 
 def test_drop_path_drops_what_is_beside_an_identity():
     spec = MobileSpec(6, 0.25, 3, 16)
-    arch = MobileArchitecture("x", 0.25, 3, 16, 3, tuple((Branch(3, 8, layer.branches[0].squeeze),) for layer in spec.cell))
-    net = arch.build().train()
+    arch = Architecture("x", 0.25, 3, 16, 3, tuple((Branch(3, 8, layer.branches[0].squeeze),) for layer in spec.cell))
+    net = DerivedNet(arch).train()
     assert [cell.droppable for cell in net.cells] == [0, 0, 0, 0, 0, 1]
     x = torch.randn(4, spec.cell[5].cin, 1, 1)
     y = net.cells[5](x, torch.tensor([[0.0, 2.0, 0.0, 2.0]]))

@@ -3,8 +3,9 @@ import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 from mgdarts.fast.kernels import every_second, from_phases, to_phases
 from mgdarts.fast.parts import even_odd, reduced
-from mgdarts.net.layers import *
-from mgdarts.space.darts import NetSpec, HeadSpec
+
+from mgdarts.space.darts import NetSpec
+from mgdarts.space.space import HeadSpec
 
 
 def draw(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(memory_format=torch.channels_last)

@@ -10,15 +10,18 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.fast import compiled, kernels
 from mgdarts.fast import cell as fast_cell, engine as fast_engine, parts as fast_parts
-from mgdarts.net.architecture import ArchCell, Architecture, Op
+from mgdarts.space.found import ArchCell, Op
+from mgdarts.net.architecture import Architecture
 from mgdarts.base.options import Compute, preset
 from mgdarts.search.loss import live_thresholds, size_loss, threshold_loss
-from mgdarts.net.layers import AuxHead
+from mgdarts.space.layers import AuxHead
 from mgdarts.search.loop import groups
-from mgdarts.space.darts import OPS, HeadSpec, NetSpec, is_sep
+from mgdarts.space.darts import OPS, NetSpec, is_sep
+from mgdarts.space.space import HeadSpec
 from mgdarts.net.supernet import SuperNet
 from mgdarts.search.unroll import unrolled
 
@@ -243,7 +246,7 @@ def derived(D, meta):
         for i, key in enumerate(keys[-1]):
             masks |= {f"c{c}.o{i}.{role}": D[f"mask.{key}{role}"] != 0 for role in ("dw1", "pw1", "dw2", "pw2", "dw", "pw") if f"mask.{key}{role}" in D}
     arch = Architecture("oracle", cfg["channels"], cfg["classes"], cfg["image"], 3, tuple(cells), masks)
-    net, head = arch.build(True, 0), arch.aux_head
+    net, head = DerivedNet(arch, True, 0), arch.aux_head
     net.aux = AuxHead(HeadSpec(head.width, head.side, *cfg["aux_channels"], 1, head.classes), torch.Generator())
     weights = {"stem.conv": net.stem.convs[0].weight, "aux.conv1": net.aux.narrow.weight, "aux.conv2": net.aux.whole.weight}
     norms = {"stem.bn": net.stem.convs[0].norm, "aux.bn1": net.aux.narrow.norm, "aux.bn2": net.aux.whole.norm}

@@ -3,11 +3,13 @@ import json, re
 from dataclasses import replace
 import plotly.graph_objects as go
 import pytest, torch
-from mgdarts.net.architecture import count, random_architecture
+from mgdarts.net.count import count
+from mgdarts.net.sample import random_architecture
 from mgdarts.base.options import InputError
 from mgdarts.views.plots import *
 from mgdarts.views.plots import _arc_heights
-from mgdarts.space.darts import GRANULARITIES, NetSpec, OPS
+from mgdarts.space.space import GRANULARITIES
+from mgdarts.space.darts import NetSpec, OPS
 
 
 def epoch(n, stage="stage 1", phase="joint", **kw):

@@ -12,7 +12,8 @@ from mgdarts.runs import run as runs
 from mgdarts.runs.cli import main
 from mgdarts.base.options import InputError, preset
 from mgdarts.runs.frames import BINS, KINDS, REPLAY_FILE, Frame, from_line, to_line
-from mgdarts.space.darts import EDGES, GRANULARITIES, INPUTS, NODE_EDGES, OPS, STATES, is_conv
+from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, is_conv
+from mgdarts.space.space import GRANULARITIES
 
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "search.batch": 50, "search.prune_every": 1}
 

@@ -17,7 +17,8 @@ from mgdarts.paper import data as paper
 from mgdarts.paper import study as reproduce
 from mgdarts.runs import run as runs
 from mgdarts.paper import verdicts as judged
-from mgdarts.net.architecture import counts, load
+from mgdarts.net.count import counts
+from mgdarts.net.files import load
 from mgdarts.paper.arms import Arm, job, run_arms
 from mgdarts.runs.cli import main
 from mgdarts.base.options import InputError, from_dict

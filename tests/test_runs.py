@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.runs import run as runs
 from mgdarts.runs.cli import main
@@ -46,7 +47,7 @@ def test_count(capsys):
 
 
 def test_counts_agree_with_built_super_nets():
-    from mgdarts.space.darts import count_supernet
+    from mgdarts.space.space import count_supernet
     from mgdarts.net.supernet import SuperNet
     for C, L in ((16, 8), (44, 14)):
         spec = NetSpec(C, L)

@@ -2,7 +2,8 @@
 import io, json, math
 from dataclasses import replace
 import pytest, torch
-from mgdarts.net.architecture import DerivedNet, random_architecture
+from mgdarts.net.discrete import DerivedNet
+from mgdarts.net.sample import random_architecture
 from mgdarts.base.options import InputError, Train
 from mgdarts.base.events import Emitter, Event, NonFiniteLoss, evaluate
 from mgdarts.space.darts import NetSpec
@@ -128,7 +129,7 @@ def test_states_from_before_a_setting_was_there_still_fit():
     "The checksum of a run with the defaults of younger settings is what it was without them."
     from dataclasses import asdict
     import hashlib
-    from mgdarts.net.architecture import fingerprint
+    from mgdarts.net.files import fingerprint
     t = Trainer(arch(), loaders(), CFG, seed=4)
     old = {k: v for k, v in asdict(CFG).items() if k not in ("images", "cutout")}
     assert t.fingerprint() == hashlib.sha256(json.dumps([fingerprint(t.arch), old, 4, 3], sort_keys=True).encode()).hexdigest()

@@ -19,7 +19,8 @@ from mgdarts.runs.memory import step_memory
 from mgdarts.search.prune import commit
 from mgdarts.views.replay import replay
 from mgdarts.base.events import evaluate
-from mgdarts.space.darts import EDGES, GRANULARITIES, OPS, is_conv
+from mgdarts.space.darts import EDGES, OPS, is_conv
+from mgdarts.space.space import GRANULARITIES
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

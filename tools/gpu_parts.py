@@ -19,13 +19,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mgdarts.net.discrete import DerivedNet
 from mgdarts.fast import cell as fast_cell
 from mgdarts.fast import engine, kernels, parts
 from mgdarts.fast.engine import make
 from mgdarts.search import loss
 from mgdarts.runs import memory
 from mgdarts.runs import run as runs
-from mgdarts.net.architecture import count, random_architecture
+from mgdarts.net.count import count
+from mgdarts.net.sample import random_architecture
 from mgdarts.base.options import Compute, InputError, Search as Settings, preset
 from mgdarts.base.data import Split, Splits, channel_stats, stream
 from mgdarts.search.loop import make_optimizer, plan
@@ -371,7 +373,7 @@ def retraining(g: Ground):
         row = {"how": how, "batch": n, "layout": layout, "params": size.params, "macs": size.macs_dense}
         try:
             g.precision(how)
-            net = arch.build(True, 0, make()).to(g.device)
+            net = DerivedNet(arch, True, 0, make()).to(g.device)
             if layout == "nhwc": net = net.to(memory_format=torch.channels_last)
             restore = plain_stem(net) if layout == "nchw" else lambda: None
             opt = torch.optim.SGD(net.parameters(), 0.025, 0.9, weight_decay=3e-4)

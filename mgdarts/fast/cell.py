@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..space.darts import EDGES, INPUTS, NODE_EDGES, OPS, SKIP, STATES, is_conv, is_dil, is_sep
-from ..net.cell import POOL, Cell, LiveOp, drop_factors
+from ..net.cell import Cell, FIRST, drop_factors, round_operations
+from ..net.stored import LiveOp
+from ..space.operation import DilConv, Pool, SepConv, Skip
 from .kernels import Pair, among, from_phases, from_pixels, narrow, native, normalise, normalise_sum, pairs, pixels, pointwise, spread_index, weighted_sum, widen
 from .parts import even_odd, reduced
 
@@ -32,11 +33,12 @@ class NodePlan:
 
 def kind_of(cell: Cell, op: LiveOp)->str|None: # a field of `NodePlan`
     "How an operation is computed; None: not in this chapter."
-    if not all(cell.shapes["omega"][i][-1] in (1, 3, 5) for i in op.kernels if is_conv(op.op)): return None
-    if is_sep(op.op): return "sep"
-    if is_dil(op.op): return "phased" if cell.spec.stride(op.edge) == 1 and cell.spec.side % 2 == 0 else "dil"
-    if cell.spec.reduces(op.edge, op.op): return "reduce"
-    return "through" if op.op == SKIP or op.op in POOL else None
+    what = type(op.operation) # no subclass: it may compute something else
+    if what in (SepConv, DilConv) and op.operation.k not in (1, 3, 5): return None
+    if what is SepConv: return "sep"
+    if what is DilConv: return "phased" if op.stride == 1 and cell.spec.side % 2 == 0 else "dil"
+    if what is Skip: return "reduce" if op.stride == 2 else "through"
+    return "through" if what is Pool else None
 
 # %% ../../nbs/fast/cell.ipynb #74619a1c
 @dataclass
@@ -72,10 +74,11 @@ class CellPlan:
         for node, live in cell.nodes.items():
             for op in live: getattr(self.nodes[node], kinds[op.edge, op.op]).append(op)
         # what reads each state, apart from strided skips and pools: (operation, node it goes to)
-        self.readers = [[(op, node) for node, plan in self.nodes.items() for op in plan.sep + plan.dil + plan.phased if EDGES[op.edge][0] == s] for s in range(STATES)]
+        graph = cell.spec.graph
+        self.readers = [[(op, node) for node, plan in self.nodes.items() for op in plan.sep + plan.dil + plan.phased if graph.edges[op.edge][0] == s] for s in range(graph.states)]
         self.shapes, self.weights = cell.shapes["omega"], cell.sizes["omega"]
         self.deep = [i for i, s in enumerate(self.shapes) if s[2] > 1] # depthwise kernels
-        through = [[op.edge * len(OPS) + op.op for op in plan.through] for plan in self.nodes.values()]
+        through = [[op.edge * len(cell.spec.ops) + op.op for op in plan.through] for plan in self.nodes.values()]
         self.through_sizes = [len(t) for t in through]
         self.through = torch.tensor(sum(through, []), dtype=torch.long, device=cell.omega.device)
         self.groups = Groups.of(cell, self._in_order(cell))
@@ -111,6 +114,7 @@ class CellPlan:
 def plan_cell(cell: Cell)->CellPlan|None:
     "The plan of a cell; None where it has an operation that this chapter does not know."
     kinds = {(op.edge, op.op): kind_of(cell, op) for live in cell.nodes.values() for op in live}
+    if not cell.pre or cell.spec.residual: return None
     return None if None in kinds.values() else CellPlan(cell, kinds)
 
 # %% ../../nbs/fast/cell.ipynb #0deda415
@@ -147,12 +151,12 @@ class Pools:
     "The pools of a cell: once a state, whatever reads it, and with the batch norms that the cell has for them."
     def __init__(self, cell: Cell, plan: CellPlan, index: list, # from `spread`, those of the pools
                  b: int):
-        self.kinds, self.index, self.b, self.training, self.made, self.stats = cell.pools, index, b, cell.training, {}, {}
+        self.kinds, self.ops, self.index, self.b, self.training, self.made, self.stats = cell.pools, cell.spec.ops, index, b, cell.training, {}, {}
         self.running = [v.split([sum(sizes) for sizes in plan.pool_maps]) for v in cell.statistics[2:]]
     def __call__(self, states: list, o: int, s: int, stride: int)->Tensor:
         if (o, s) in self.made: return self.made[o, s]
         kinds = self.kinds[s] if self.kinds else [o]
-        maps = [POOL[k](states[s], stride) for k in kinds]
+        maps = [FIRST[self.ops[k].reads](states[s], stride) for k in kinds]
         if self.kinds:
             mean, var = (v[s] for v in self.running)
             maps, *self.stats[s] = normalise(maps, torch.ones_like(mean), torch.zeros_like(mean), (mean, var), self.index[s], self.b, self.training, reuse=True)
@@ -195,7 +199,7 @@ class CellPass:
 
     def reach(self, s: int):
         "Everything that reads state `s`."
-        def pair(op, node): return Pair(self.kernels[op.kernels[0]], self.kernels[op.kernels[1]], *((None, None) if is_sep(op.op) else self.place(op, node)), self.cell.spec.stride(op.edge), is_dil(op.op))
+        def pair(op, node): return Pair(self.kernels[op.kernels[0]], self.kernels[op.kernels[1]], *((None, None) if op.operation.kind == "sep" else self.place(op, node)), op.stride, op.operation.kind == "dil")
         made = pairs(self.states[s], [pair(*reader) for reader in self.plan.readers[s]], self.b, relu=True)
         self.reached.update({(op.edge, op.op): y for (op, _), y in zip(self.plan.readers[s], made)})
     def got(self, op: LiveOp)->Tensor: return self.reached.pop((op.edge, op.op))
@@ -206,14 +210,14 @@ def passing(p: CellPass, i: int, node: int, # its number, its state
     "The weighted sum of a node's skips and pools."
     def skip(x): return x * widen(drop_factors(narrow(x, p.b), *drop).contiguous(memory_format=torch.channels_last), p.b) if drop is not None and p.cell.training else x
     def one(op):
-        s = EDGES[op.edge][0]
-        return p.put(skip(p.states[s]) if op.op == SKIP else p.pools(p.states, op.op, s, p.cell.spec.stride(op.edge)), op, node)
+        s = p.cell.spec.graph.edges[op.edge][0]
+        return p.put(skip(p.states[s]) if op.operation.kind == "skip" else p.pools(p.states, op.op, s, op.stride), op, node)
     maps = [one(op) for op in p.plan.nodes[node].through]
     return weighted_sum(maps, p.factors[i]) if maps else None
 
 def strided_skip(p: CellPass, op: LiveOp, node: int)->Tensor:
     "A factorised reduction, its kernels scaled by its gate."
-    s, (a, c), m = EDGES[op.edge][0], (p.plain[j] for j in op.kernels), p.strength[op.gates[0]].view(-1, 1, 1, 1)
+    s, (a, c), m = p.cell.spec.graph.edges[op.edge][0], (p.plain[j] for j in op.kernels), p.strength[op.gates[0]].view(-1, 1, 1, 1)
     if s not in p.halves: p.halves[s] = even_odd(F.relu(p.states[s]))
     return p.put(reduced(p.halves[s], a * m[:len(a)], c * m[len(a):], p.b), op, node)
 
@@ -233,7 +237,7 @@ def node_sum(p: CellPass, i: int, node: int, drop: tuple|None)->Tensor:
 
 def go_round(p: CellPass, node: int, total: Tensor, edges: Tensor)->Tensor:
     "Partial channels: what went round the operations joins the node, and channels change places."
-    round_ = sum(edges[e] * (p.rest[EDGES[e][0]] if p.cell.spec.stride(e) == 1 else F.max_pool2d(p.rest[EDGES[e][0]], 2, ceil_mode=True)) for e in NODE_EDGES[node])
+    round_ = round_operations(p.cell, node, p.rest, edges)
     p.whole.append(torch.cat([pixels(total, p.b), pixels(round_, p.b)], 1)[:, p.cell.shuffle])
     total, round_ = (from_pixels(part, p.b) for part in p.whole[-1].split([p.cell.spec.width, p.cell.spec.rest], 1))
     p.rest.append(round_)
@@ -241,7 +245,7 @@ def go_round(p: CellPass, node: int, total: Tensor, edges: Tensor)->Tensor:
 
 # %% ../../nbs/fast/cell.ipynb #f5854a2a
 def fused(cell: Cell, plan: CellPlan,
-          x0: Tensor, x1: Tensor, # [N/B, B live in0, H, W], [N/B, B live in1, H, W], both after a ReLU
+          *maps: Tensor, # [N/B, B live channels, H, W] of each incoming map, after a ReLU
           alpha: Tensor, # [operations] M_alpha of this cell's operations
           gate: Tensor, # [filters] from `Cell.gates`
           omega: Tensor, # from `Cell.weights`
@@ -250,12 +254,12 @@ def fused(cell: Cell, plan: CellPlan,
           drop: tuple|None = None # drop-out on skip connections: (probability, generator)
          )->tuple: # ([N/B, B live out, H', W'], means and variances [filters, then pooled channels] of this batch)
     "Compute a cell, as `Cell.forward` does operation by operation."
-    p = CellPass(cell, plan, alpha, gate, omega, b, native(x0))
-    p.inputs(x0, x1)
-    for s in range(INPUTS): p.reach(s)
+    p, n = CellPass(cell, plan, alpha, gate, omega, b, native(maps[0])), cell.spec.graph.inputs
+    p.inputs(*maps)
+    for s in range(n): p.reach(s)
     for i, node in enumerate(plan.nodes):
         total = node_sum(p, i, node, drop)
         p.states.append(go_round(p, node, total, edges) if p.rest else total)
         p.reach(node)
-    out = from_pixels(torch.cat(p.whole or [pixels(s, b) for s in p.states[INPUTS:]], 1), b)
+    out = from_pixels(torch.cat(p.whole or [pixels(s, b) for s in p.states[n:]], 1), b)
     return out, *(torch.cat([s, *more]) for s, more in zip(p.norms.statistics(), p.pools.statistics()))

@@ -7,56 +7,57 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from ..space.darts import INPUTS, STATES
-from ..net.architecture import DerivedCell, DilConv, PoolNorm, Reduce, SepConv
-from ..net.layers import avg_pool, depthwise, max_pool
-from ..net.mobile import ACTIVATIONS, squeeze_excite
-from ..net.mobile_architecture import InvertedResidual, MobileLayer
+from ..net.cell import FIRST
+from ..net.discrete import DerivedCell, OpModule
+from ..space.operation import DilConv, Pool, SepConv, Skip
 from .kernels import Pair, abreast, from_phases, from_pixels, pairs, pixels, pointwise
 from .parts import even_odd, normed, normed_sum, reduced, run
 
 # %% auto #0
-__all__ = ['KINDS', 'POOLS', 'first', 'DiscretePlan', 'plan_discrete', 'fused', 'layer']
+__all__ = ['KINDS', 'kind_of', 'first', 'DiscretePlan', 'plan_discrete', 'fused', 'RunParts', 'layer']
 
 # %% ../../nbs/fast/discrete.ipynb #53a8c86e
-KINDS = nn.Identity, PoolNorm, SepConv, DilConv, Reduce # of operations, in the order in which a node adds them up
-POOLS = {"avg_pool_3x3": avg_pool, "max_pool_3x3": max_pool}
+KINDS = "identity", "pool", "sep", "dil", "reduce" # of operations, in the order in which a node adds them up
+
+def kind_of(m: OpModule)->str|None: # one of `KINDS`
+    "How an operation is computed; None: not in this chapter."
+    what = type(m.op) # no subclass: it may compute something else
+    if what in (SepConv, DilConv): return m.op.kind if m.op.k in (1, 3, 5) else None
+    if what is Skip: return "identity" if m.stride == 1 else "reduce"
+    return "pool" if what is Pool else None
 
 def first(m: nn.Module, b: int)->Pair:
     "The first pair of convolutions of a module, for wide maps."
-    if isinstance(m, DilConv): return Pair(abreast(m.dw, b), m.pw, stride=m.stride, dilated=True)
+    if m.op.kind == "dil": return Pair(abreast(m.dw, b), m.pw, stride=m.stride, dilated=True)
     return Pair(abreast(m.dw1, b), m.pw1, stride=m.stride)
 
 class DiscretePlan:
     "Who reads each state, and who writes it."
     def __init__(self, cell: DerivedCell):
-        self.ops = list(zip(cell.arch_ops, cell.strides, cell.ops))
-        drawn = [i for i, m in enumerate(cell.ops) if not isinstance(m, nn.Identity)]
-        self.drawn = {i: k for k, i in enumerate(drawn)} # operation -> its row of drop-path factors
-        def which(kind, **at): return [i for i, (op, _, m) in enumerate(self.ops) if isinstance(m, kind) and all(getattr(op, k) == v for k, v in at.items())]
-        self.readers = [which((SepConv, DilConv), src=s) for s in range(STATES)]
-        self.into = [[which(kind, dst=s) for kind in KINDS] for s in range(STATES)]
+        self.ops, self.drawn, states = list(zip(cell.arch_ops, cell.ops)), cell.drawn, range(cell.spec.graph.states)
+        def which(*kinds, **at): return [i for i, (op, m) in enumerate(self.ops) if kind_of(m) in kinds and all(getattr(op, k) == v for k, v in at.items())]
+        self.readers = [which("sep", "dil", src=s) for s in states]
+        self.into = [[which(kind, dst=s) for kind in KINDS] for s in states]
 
 def plan_discrete(cell: DerivedCell)->DiscretePlan|None:
     "The plan of a cell; None where it has an operation that this chapter does not know."
-    def known(op, m): return isinstance(m, KINDS) and (not isinstance(m, PoolNorm) or op.op in POOLS) and all(p.shape[-1] in (1, 3, 5) for p in m.parameters() if p.dim() == 4)
-    return DiscretePlan(cell) if all(map(known, cell.arch_ops, cell.ops)) else None
+    return DiscretePlan(cell) if len(cell.pre) and not cell.spec.residual and None not in map(kind_of, cell.ops) else None
 
 # %% ../../nbs/fast/discrete.ipynb #cf0a3112
 def fused(cell: DerivedCell, plan: DiscretePlan,
-          x0: Tensor, x1: Tensor, # [N/B, B C, H, W], the first one twice as large after a reduction
+          inputs: tuple, # of [N/B, B C, H, W], the first of two twice as large after a reduction
           keep: Tensor|None, # [droppable, N] drop-path factors
           b: int # images abreast
          )->Tensor: # [N/B, B out, H', W']
     "Compute a cell, as `DerivedCell.forward` does operation by operation."
-    maps = [reduced(even_odd(x), m.a, m.b, b) if isinstance(m, Reduce) else pointwise(x, m.pre, b) for m, x in zip(cell.pre, (F.relu(x0), F.relu(x1)))]
+    maps = [reduced(even_odd(x), m.a, m.b, b) if m.stride == 2 else pointwise(x, m.pre, b) for m, x in zip(cell.pre, map(F.relu, inputs))]
     states, reached, pools, halves = normed(maps, [m.norms[0] for m in cell.pre], b, reuse=True), {}, {}, {}
     def source(i): return plan.ops[i][0].src
-    def module(i): return plan.ops[i][2]
+    def module(i): return plan.ops[i][1]
     def in_phases(i): return first(module(i), 1).reads(states[source(i)].shape[-1])[0] == "phases"
     def reach(s): reached.update(zip(plan.readers[s], pairs(states[s], [first(module(i), b) for i in plan.readers[s]], b, relu=True)))
-    def pool(op, stride, _):
-        if (key := (op.op, op.src, stride)) not in pools: pools[key] = POOLS[op.op](states[op.src], stride)
+    def pool(op, m):
+        if (key := (op.op, op.src, m.stride)) not in pools: pools[key] = FIRST[m.op.reads](states[op.src], m.stride)
         return pools[key]
     def reduction(i):
         if (s := source(i)) not in halves: halves[s] = even_odd(F.relu(states[s]))
@@ -70,8 +71,8 @@ def fused(cell: DerivedCell, plan: DiscretePlan,
         else: ys = [y * kept(i, y) for i, y in zip(which, map(back, normed(maps, norms, b, reuse=reuse)))]
         for y in ys: total = y if total is None else total + y
         return total
-    for s in range(INPUTS): reach(s)
-    for node in range(INPUTS, STATES):
+    for s in range(cell.spec.graph.inputs): reach(s)
+    for node in cell.spec.graph.nodes:
         total, (skip, pooled, sep, dil, reduce) = None, plan.into[node]
         for i in skip: total = states[source(i)] if total is None else total + states[source(i)]
         total = add(total, pooled, [pool(*plan.ops[i]) for i in pooled], reuse=False) # others may read the pool
@@ -82,21 +83,19 @@ def fused(cell: DerivedCell, plan: DiscretePlan,
         total = add(total, sep + whole + reduce, ends + [reached.pop(i) for i in whole] + [reduction(i) for i in reduce])
         states.append(add(total, phased, [reached.pop(i) for i in phased], phases=True))
         reach(node)
-    return from_pixels(torch.cat([pixels(s, b) for s in states[INPUTS:]], 1), b)
+    return from_pixels(torch.cat([pixels(s, b) for s in states[cell.spec.graph.inputs:]], 1), b)
 
 # %% ../../nbs/fast/discrete.ipynb #4e4fd46d
-@run.register
-def _(m: InvertedResidual, x, b=1):
-    act = ACTIVATIONS[m.act]
-    x = act(run(m.norms[0], F.conv2d(x, m.exp)))
-    x = act(run(m.norms[1], depthwise(x, m.dw, m.stride)))
-    if m.squeezes: x = squeeze_excite(x, m.squeeze, m.squeeze_bias, m.excite, m.excite_bias)
-    return run(m.norms[2], F.conv2d(x, m.proj))
+class RunParts:
+    "The parts of an operation of a discrete network, its batch norms computed by the chapters of this room."
+    def __init__(self, m: OpModule): self.module, self.conv, self.halves, self.gate, self.dropped = m, m.conv, m.halves, m.gate, m.dropped
+    def norm(self, role, x): return run(self.module.norms[self.module.norm_at[role]], x)
+    def gated(self, role, x): return self.norm(role, x)
 
-def layer(m: MobileLayer, x: Tensor, # [N, C, H, W]
+def layer(m: DerivedCell, x: Tensor, # [N, C, H, W]
           keep: Tensor|None = None # [droppable, N] drop-path factors
          )->Tensor:
-    "Compute a layer, as `MobileLayer.forward` does."
-    y = sum(run(op, x) for op in m.ops)
-    if not m.residual: return y
+    "Compute a layer of blocks, as `DerivedCell.forward` does."
+    y = sum(op.op.forward(x, RunParts(op), op.stride) for op in m.ops)
+    if not m.spec.residual: return y
     return x + (y if keep is None else y * keep[0].view(-1, 1, 1, 1))

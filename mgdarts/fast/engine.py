@@ -10,21 +10,22 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from ..base.options import Compute
-from ..net.architecture import DerivedCell
+from ..net.discrete import DerivedCell
 from ..net.cell import Cell
 from ..net.engine import Engine
-from ..net.mobile import MobileCell
-from ..net.mobile_architecture import MobileLayer
 from . import cell as darts, discrete, mobile
 from .kernels import images_abreast, narrow, native, widen
 from .parts import run
 
 # %% auto #0
-__all__ = ['PLANS', 'FUSED', 'Plans', 'each', 'FastEngine', 'make']
+__all__ = ['FUSED', 'plan_of', 'Plans', 'each', 'FastEngine', 'make']
 
 # %% ../../nbs/fast/engine.ipynb #5a2101b7
-PLANS = {Cell: darts.plan_cell, MobileCell: mobile.LayerPlan, DerivedCell: discrete.plan_discrete} # None for what is not known
-FUSED = {Cell: darts.fused, MobileCell: mobile.fused}
+def plan_of(cell)->object|None:
+    "The plan of a cell; None for what no chapter knows."
+    if type(cell) is Cell: return darts.plan_cell(cell) or mobile.plan_layer(cell)
+    return discrete.plan_discrete(cell) if type(cell) is DerivedCell else None
+FUSED = {darts.CellPlan: darts.fused, mobile.LayerPlan: mobile.fused}
 
 class Plans:
     "The plans of the cells that an engine has met, for as long as the cells live."
@@ -32,8 +33,8 @@ class Plans:
     def __call__(self, cell)->object|None:
         key, device = getattr(cell, "layout", None), next(cell.parameters()).device
         if (found := self.known.get(cell)) and found[0] is key and found[1] == device: return found[2]
-        make, self.fresh = PLANS.get(type(cell), lambda _: None), True
-        with _disable_current_modes(): plan = make(cell) # real, even where the net's tensors are fake
+        self.fresh = True
+        with _disable_current_modes(): plan = plan_of(cell) # real, even where the net's tensors are fake
         self.known[cell] = key, device, plan
         return plan
 
@@ -54,10 +55,10 @@ class FastEngine(Engine):
     def through_cells(self, net, x, also=None):
         x, drawn, plans = x.contiguous(memory_format=torch.channels_last), self.drawn(net), self._plans(net)
         wide = any(isinstance(p, darts.CellPlan) for p in plans) and not (drawn or self.compute.compile or native(x))
-        b = images_abreast(len(x), net.spec.channels // net.rules.partial) if wide else 1
-        def ready(y): return y.relu() if type(net.cells[0]) is Cell else y # two cells read each map, and both begin with a ReLU
+        b = images_abreast(len(x), net.spec.cell[0].width) if wide else 1
+        def ready(y): return y.relu() if net.spec.preprocessed else y # more cells than one read each map, and all begin with a ReLU
         maps, m = run(net.stem, x), net.mixture(drawn)
-        maps = each(lambda y: ready(widen(y, b) if b > 1 else y), maps if isinstance(maps, tuple) else (maps,))
+        maps = each(lambda y: ready(widen(y, b) if b > 1 else y), maps)
         for c, plan in enumerate(plans):
             y = self.kept(net, c, self.equations(net, c, m, b) if drawn or plan is None else self.fused(net, c, m, b, plan), maps, len(x), drawn)
             if also is not None and net.aux is not None and c == net.aux_cell: also.append(run(net.aux, y, b).float())
@@ -76,7 +77,7 @@ class FastEngine(Engine):
         "A function of the maps that cell `c` reads."
         omega, gate = net.masked(c, m)
         more = {k: v for k, v in (("edges", m.of(c)[1]), ("drop", net.drop)) if v is not None}
-        f = self._compile(net, c, plan) if self.compute.compile else partial(FUSED[type(net.cells[c])], net.cells[c], plan)
+        f = self._compile(net, c, plan) if self.compute.compile else partial(FUSED[type(plan)], net.cells[c], plan)
         return partial(f, alpha=m.alpha[c], gate=gate, omega=omega, b=b, **more)
 
     def _plans(self, net)->list:
@@ -88,18 +89,18 @@ class FastEngine(Engine):
         cell = net.cells[c]
         if cell not in self._compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * net.spec.cells) # all cells are one function to it
-            def whole(*maps, **more): return FUSED[type(cell)](cell, plan, *maps, **more)
+            def whole(*maps, **more): return FUSED[type(plan)](cell, plan, *maps, **more)
             self._compiled[cell] = torch.compile(whole, dynamic=False, backend=self.COMPILER)
         return self._compiled[cell]
 
     def discrete(self, net, x):
         x, plans = x.contiguous(memory_format=torch.channels_last), [self.plan(cell) for cell in net.cells]
-        b = images_abreast(len(x), net.channels) if any(plans) and not native(x) else 1
+        b = images_abreast(len(x), net.spec.cell[0].width) if any(plans) and not native(x) else 1
         maps, aux = run(net.stem, x), None
-        maps = each(lambda y: widen(y, b) if b > 1 else y, maps if isinstance(maps, tuple) else (maps,))
+        maps = each(lambda y: widen(y, b) if b > 1 else y, maps)
         for c, (cell, plan, keep) in enumerate(zip(net.cells, plans, net.drop_factors(x))):
-            if plan is not None: y = discrete.fused(cell, plan, *maps, keep, b)
-            elif isinstance(cell, MobileLayer): y = discrete.layer(cell, *maps, keep)
+            if plan is not None: y = discrete.fused(cell, plan, maps, keep, b)
+            elif cell.spec.fixed: y = discrete.layer(cell, *maps, keep)
             else: y = widen(cell(*each(partial(narrow, b=b), maps), keep).contiguous(memory_format=torch.channels_last), b)
             maps = (*maps, y)[-len(maps):]
             if c == net.aux_cell and net.aux is not None and net.training: aux = run(net.aux, y, b)

@@ -6,36 +6,51 @@
 from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..net.layers import depthwise
-from ..net.mobile import MobileCell, squeeze_excite
+from ..net.cell import Cell
+from ..space.layers import depthwise
+from ..space.mobile import Block
 from .cell import GroupNorms, Groups, filters
 from .kernels import spread_index
 
 # %% auto #0
-__all__ = ['LayerPlan', 'fused']
+__all__ = ['LayerPlan', 'plan_layer', 'squeeze_excite', 'fused']
 
 # %% ../../nbs/fast/mobile.ipynb #7630db08
 class LayerPlan:
     "The batch norms of a layer in the order in which they are computed: before the depthwise convolutions, after them, after the last ones."
-    def __init__(self, cell: MobileCell):
-        whole = filters(cell)
-        self.groups = Groups.of(cell, [[whole[i] for i in g] for g in zip(*(op.gates for op in cell.ops))])
+    def __init__(self, cell: Cell):
+        whole, (self.ops,) = filters(cell), cell.nodes.values()
+        self.groups = Groups.of(cell, [[whole[i] for i in g] for g in zip(*(op.gates for op in self.ops))])
         self.index = [spread_index(sizes, 1) for sizes in self.groups.maps]
     def tensors(self)->list: return [*self.groups.tensors(), *self.index]
 
-def fused(cell: MobileCell, plan: LayerPlan, x: Tensor, # [N, cin, H, W]
+def plan_layer(cell: Cell)->LayerPlan|None:
+    "The plan of a layer; None where it is something else than blocks side by side."
+    blocks = cell.spec.fixed and len(cell.nodes) == 1 and all(type(op.operation) is Block for ops in cell.nodes.values() for op in ops)
+    return LayerPlan(cell) if blocks and all(cell.nodes.values()) else None
+
+def squeeze_excite(x: Tensor, # [N, C, H, W]
+                   squeeze: Tensor, squeeze_bias: Tensor, # [S, C, 1, 1], [S, 1, 1, 1]
+                   excite: Tensor, excite_bias: Tensor # [C, S, 1, 1], [C, 1, 1, 1]
+                  )->Tensor: # [N, C, H, W]
+    "Scale each channel by a number between 0 and 1 that follows from the means of all channels."
+    s = F.relu(F.conv2d(x.mean((2, 3), keepdim=True), squeeze, squeeze_bias.flatten()))
+    return x * F.hardsigmoid(F.conv2d(s, excite, excite_bias.flatten()))
+
+def fused(cell: Cell, plan: LayerPlan, x: Tensor, # [N, cin, H, W]
           alpha: Tensor, # [blocks] M_alpha of this layer's blocks
           gate: Tensor, # [filters] from `Cell.gates`
           omega: Tensor, # from `Cell.weights`
           b: int = 1 # images abreast: these maps are wide as they are
          )->tuple: # ([N, cout, H', W'], means and variances [filters] of this batch)
-    "Compute a layer, as `MobileCell.forward` does block by block."
+    "Compute a layer, as `Cell.forward` does block by block."
     def views(v, g): return [w.view(s) for w, s in zip(v.split(cell.sizes[g]), cell.shapes[g])]
-    blocks = [cell.kernels(op, views(omega, "omega"), views(cell.plain, "plain")) for op in cell.ops]
-    norms, relu = GroupNorms(cell, plan.groups, plan.index, alpha, gate, 1), cell.spec.act == "relu"
-    def act(ys): return ys if relu else map(cell.act, ys)
+    searched, plain, (op, *_) = views(omega, "omega"), views(cell.plain, "plain"), plan.ops
+    blocks = [(searched[first], searched[depth], [plain[i] for i in few], searched[last]) for first, depth, *few, last in (op.kernels for op in plan.ops)]
+    norms, relu = GroupNorms(cell, plan.groups, plan.index, alpha, gate, 1), op.operation.act == "relu"
+    def act(ys): return ys if relu else map(F.hardswish, ys)
     wide = norms(0, [F.conv2d(x, first) for first, *_ in blocks], relu)
-    deep = norms(1, [depthwise(y, depth, cell.spec.stride) for y, (_, depth, *_) in zip(act(wide), blocks)], relu)
-    ends = [F.conv2d(squeeze_excite(y, *se) if se else y, last) for y, (*_, last, se) in zip(act(deep), blocks)]
+    deep = norms(1, [depthwise(y, depth, op.stride) for y, (_, depth, *_) in zip(act(wide), blocks)], relu)
+    ends = [F.conv2d(squeeze_excite(y, *se) if se else y, last) for y, (*_, se, last) in zip(act(deep), blocks)]
     y = norms.sum(2, ends, x if cell.spec.residual else None)
     return y, *norms.statistics()

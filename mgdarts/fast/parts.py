@@ -7,8 +7,7 @@ from __future__ import annotations
 from functools import singledispatch
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-from ..net.layers import AuxHead, Classifier, ConvNorm, Stem, depthwise
-from ..net.mobile import MobileHead, MobileStem
+from ..space.layers import AuxHead, Classifier, ConvNorm, MobileHead, MobileStem, Stem, depthwise
 from .kernels import every_second, from_pixels, mixed, narrow, native, normalise, normalise_sum, pixels, spread_index
 
 # %% auto #0
@@ -103,14 +102,14 @@ def _(m: Classifier, x, b=1): return F.linear(x.mean((2, 3)).view(len(x) * b, -1
 @run.register
 def _(m: Stem, x, b=1):
     x = run(m.convs[0], x, b)
-    if len(m.convs) == 1: return x, x
+    if len(m.convs) == 1: return (x,) * m.maps
     x = run(m.convs[1], F.relu(x))
-    return x, run(m.convs[2], F.relu(x))
+    return (x, run(m.convs[2], F.relu(x)))[-m.maps:]
 
 @run.register
 def _(m: MobileStem, x, b=1):
     x = F.hardswish(run(m.first, x, b))
-    return x + run(m.last, F.relu(run(m.norm, depthwise(x, m.depth))))
+    return (x + run(m.last, F.relu(run(m.norm, depthwise(x, m.depth)))),)
 
 @run.register
 def _(m: MobileHead, x, b=1):

@@ -5,7 +5,6 @@
 # %% ../../nbs/net/cell.ipynb #729319dd
 from __future__ import annotations
 import math
-from functools import cached_property
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .discretise import discretise, strongest, top
@@ -13,10 +12,10 @@ from .stored import LiveOp, StoredCell
 from ..space.layers import EPS, avg_pool, factorized_reduce, max_pool
 
 # %% auto #0
-__all__ = ['FIRST', 'Pass', 'LiveParts', 'input_states', 'weighed', 'round_operations', 'equations', 'Cell', 'track', 'levels',
-           'outer_taps']
+__all__ = ['FIRST', 'Pass', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations', 'equations', 'Cell',
+           'track', 'levels', 'outer_taps']
 
-# %% ../../nbs/net/cell.ipynb #fe9a9d73
+# %% ../../nbs/net/cell.ipynb #5d177d4c
 FIRST = {"relu": lambda x, stride: F.relu(x), "avg_pool": avg_pool, "max_pool": max_pool, "": lambda x, stride: x} # what operations read, by `Operation.reads`
 
 class Pass:
@@ -60,7 +59,14 @@ class Pass:
         self.statistics[i] = m, inv.pow(-2) - EPS
         return y
 
-# %% ../../nbs/net/cell.ipynb #14971060
+# %% ../../nbs/net/cell.ipynb #67643d8b
+def drop_factors(x: Tensor, # [N, C, H, W]: what they are for
+                 p: float, generator: torch.Generator
+                )->Tensor: # [N, C, H, W], 0 or 1/(1 - p)
+    "Draw factors of drop-out, on the CPU image by image."
+    return (torch.rand(x.shape, generator=generator) >= p).to(x) / (1 - p)
+
+# %% ../../nbs/net/cell.ipynb #72273d08
 class LiveParts:
     "The parts of one live operation, as `Operation.forward` asks for them."
     def __init__(self, run: Pass, op: LiveOp):
@@ -83,10 +89,9 @@ class LiveParts:
         return self.run.norm(self.run.pool_at[self.run.cell.spec.graph.edges[self.op.edge][0], self.op.op], x) if self.run.cell.pool_norm else x
     def dropped(self, x):
         if self.run.drop is None or not self.run.cell.training: return x
-        p, generator = self.run.drop # drawn on the CPU image by image
-        return x * ((torch.rand(x.shape, generator=generator) >= p).to(x) / (1 - p))
+        return x * drop_factors(x, *self.run.drop)
 
-# %% ../../nbs/net/cell.ipynb #9e40c0a4
+# %% ../../nbs/net/cell.ipynb #676a8cde
 def input_states(run: Pass, maps: tuple)->tuple: # (states, channels of each that go round the operations)
     "Preprocess the incoming maps; without preprocessing they are states as they are."
     states, rest = list(maps[:len(maps) - len(run.cell.pre)]), []
@@ -106,7 +111,7 @@ def weighed(run: Pass, op: LiveOp, x: Tensor, # the state that it reads
     node = run.cell.channels[run.cell.spec.graph.edges[op.edge][1]] # its other channels get nothing from this operation
     return y.new_zeros(len(y), node, *y.shape[2:]).index_copy(1, places[op.place], y)
 
-# %% ../../nbs/net/cell.ipynb #361d513d
+# %% ../../nbs/net/cell.ipynb #9bb0e714
 def round_operations(cell: StoredCell, node: int, rest: list, edges: Tensor # [edges]: their weights
                     )->Tensor:
     "Add up the channels that go round the operations into a node."
@@ -136,7 +141,7 @@ def equations(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Te
         states.append(total)
     return torch.cat(out, 1)
 
-# %% ../../nbs/net/cell.ipynb #66c94942
+# %% ../../nbs/net/cell.ipynb #10064640
 class Cell(StoredCell):
     "One cell of the super-net."
     def forward(self, *maps: Tensor, # [N, live channels, H, W] of each incoming map
@@ -187,7 +192,7 @@ class Cell(StoredCell):
         "Move the running statistics towards those of a batch."
         track(self, mean, var, n, momentum, some)
 
-# %% ../../nbs/net/cell.ipynb #00165293
+# %% ../../nbs/net/cell.ipynb #0f699cd9
 @torch.no_grad()
 def track(cell: StoredCell, mean: Tensor, var: Tensor, n: int, momentum: float, some: bool):
     "As `Cell.track`."
@@ -197,7 +202,7 @@ def track(cell: StoredCell, mean: Tensor, var: Tensor, n: int, momentum: float, 
         new = new.to(old)
         old.lerp_(torch.where(new.isnan(), old, new) if some else new, momentum)
 
-# %% ../../nbs/net/cell.ipynb #83e0dd0b
+# %% ../../nbs/net/cell.ipynb #61edf627
 def levels(cell: StoredCell, n: int)->Tensor: # [filters] int64
     "For each filter, its operation's first of `n` widths that includes it, in a flat [edges * operations, n]; past the end for filters of one width."
     if getattr(cell, "_levels_of", None) is not cell.layout:

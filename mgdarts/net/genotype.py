@@ -7,10 +7,11 @@ from __future__ import annotations
 import ast, hashlib
 from pathlib import Path
 from torch import Tensor
-from .architecture import ArchCell, Architecture, MAX_WIDTH, Op, parts, whole
+from .architecture import Architecture
+from ..space.found import ArchCell, MAX_WIDTH, Op, shapes, whole
+from ..space.operation import OPERATIONS
 from ..base.options import InputError, closest
-from ..space.darts import *
-from .layers import *
+from ..space.darts import DARTS_GRAPH, DARTS_OPS, NetSpec
 from ..base.files import read_bytes, unpickle
 
 # %% auto #0
@@ -25,8 +26,8 @@ def _literal(node):
 
 def _is_concat(node):
     "Whether the outputs are all four nodes: range(2, 6), or a list of them."
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range" and not node.keywords: return [_literal(n) for n in node.args] == [INPUTS, STATES]
-    return _literal(node) == list(range(INPUTS, STATES))
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range" and not node.keywords: return [_literal(n) for n in node.args] == [DARTS_GRAPH.inputs, DARTS_GRAPH.states]
+    return _literal(node) == list(DARTS_GRAPH.nodes)
 
 def read_genotypes(text: str)->dict: # name -> list of cells, each a list of [operation, from, to, widths]
     "The genotypes of a text in the authors' format. `InputError` if there is none."
@@ -50,17 +51,18 @@ def _genotype_cell(c, gene, width, masks):
     except (TypeError, ValueError): raise InputError(f"genotype: cell {c} has an operation that is not of the form (name, from, to, [widths])") from None
     widths = {}
     for i, op in enumerate(ops):
-        if op.op not in OPS: raise InputError(f"genotype: operation {i} of cell {c} is {str(op.op)[:40]!r}: {closest(str(op.op)[:40], OPS)}")
-        if (op.src, op.dst) not in EDGES or not op.widths: raise InputError(f"genotype: operation {i} of cell {c} has no edge or no widths: {str(op.src)[:9]} to {str(op.dst)[:9]}")
+        if op.op not in DARTS_OPS: raise InputError(f"genotype: operation {i} of cell {c} is {str(op.op)[:40]!r}: {closest(str(op.op)[:40], DARTS_OPS)}")
+        if (op.src, op.dst) not in DARTS_GRAPH.edges or not op.widths: raise InputError(f"genotype: operation {i} of cell {c} has no edge or no widths: {str(op.src)[:9]} to {str(op.dst)[:9]}")
         for state, w in ((op.src, op.widths[0]), (op.dst, op.widths[-1])):
             if widths.setdefault(state, w) != w: raise InputError(f"genotype: state {state} of cell {c} has {str(widths[state])[:9]} channels for one operation and {str(w)[:9]} for another")
-    order = sorted(range(len(ops)), key=lambda i: (ops[i].edge, ops[i].index))
+    order = sorted(range(len(ops)), key=lambda i: (DARTS_GRAPH.edges.index((ops[i].src, ops[i].dst)), DARTS_OPS.index(ops[i].op)))
     named = {f"c{c}.o{at}.{role}": m for at, i in enumerate(order) if masks for (role, _), m in _pair(c, i, ops[i], masks)}
-    return ArchCell(tuple(ops[i] for i in order), tuple(widths.get(s, width) for s in range(STATES))), named
+    return ArchCell(tuple(ops[i] for i in order), tuple(widths.get(s, width) for s in range(DARTS_GRAPH.states))), named
 
 def _pair(c, i, op, masks):
     "The kernels of an operation with their masks."
-    kernels, given = parts(op, 1) if op.is_conv and len(op.widths) == 2 + is_sep(op.index) else (), masks[c][i]
+    o, given = OPERATIONS[op.op], masks[c][i]
+    kernels = [(k.role, shape) for k, shape in shapes(o, o.widths_by_port(op.widths), 1)] if len(op.widths) == len(o.ports) else []
     if not isinstance(given, (list, tuple)) or len(given) != len(kernels): raise InputError(f"masks: operation {i} of cell {c} ({op.op}) needs {len(kernels)} masks")
     for (role, shape), m in zip(kernels, given):
         if not isinstance(m, Tensor) or tuple(m.shape) != shape: raise InputError(f"masks: {role} of operation {i} in cell {c} must have the shape {list(shape)}")
@@ -100,4 +102,4 @@ def import_genotype(genotype_path, # text file in the authors' format
     cells = [_genotype_cell(c, g, s.width, masks) for c, (g, s) in enumerate(zip(gene, spec.cell))]
     origin = {"origin": "genotype", "name": name, "genotype_sha256": hashlib.sha256(raw).hexdigest()}
     if masks is not None: origin["masks_sha256"] = hashlib.sha256(Path(masks_path).read_bytes()).hexdigest()
-    return Architecture(name, channels, classes, size, 3, tuple(c for c, _ in cells), {k: m for _, named in cells for k, m in named.items()}, origin)
+    return Architecture(name, spec, tuple(c for c, _ in cells), {k: m for _, named in cells for k, m in named.items()}, origin)

@@ -8,9 +8,11 @@ import dataclasses, hashlib, json, math, multiprocessing, os, queue, signal, sta
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
-from ..net import architecture as arch_files
+from ..net import files as arch_files
 from ..runs import run as runs
-from ..net.architecture import ArchCell, Architecture, Op, counts
+from ..space.found import ArchCell, Op
+from ..net.architecture import Architecture
+from ..net.count import counts
 from ..base.options import InputError, configure, from_dict, preset as preset_config, to_dict
 from ..base.data import load_data
 from ..base.events import RunFailed, Stopped

@@ -7,10 +7,11 @@ from __future__ import annotations
 import dataclasses, statistics, sys, time
 from dataclasses import asdict
 from pathlib import Path
-from ..net import architecture as arch_files
+from ..net import files as arch_files
 from . import data as paper
 from ..runs import run as runs
-from ..net.architecture import Architecture, counts
+from ..net.architecture import Architecture
+from ..net.count import counts
 from .arms import Arm, Job, job, run_arms
 from ..base.options import LONG, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve
 from ..base.data import root
@@ -18,7 +19,7 @@ from ..net.genotype import import_genotype
 from ..base.events import RunFailed
 from ..runs.memory import memory_plan
 from ..space.mobile import MobileSpec
-from ..net.mobile_architecture import weaknas
+from ..net.sample import weaknas
 from ..space.darts import *
 from ..base.files import read_json, write_json
 from .verdicts import home, verdicts

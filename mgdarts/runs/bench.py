@@ -7,7 +7,9 @@ from __future__ import annotations
 import os, resource, statistics, sys, tempfile, time
 from pathlib import Path
 import torch, torch.nn.functional as F
-from ..net.architecture import count, random_architecture
+from ..net.discrete import DerivedNet
+from ..net.count import count
+from ..net.sample import random_architecture
 from ..fast.compiled import kernels_in_use
 from ..fast.engine import make
 from ..base.options import Compute, Config, InputError, Search as Settings
@@ -127,7 +129,7 @@ def bench_train(cfg: Config, steps: int = 5)->dict: # JSON-ready
     x = torch.randn(cfg.train.batch, arch.in_channels, arch.size, arch.size, generator=torch.Generator().manual_seed(cfg.seed))
     y, seen, nets = torch.arange(len(x)) % arch.classes, {"fused": [], "reference": []}, {}
     for impl in seen:
-        net = arch.build(seed=cfg.seed, engine=make(Compute(impl=impl)))
+        net = DerivedNet(arch, seed=cfg.seed, engine=make(Compute(impl=impl)))
         opt = torch.optim.SGD(net.parameters(), cfg.train.lr, cfg.train.momentum)
         nets[impl] = net.to(memory_format=torch.channels_last), opt
     for i in range(steps + 1):

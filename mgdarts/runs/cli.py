@@ -10,8 +10,8 @@ from typing import Annotated, Optional
 import typer
 from ..methods.registry import METHODS
 from ..base.options import PRUNING, LONG, Config, InputError, PRESETS, configure, preset as preset_config
-from ..space.mobile import MobileSpec
-from ..space.darts import NetSpec, count_supernet
+from ..space.spaces import space_of
+from ..space.space import count_supernet
 
 # %% auto #0
 __all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'Sets', 'count', 'search',
@@ -55,7 +55,7 @@ def _net_spec(space, channels, width, cells, size, classes, **more)->tuple: # Co
     "The same in either space, each with its own defaults."
     cells, size, classes = (d if v is None else v for v, d in zip((cells, size, classes), (17, 224, 1000) if space == "mobilenet" else (8, 32, 10)))
     cfg = _net_size(channels, cells, size, classes, kind=space, width=width, **more)
-    return cfg, MobileSpec(cells, cfg.space.width, classes, size) if space == "mobilenet" else NetSpec(cfg.space.channels, cells, classes, size)
+    return cfg, space_of(cfg, classes, size)
 
 def _name(spec)->str: return (f"C={spec.channels}" if spec.kind == "darts" else f"MobileNet-like, width {spec.width:g},") + f" L={spec.cells}"
 
@@ -82,8 +82,8 @@ def count(channels: Annotated[int, typer.Option(help="Filters C of the first sta
     _, spec = _net_spec(space, channels, width, cells, size, classes)
     out = count_supernet(spec)
     if space == "mobilenet":
-        from mgdarts.net.architecture import counts
-        from mgdarts.net.mobile_architecture import weaknas
+        from mgdarts.net.count import counts
+        from mgdarts.net.sample import weaknas
         found = counts(weaknas(spec.classes, spec.size))
         out["weaknas"] = {"params": found["params_deployable"], "macs": found["macs"]}
     rows = [("main part", out["main"]), ("stem", out["stem"]), *((f"stage {i + 1}", n) for i, n in enumerate(out["stages"])), ("classifier", out["classifier"]),

@@ -10,7 +10,8 @@ import torch
 from ..base.options import Config, configure
 from ..base.data import Splits, load_data
 from .memory import memory_plan
-from .run import SPACES, device_of, make_search, make_trainer
+from ..net.sample import random_architecture
+from .run import device_of, make_search, make_trainer
 
 # %% auto #0
 __all__ = ['FEW', 'step_seconds', 'memory_there', 'estimate', 'in_words']
@@ -32,7 +33,7 @@ def step_seconds(loop, # a Search or Trainer, begun
 def _timed(cfg, splits, device): # (seconds of a step of the first stage with a batch of the search, the same for the retraining, the search, images that are retrained on)
     few = lambda batch: batch if device.type == "cuda" else min(batch, FEW)
     search = make_search(configure(cfg, **{"search.batch": few(cfg.search.batch), "search.warmup": 0}), splits)
-    drawn = SPACES[cfg.space.kind][2](search.whole, int(cfg.search.target_m * 1e6))
+    drawn = random_architecture(search.whole, int(cfg.search.target_m * 1e6))
     trainer = make_trainer(configure(cfg, **{"train.batch": few(cfg.train.batch)}), drawn, splits)
     whole = lambda loop, batch: step_seconds(loop) * batch / loop.loaders["train"].batch_size
     return whole(search, cfg.search.batch), whole(trainer, cfg.train.batch), search, len(trainer.loaders["train"].split)

@@ -8,8 +8,9 @@ import base64, importlib.util, re, tempfile, zlib
 from pathlib import Path
 import torch
 from torch import nn, Tensor
-from ..net import architecture as arch_files
-from ..net.architecture import Architecture, Discovered, counts
+from ..net import files as arch_files
+from ..net.architecture import Architecture
+from ..net.count import counts
 from ..base.options import InputError
 from ..base.files import Checkpoints, pickled, read_json, write_whole
 
@@ -235,15 +236,15 @@ def plain_net(arch: Architecture)->nn.Module:
 
 # %% ../../nbs/runs/export.ipynb #0655e4f4
 def trained(path: str|Path, # a run folder, a training's folder, or an architecture
-            arch: Discovered
-           )->dict|None: # state dictionary of `arch.build()`; None: no training there is finished
+            arch: Architecture
+           )->dict|None: # state dictionary of `DerivedNet(arch)`; None: no training there is finished
     "Trained weights of an architecture."
     path = Path(path)
     for folder in (path / "train", path) if path.is_dir() else ():
         if not (folder / "result.json").exists() or "test_acc_final" not in read_json(folder / "result.json", "a result"): continue
         state = Checkpoints(folder / "checkpoint").load()
         if state is None: raise InputError(f"{folder} has no checkpoint to take weights from: use --weights none")
-        net = arch.build()
+        net = DerivedNet(arch)
         found = {k: v for k, v in state["net"].items() if not k.startswith("aux.")}
         try: net.load_state_dict(found)
         except RuntimeError: raise InputError(f"the weights in {folder} do not fit the architecture in {path}: use --weights none") from None
@@ -281,17 +282,17 @@ def export_arch(path: str|Path, # a run folder or an architecture
     if format not in FORMATS: raise InputError(f"--format {format!r}: choose from {', '.join(FORMATS)}")
     if weights not in (None, "train", "none"): raise InputError(f"--weights {weights!r}: choose train or none")
     arch, out = arch_files.load(path), Path(out)
-    if arch.space != "darts" and format in ("python", "torch"): raise InputError(f"--format {format}: networks of the MobileNet-like space can be written as onnx or json")
+    if arch.spec.kind != "darts" and format in ("python", "torch"): raise InputError(f"--format {format}: networks of the MobileNet-like space can be written as onnx or json")
     if out.suffix != FORMATS[format]: raise InputError(f"--out {out}: the name of a file of format {format} ends in {FORMATS[format]}")
     if not out.absolute().parent.is_dir(): raise InputError(f"--out {out}: there is no folder {out.parent}")
     state = None if weights == "none" or format == "json" else trained(path, arch)
     if weights == "train" and state is None: raise InputError("the json format holds no weights: leave out --weights" if format == "json" else f"{path} holds no finished training: run mgdarts train first, or use --weights none")
-    ours, x = arch.build(), torch.randn(2, arch.in_channels, arch.size, arch.size, generator=torch.Generator().manual_seed(0))
+    ours, x = DerivedNet(arch), torch.randn(2, arch.in_channels, arch.size, arch.size, generator=torch.Generator().manual_seed(0))
     if state: ours.load_state_dict(state)
-    net = plain_net(arch) if arch.space == "darts" else Logits(arch.build())
+    net = plain_net(arch) if arch.spec.kind == "darts" else Logits(DerivedNet(arch))
     getattr(net, "net", net).load_state_dict(ours.state_dict())
     # what is traced as it is has nothing to differ from
-    difference = float((ours.eval()(x)[0] - net.eval()(x)).abs().max()) if arch.space == "darts" else None
+    difference = float((ours.eval()(x)[0] - net.eval()(x)).abs().max()) if arch.spec.kind == "darts" else None
     files = {}
     if format == "json": files = {out if name == arch_files.JSON_FILE else out.with_name(name): content for name, content in arch_files.contents(arch).items()}
     elif format == "onnx": files[out] = _onnx(net, x)

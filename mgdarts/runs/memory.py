@@ -17,7 +17,7 @@ from ..search.loss import regulariser
 from ..search.loop import plan
 from ..net.supernet import SuperNet
 from ..fast.engine import make
-from ..net.mobile import supernet
+from ..net.supernet import SuperNet
 
 # %% auto #0
 __all__ = ['Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to', 'memory_plan']
@@ -129,7 +129,7 @@ def memory_plan(spec: NetSpec, # or a MobileSpec
                 aux_size: str = "medium", compute: Compute|None = None, seed: int = 0
                )->list: # of StepMemory
     "The memory each stage of a search needs when it starts, which is when it needs most."
-    net, g, out = supernet(spec, aux_size, seed=seed, engine=make(compute)), torch.Generator().manual_seed(seed), []
+    net, g, out = SuperNet(spec, aux_size, seed=seed, engine=make(compute)), torch.Generator().manual_seed(seed), []
     keep = cfg.stage_keep if len(cfg.stage_keep) == stages else (cfg.stage_keep[0],) * stages
     todo = plan(spec, stages)
     for i, (name, end, head) in enumerate(todo):

@@ -8,29 +8,31 @@ import hashlib, json, os, platform, signal, subprocess, threading, time, warning
 from pathlib import Path
 import torch
 from .. import __version__
-from ..net import architecture as arch_files
-from ..net import derive
-from ..net import mobile_derive
-from ..net.architecture import Discovered, counts, fitted, random_architecture
+from ..net import files as arch_files
+from ..net.derive import derive, inherited
+from ..net.architecture import Architecture
+from ..net.discrete import DerivedNet
+from ..net.count import counts
+from ..net.sample import fitted, random_architecture
 from ..fast.compiled import kernels_in_use
 from ..fast.engine import make
 from ..base.options import LONG, Config, InputError, from_dict, to_dict
 from ..base.data import Augment, Loader, Splits, halves, load_data, root, train_and_val
 from ..base.events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
-from ..space.mobile import KERNELS, MobileSpec
-from ..net.mobile_architecture import random_mobile
+from ..space.space import Space
+from ..space.spaces import SPACES, space_of
+from ..net.sample import random_architecture
 from ..search.prune import SLACK
 from ..search.loop import Search
-from ..space.darts import NetSpec
 from ..base.files import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links, write_json
 from ..search.train import Trainer
 
 # %% auto #0
-__all__ = ['BITS', 'SPACES', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder',
-           'read_events', 'Signals', 'Clock', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer',
-           'read_record', 'read_config', 'first_bad', 'size_kind', 'sizes_of', 'search', 'train', 'bare_search',
-           'supernet_weights', 'retrain', 'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
+__all__ = ['BITS', 'device_of', 'environment', 'new_folder', 'run_name', 'begun', 'free_name', 'mark', 'Recorder', 'read_events',
+           'Signals', 'Clock', 'Saver', 'Progress', 'net_spec', 'make_search', 'make_trainer', 'read_record',
+           'read_config', 'first_bad', 'size_kind', 'sizes_of', 'search', 'train', 'bare_search', 'supernet_weights',
+           'retrain', 'load_run', 'write_report', 'is_training', 'run_row', 'list_runs']
 
 # %% ../../nbs/runs/run.ipynb #f6c1f8e9
 def device_of(cfg: Config)->torch.device:
@@ -181,13 +183,9 @@ class Progress:
         elif e.type in ("done", "result"): self.bar.update(self.task, completed=self.bar.tasks[0].total)
 
 # %% ../../nbs/runs/run.ipynb #4bc614d5
-# of each space: the super-net as data; the module with its `derive` and `inherited`; networks drawn at random
-SPACES = {"darts": (NetSpec, derive, random_architecture), "mobilenet": (MobileSpec, mobile_derive, random_mobile)}
-
-def net_spec(cfg: Config, splits: Splits)->NetSpec|MobileSpec:
+def net_spec(cfg: Config, splits: Splits)->Space:
     "The super-net that fits the data."
-    if cfg.space.kind == "mobilenet": return MobileSpec(cfg.space.cells, cfg.space.width, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem)
-    return NetSpec(cfg.space.channels, cfg.space.cells, splits.num_classes, splits.size, splits.in_channels, cfg.space.stem, cfg.space.constraint, cfg.rules.partial)
+    return space_of(cfg, splits.num_classes, splits.size, splits.in_channels)
 
 def make_search(cfg: Config,
                 splits: Splits|None = None # None: load them
@@ -200,7 +198,7 @@ def make_search(cfg: Config,
     loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data)) for k, s in parts.items()}
     return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, make(cfg.compute), rules=cfg.rules)
 
-def make_trainer(cfg: Config, arch: Discovered, splits: Splits, init_state: dict|None = None)->Trainer:
+def make_trainer(cfg: Config, arch: Architecture, splits: Splits, init_state: dict|None = None)->Trainer:
     "A retraining as a configuration describes it, not begun."
     if (arch.classes, arch.size, arch.in_channels) != (splits.num_classes, splits.size, splits.in_channels):
         raise InputError(f"the architecture is for {arch.classes} classes of {arch.size}-pixel images with {arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and {splits.in_channels}: choose other data, or set data.size={arch.size}")
@@ -294,7 +292,7 @@ def _run(loop, out: Path, recorder: Recorder, clock: Clock, heard: tuple, listen
 def _finish(cfg, out, loop, splits, clock)->dict:
     content = read_bytes(out / "events.jsonl", 1 << 32)
     done, target = json.loads(content.splitlines()[-1]), round(cfg.search.target_m * 1e6)
-    arch = SPACES[cfg.space.kind][1].derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
+    arch = derive(loop.net, run_name(cfg), {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": splits.label, "commit": environment(loop.device)["commit"]})
     if cfg.rules.fit and cfg.rules.keep == 1: arch = fitted(arch, target)
     arch_files.save(arch, out, overwrite=True)
     size = counts(arch)
@@ -356,7 +354,7 @@ def search(cfg: Config|None, # None: resume with the folder's own
         return _finish(cfg, out, loop, splits, clock)
 
 # %% ../../nbs/runs/run.ipynb #81dea95f
-def train(cfg: Config, arch: Discovered,
+def train(cfg: Config, arch: Architecture,
           out: str|Path, # folder of this training
           splits: Splits|None = None, init_state: dict|None = None,
           resume: bool = False, quiet: bool = True, listeners: tuple = ()
@@ -387,13 +385,13 @@ def bare_search(run: str|Path,
     cfg, saved = read_config(run), state or Checkpoints(Path(run) / "checkpoint").load()
     if saved is None: raise InputError(f"{run} has no checkpoint: there is nothing to look at yet")
     one = type("NoData", (), {"__len__": lambda self: 1})()
-    loop = Search(SPACES[cfg.space.kind][0](**saved["spec"]), {"train": one, "arch": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, engine=make(cfg.compute), rules=cfg.rules)
+    loop = Search(SPACES[cfg.space.kind](**saved["spec"]), {"train": one, "arch": one, "val": one}, cfg.search, cfg.space.aux_size, cfg.seed, engine=make(cfg.compute), rules=cfg.rules)
     loop.load_state_dict(saved)
     return loop
 
-def supernet_weights(run: str|Path, arch: Discovered)->dict:
+def supernet_weights(run: str|Path, arch: Architecture)->dict:
     "The searched super-net's weights for its derived network, from the run's checkpoint."
-    return SPACES[arch.space][1].inherited(bare_search(run).net, arch)
+    return inherited(bare_search(run).net, arch)
 
 def retrain(run: str|Path, # a finished run folder
             cfg: Config|None = None, # None: the run's own
@@ -454,8 +452,8 @@ def _page(name, data)->str:
     if data["arch"]:
         size = counts(data["arch"])
         tables["Derived network"] = [{"cell": c["index"], "reduction": c["reduction"], "width": c["widths"][0] if "widths" in c else c["width"], "operations": c["ops"], "convolutions": c["convs"], "parameters": c["params"]} for c in size["cells"]]
-        if data["arch"].space == "darts": figures |= {"Derived cells": plots.cells(data["arch"]), "What is left, by cell and type": plots.distribution(data["arch"])}
-        else: tables["Derived blocks"] = [{"layer": c["index"], **{f"{k}x{k}": next((f"{mid} filters" for kernel, mid, _ in c["blocks"] if kernel == k), "") for k in KERNELS}, **{f"{g}s left": None if v is None else f"{v:.1%}" for g, v in c["retention"].items() if g != "conv"}} for c in size["cells"]]
+        if data["arch"].spec.kind == "darts": figures |= {"Derived cells": plots.cells(data["arch"]), "What is left, by cell and type": plots.distribution(data["arch"])}
+        else: tables["Derived blocks"] = [{"layer": c["index"], **{f"{k}x{k}": next((f"{op.widths[1]} filters" for op in data["arch"].cells[c["index"]].ops if op.op.endswith(f"{k}x{k}")), "") for k in (3, 5, 7)}, **{f"{g}s left": None if v is None else f"{v:.1%}" for g, v in c["retention"].items() if g != "conv"}} for c in size["cells"]]
     done = {k: t["result"] for k, t in data["trainings"].items() if t["result"]}
     if done:
         tables["Retraining (test accuracy, percent; the test images were read once, at the end)"] = [

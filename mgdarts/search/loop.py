@@ -20,7 +20,7 @@ from .unroll import unrolled
 from .regrow import regrow, update_momentum
 from ..net.engine import Engine
 from ..net.supernet import SuperNet
-from ..net.mobile import supernet
+from ..net.supernet import SuperNet
 
 # %% auto #0
 __all__ = ['GROWTH', 'SURVIVORS', 'plan', 'groups', 'make_optimizer', 'make_adam', 'turns', 'StagedSearch', 'SavedSearch',
@@ -140,7 +140,7 @@ class StagedSearch:
             self.spec = replace(self.whole, cells=self.stages[stage][1] + 1)
             rules = replace(rules, zero=rules.zero and stage < 2)
         if self.settled: self.spec, rules = replace(self.spec, partial=1), replace(rules, partial=1, superpose="none", edge_norm=False)
-        self.net = supernet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.engine, rules).to(self.device)
+        self.net = SuperNet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.engine, rules).to(self.device)
         if rules.init == "normal": self.net.start_normal()
         self.mom = torch.zeros_like(self.net.alpha)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from ..net.discretise import strongest
 from ..net.size import Masked, NetCount
-from ..net.cell import carry, carry_columns
+from ..net.stored import carry, carry_columns
 from ..net.supernet import SuperNet
 
 # %% auto #0

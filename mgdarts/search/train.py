@@ -8,8 +8,11 @@ import hashlib, json, math
 from dataclasses import asdict
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
+from ..net.discrete import DerivedNet
 from ..base.options import InputError, Train
-from ..net.architecture import Discovered, counts, fingerprint
+from ..net.architecture import Architecture
+from ..net.count import counts
+from ..net.files import fingerprint
 from ..net.engine import Engine
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
 
@@ -47,7 +50,7 @@ def _to_cpu(tree):
 
 class Trainer:
     "Retrains an architecture. Events: `epoch`, `result` and, on demand, `step`, all of stage `train`."
-    def __init__(self, arch: Discovered,
+    def __init__(self, arch: Architecture,
                  loaders: dict, # train: `len` and `batch(epoch, step)`; test and, unless the images of validation are trained on, val: `eval()`
                  cfg: Train,
                  seed: int = 0, # of weights and drop path; loaders have their own
@@ -63,7 +66,7 @@ class Trainer:
         if len(loaders["train"]) < 1: raise InputError("retraining needs at least one step an epoch: give more training images or smaller batches")
         self.arch, self.loaders, self.cfg, self.seed, self.device = arch, loaders, cfg, seed, torch.device(device)
         self.events, self.check_every = events or Emitter(), check_every
-        self.net = arch.build(cfg.aux_weight > 0, seed, engine)
+        self.net = DerivedNet(arch, cfg.aux_weight > 0, seed, engine)
         if init_state is not None: self._start_from(init_state)
         self.net.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(self.net.parameters(), learning_rate(cfg, 0), cfg.momentum, weight_decay=cfg.weight_decay)
@@ -137,7 +140,7 @@ class Trainer:
         "Read the test split, once."
         nets = [self.net]
         if 0 <= self.best["epoch"] < self.cfg.epochs - 1:
-            best = self.arch.build(self.cfg.aux_weight > 0, self.seed, self.net.engine)
+            best = DerivedNet(self.arch, self.cfg.aux_weight > 0, self.seed, self.net.engine)
             best.load_state_dict(self.best["net"])
             nets.append(best.to(self.device, memory_format=torch.channels_last))
         tests = evaluate(nets, self.loaders["test"].eval(), self.device)

@@ -9,16 +9,18 @@ from functools import cached_property
 from .cell import CellSpec
 from .found import MAX_WIDTH
 from .graph import Graph, dense_graph
-from .operation import DARTS_OPS
-from .space import Space, add_space, count_supernet
+from .operation import DARTS_OPS, OPERATIONS
+from .space import Space, count_supernet
 
 # %% auto #0
-__all__ = ['DARTS_GRAPH', 'chain', 'stem_sizes', 'NetSpec']
+__all__ = ['DARTS_GRAPH', 'OPS', 'SKIP', 'SEP3', 'SEP5', 'DIL3', 'DIL5', 'AVG', 'MAX', 'INPUTS', 'NODES', 'STATES', 'EDGES',
+           'NODE_EDGES', 'KERNEL', 'chain', 'stem_sizes', 'NetSpec', 'is_sep', 'is_dil', 'is_conv', 'stage_ends',
+           'Gate', 'Segment', 'AUX', 'GRANULARITIES', 'HeadSpec', 'CellSpec', 'count_supernet']
 
-# %% ../../nbs/space/darts.ipynb #a39e7cd2
+# %% ../../nbs/space/darts.ipynb #4f93ac34
 DARTS_GRAPH = dense_graph(2, 4)
 
-# %% ../../nbs/space/darts.ipynb #baed5abe
+# %% ../../nbs/space/darts.ipynb #20a21767
 def chain(spec: Space, width: int, # filters of the first cell
           side: int, # of the map that the stem hands on, pixels
           after_reduction: bool # whether the first map of the stem is twice as large
@@ -34,7 +36,7 @@ def chain(spec: Space, width: int, # filters of the first cell
         maps, after_reduction = [*maps[1:], out[-1].out], halved
     return tuple(out)
 
-# %% ../../nbs/space/darts.ipynb #a0eb90c3
+# %% ../../nbs/space/darts.ipynb #217fcecc
 def stem_sizes(channels: int, in_channels: int, size: int, kind: str # cifar or imagenet
               )->tuple: # (parameters, MACs)
     "Count the stem of DARTS: one 3x3 convolution to 3 C channels, or three that halve the map; batch norm after each."
@@ -46,7 +48,6 @@ def stem_sizes(channels: int, in_channels: int, size: int, kind: str # cifar or 
     return params, macs
 
 # %% ../../nbs/space/darts.ipynb #72c30eb8
-@add_space
 @dataclass(frozen=True)
 class NetSpec(Space):
     "The DARTS-like space at a certain size. Everything that can be said about its nets follows from this."
@@ -73,7 +74,26 @@ class NetSpec(Space):
     def cell(self)->tuple:
         small = self.stem_kind == "cifar"
         return chain(self, self.channels, self.size if small else -(-self.size // 8), not small)
+    @classmethod
+    def of_config(cls, cfg, classes, size, in_channels=3):
+        ops = tuple(name for name in OPERATIONS if name in {*cls.ops, *cfg.rules.ops}) # whatever is asked for beside those of the space
+        return cls(cfg.space.channels, cfg.space.cells, classes, size, in_channels, cfg.space.stem, cfg.space.constraint, cfg.rules.partial, ops)
     def head_ranges(self): return (("channels", self.channels, 2, MAX_WIDTH),)
     def make_stem(self, generator):
         from mgdarts.space.layers import Stem # PyTorch is loaded only when something is built
         return Stem(self, generator)
+
+# %% ../../nbs/space/darts.ipynb #87266446
+# transitional names
+from .cell import Gate, Segment
+from .space import AUX, GRANULARITIES, HeadSpec
+OPS = DARTS_OPS
+SKIP, SEP3, SEP5, DIL3, DIL5, AVG, MAX = range(7)
+INPUTS, NODES, STATES = 2, 4, 6
+EDGES, NODE_EDGES = DARTS_GRAPH.edges, DARTS_GRAPH.into
+KERNEL = {SEP3: 3, SEP5: 5, DIL3: 3, DIL5: 5}
+def is_sep(op: int)->bool: return op in (SEP3, SEP5)
+def is_dil(op: int)->bool: return op in (DIL3, DIL5)
+def is_conv(op: int)->bool: return op in KERNEL
+def stage_ends(cells): return cells // 3 - 1, 2 * cells // 3 - 1, cells - 1
+_all_ = ["Gate", "Segment", "AUX", "GRANULARITIES", "HeadSpec", "CellSpec", "count_supernet"]

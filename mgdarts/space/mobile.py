@@ -11,7 +11,7 @@ from .cell import CellSpec
 from .found import ArchCell, MAX_WIDTH, Op, whole
 from .graph import Graph
 from .operation import BatchNorm, Kernel, OPERATIONS, Operation
-from .space import Space, add_space, count_supernet
+from .space import Space, count_supernet
 
 # %% auto #0
 __all__ = ['EXPANSION', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'LayerSpec', 'MobileSpec']
@@ -55,7 +55,7 @@ class Block(Operation):
             y = y * F.hardsigmoid(parts.conv("excite", s, bias="excite_bias"))
         return parts.norm("out", parts.conv("proj", y))
 
-# %% ../../nbs/space/mobile.ipynb #b64b8162
+# %% ../../nbs/space/mobile.ipynb #c01d9008
 BLOCKS = {f"irb_{k}x{k}": k for k in (3, 5, 7)} # the three operations of a layer, by name
 OPERATIONS.update({name: Block(name, k) for name, k in BLOCKS.items()})
 
@@ -88,10 +88,9 @@ class LayerSpec(CellSpec):
         return places, at
     def preprocessing(self): return iter(())
 
-# %% ../../nbs/space/mobile.ipynb #8aa29612
+# %% ../../nbs/space/mobile.ipynb #35a9d666
 GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"), (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
 
-@add_space
 @dataclass(frozen=True)
 class MobileSpec(Space):
     "The MobileNet-like space at a certain size. It answers the same questions as a `NetSpec`."
@@ -150,6 +149,8 @@ class MobileSpec(Space):
                 cin, side = out[-1].width, after
         return tuple(out)
 
+    @classmethod
+    def of_config(cls, cfg, classes, size, in_channels=3): return cls(cfg.space.cells, cfg.space.width, classes, size, in_channels, cfg.space.stem)
     def head_ranges(self):
         if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not .05 <= self.width <= 16: raise InputError(f"architecture: width is {str(self.width)[:40]!r}, which is not a number from 0.05 to 16")
         return ()

@@ -8,10 +8,12 @@ import html, json
 from dataclasses import dataclass
 from pathlib import Path
 import plotly.graph_objects as go
-from ..net import architecture as arch_files
+from ..net import files as arch_files
 from . import plots
 from ..runs import run as runs
-from ..net.architecture import ArchCell, Architecture, Discovered, count, counts
+from ..space.found import ArchCell
+from ..net.architecture import Architecture
+from ..net.count import count, counts
 from ..base.options import InputError
 from .plots import GREY, OP_STYLES, RUN_COLOURS, RUN_SYMBOLS, Look
 from ..space.darts import *
@@ -27,13 +29,13 @@ class Entry:
     name: str
     path: Path
     events: list # of the search; empty for an architecture without a run
-    arch: Discovered|None # None: a search that is not finished
+    arch: Architecture|None # None: a search that is not finished
     row: dict # as `runs.list_runs` gives them, as far as it is known
 
     @property
     def drawn(self)->Architecture|None:
         "The architecture, if it has cells to lay on top of each other: those of the DARTS-like space."
-        return self.arch if self.arch and self.arch.space == "darts" else None
+        return self.arch if self.arch and self.arch.spec.kind == "darts" else None
 
 def entries(paths: list # run folders, architectures
            )->list: # of Entry

@@ -176,7 +176,7 @@ def memory_estimate(view: View, ops: Tensor, alive: list # [cells, 14, 7] bool, 
     lean = compiled(net.alpha) and not net.engine.compute.amp # depthwise results are not kept
     for c, (cell, unit) in enumerate(zip(net.cells, alive)):
         spec = cell.spec
-        n = [int(unit[spec.state_unit(s):spec.state_unit(s) + spec.width].sum()) for s in range(STATES)]
+        n = [int(unit[spec.state(s)[0]:spec.state(s)[0] + spec.width].sum()) for s in range(STATES)]
         inside = sum(n[EDGES[e][0]] * (1 if is_conv(o) or not spec.reduces(e, o) else 2) for e, o in ops[c].nonzero().tolist() if not (lean and is_conv(o))) + sum(n[INPUTS:])
         gated = unit[spec.mid_unit(0, 0):]
         seps = unit[spec.mid_unit(0, 0):spec.mid_unit(len(EDGES), 0)]

@@ -12,7 +12,9 @@ from plotly.offline import get_plotlyjs, get_plotlyjs_version
 from plotly.subplots import make_subplots
 from ..base.options import InputError
 from ..space.darts import *
-from ..net.architecture import ArchCell, Architecture, count, counts
+from ..space.found import ArchCell
+from ..net.architecture import Architecture
+from ..net.count import count, counts
 from ..base.files import write_whole
 
 # %% auto #0

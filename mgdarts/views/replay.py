@@ -10,7 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 import torch
 from . import plots
-from ..net.architecture import ArchCell, Op
+from ..space.found import ArchCell, Op
 from ..base.options import InputError
 from ..runs.frames import BINS, KINDS, Frame, read_frames
 from .plots import GRANULARITY_COLOURS, GREY, OP_STYLES, RING, RUN_COLOURS, Look
