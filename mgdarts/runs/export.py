@@ -10,6 +10,7 @@ import torch
 from torch import nn, Tensor
 from ..net import files as arch_files
 from ..net.architecture import Architecture
+from ..net.discrete import DerivedNet
 from ..net.count import counts
 from ..base.options import InputError
 from ..base.files import Checkpoints, pickled, read_json, write_whole
