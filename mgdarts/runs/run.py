@@ -13,8 +13,10 @@ from ..net import derive
 from ..net import mobile_derive
 from ..net.architecture import Discovered, counts, fitted, random_architecture
 from ..fast.compiled import kernels_in_use
-from ..base.options import LONG, Config, InputError, from_dict, to_dict
-from ..base.data import Augment, Loader, Splits, halves, load_data, root, train_and_val
+from ..base.options import LONG, Config, InputError, from_dict, root, to_dict
+from ..base.augment import Augment
+from ..base.batches import Loader
+from ..base.data import Splits, halves, load_data, train_and_val
 from ..base.events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
 from ..space.mobile import KERNELS, MobileSpec

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..fast.compiled import compiled
 from ..base.options import InputError
 from ..space.darts import *
-from ..base.data import train_batch
+from ..base.batches import train_batch
 from ..base.events import evaluate
 from ..runs.frames import REPLAY_FILE, FrameRecorder
 from ..search.loss import live_thresholds
