@@ -1,12 +1,18 @@
 "Data: sources, splits, augmentation, batches. Fake datasets are made in a temporary folder."
-import gzip, hashlib, os, pickle, shutil, subprocess, sys
+import gzip, hashlib, os, pickle, shutil
 from pathlib import Path
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
-import mgdarts.base.data as D
-from mgdarts.base.options import Data, InputError
-from mgdarts.base.data import (Augment, Files, Loader, apportion, autoaugment, channel_stats, crop_box, crop_flip, cutout, decode, epoch_order, eval_batches, fit,
-                          hold_out, load_data, normalise, open_source, read_idx, resize, root, stream, subset, train_and_val, train_batch)
+from mgdarts.base import folders, sources
+from mgdarts.base.augment import Augment, autoaugment, crop_flip, cutout, normalise
+from mgdarts.base.batches import Loader, epoch_order, eval_batches, train_batch
+from mgdarts.base.data import apportion, channel_stats, hold_out, load_data, subset, train_and_val
+from mgdarts.base.folders import Source
+from mgdarts.base.images import Files, crop_box, decode, fit, resize
+from mgdarts.base.options import Data, InputError, preset, root
+from mgdarts.base.randomness import stream
+from mgdarts.base.sources import DATASETS, Dataset, open_source, read_idx
+from mgdarts.runs import run as runs
 
 def picture(key, c=3, h=12, w=12):
     "A smooth random image, the same for the same key."
@@ -32,12 +38,12 @@ def ids(split): return {x.numpy().tobytes() for x in split.images}
 
 def numbered(monkeypatch, per_class=(40, 30, 20), test=(8, 6, 4)):
     "A source whose images carry their own number."
-    def source(_):
+    def source(folder, cfg):
         def make(sizes, first):
             labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
             return (torch.arange(len(labels)) + first).to(torch.uint8)[:, None, None, None].expand(-1, 1, 4, 4).contiguous(), labels
-        return D.Source(*make(per_class, 0), *make(test, 150), [str(c) for c in range(len(per_class))], 4)
-    monkeypatch.setitem(D.SOURCES, "numbered", source)
+        return Source(*make(per_class, 0), *make(test, 150), [str(c) for c in range(len(per_class))], 4)
+    monkeypatch.setitem(DATASETS, "numbered", Dataset("numbered", source))
 
 def test_splits_are_disjoint_and_stratified(monkeypatch):
     numbered(monkeypatch)
@@ -79,6 +85,41 @@ def test_bad_subsets(setting, match): refused(match, Data(**setting))
 
 # ---- sources
 
+OUTSIDE = """
+import numpy as np
+from mgdarts.base.folders import Source
+from mgdarts.base.sources import Dataset, register
+
+def stripes(folder, cfg):
+    "Bright lines across or along, in two colours."
+    def make(n, rng):
+        y = np.arange(n) % 2
+        x = rng.integers(0, 80, (n, 3, 8, 8), dtype=np.uint8)
+        for i, k in enumerate(rng.integers(0, 8, n)): (x[i, 1, k, :] if y[i] else x[i, 1, :, k])[:] = 250
+        return x, y
+    return Source(*make(200, np.random.default_rng(0)), *make(60, np.random.default_rng(1)), ["along", "across"], origin="made")
+
+register(Dataset("stripes", stripes, "lines across or along", classes=2, size=8))
+"""
+
+def test_a_dataset_from_outside(tmp_path, monkeypatch):
+    "Twenty lines in somebody else's file, and its name is searched on, retrained and recorded."
+    monkeypatch.setattr(sources, "DATASETS", dict(DATASETS))
+    refused("unknown dataset 'stripes'", Data(name="stripes"))
+    assert len(OUTSIDE.strip().splitlines()) <= 20
+    exec(OUTSIDE, {})
+    few = {"data.subset": 1.0, "search.warmup": 0, "search.max_epochs": 2, "search.prune_every": 1, "train.epochs": 3, "train.batch": 16}
+    result = runs.search(preset("smoke", **{"data.name": "stripes", **few}), tmp_path / "run")
+    record, trained = runs.read_record(tmp_path / "run"), runs.retrain(tmp_path / "run")
+    assert result["run"] and (record["dataset"], record["data_source"]) == ("stripes", "made") and record["images"]["test"] == 60
+    assert trained["test_acc_final"] > 90  # colour and direction are plain to see
+    refused("did you mean 'stripes'.*known: .*, stripes", Data(name="stripe"))
+
+@pytest.mark.parametrize("images,labels,match", [(np.zeros((4, 8, 8)), [0, 1, 0, 1], "uint8"), (np.zeros((4, 8, 8), np.uint8), [0, 1, 0], "one for each image"),
+    (np.zeros((4, 8, 8), np.uint8), [0, 1, 2, 1], "from 0 to 1"), (np.zeros((0, 8, 8), np.uint8), [], "one or more"), (np.zeros((4, 8), np.uint8), [0, 1, 0, 1], "uint8")])
+def test_arrays_that_are_no_dataset(images, labels, match):
+    with pytest.raises(InputError, match=match): Source(images, labels, images, labels, ["a", "b"])
+
 def test_digits_and_statistics():
     d = load_data(Data(), 0)
     assert (d.num_classes, d.in_channels, d.size, d.label) == (10, 1, 8, "digits") and len(d.train) + len(d.val) + len(d.test) == 1797
@@ -118,7 +159,7 @@ def as_folder(base, key, splits, monkeypatch):
             (base / key / n / "xy"[y]).mkdir(parents=True, exist_ok=True)
             write(image, base / key / n / "xy"[y] / f"{i:03}.png")
             lines.append(f"{n}/{'xy'[y]}/{hashlib.sha256(image.permute(1, 2, 0).numpy().tobytes()).hexdigest()}")
-    monkeypatch.setitem(D.DIGESTS, key, hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest())
+    monkeypatch.setitem(sources.DIGESTS, key, hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest())
     return base / key
 
 def pairs(images, labels): return sorted((x.numpy().tobytes(), int(y)) for x, y in zip(images, labels))
@@ -152,7 +193,7 @@ def test_an_exact_folder_is_verified_once_and_again_when_a_file_changes(tmp_path
     folder, cfg = as_folder(tmp_path, "cifar10", splits, monkeypatch), Data(name="cifar10", dir=str(tmp_path))
     first, cache = load_data(cfg, 0), folder / ".mgdarts-cache-exact.safetensors"
     with monkeypatch.context() as m:
-        m.setattr(D, "decode", lambda *a, **k: pytest.fail("decoded again"))
+        m.setattr(sources, "decode", lambda *a, **k: pytest.fail("decoded again"))
         assert load_data(cfg, 0).fingerprint == first.fingerprint and cache.is_file()
     file = next((folder / "train" / "x").iterdir())
     file.rename(file.with_name("renamed.png")) # the same images under other names
@@ -187,18 +228,26 @@ def test_a_decoded_folder_notices_a_replaced_file_of_the_same_size(tmp_path):
     assert seen == [(200, [True, False]), (200, [False, True])]
 
 @pytest.mark.parametrize("name,classes,mean", [("cifar10", 10, (.49139968, .48215841, .44653091)), ("cifar100", 100, (.50707516, .48654887, .44091784))])
-def test_the_published_images(name, classes, mean, tmp_path):
-    "With every pixel: the digest holds, and the means are those that everybody normalises by."
-    base, unpack = Path(__file__).parents[1] / "data", Path(os.environ.get("MGDARTS_SHARED", Path(__file__).parents[2] / "shared")) / "data/unpack-cifar.py"
-    if not (base / name / "train").is_dir():
-        if not unpack.is_file(): pytest.skip(f"neither {base / name}/train nor {unpack} is there")
-        subprocess.run([sys.executable, str(unpack), name, str(base := tmp_path)], check=True, capture_output=True)
-    s = open_source(Data(name=name, dir=str(base)))
-    assert s.origin in ("image folder, digest verified", "archive, md5 verified") and len(s.classes) == classes and s.classes == sorted(s.classes)
+def test_the_published_images(name, classes, mean):
+    "With every pixel: the digest holds, and the means are those that everybody normalises by. From the unpacked set, else from lossless sheets of its images."
+    base, sheets = Path(__file__).parents[1] / "data", Path(os.environ.get("MGDARTS_SHARED", Path(__file__).parents[2] / "shared")) / f"data/{name}-sheets"
+    if (base / name / "train").is_dir(): s = open_source(Data(name=name, dir=str(base)))
+    elif not sheets.is_dir(): pytest.skip(f"neither {base / name}/train nor {sheets} is there")
+    else: s = from_sheets(sheets, {"train": 50_000 // classes, "test": 10_000 // classes})
+    assert s.origin in ("image folder, digest verified", "archive, md5 verified", "sheets") and len(s.classes) == classes and s.classes == sorted(s.classes)
     assert s.train.shape == (50_000, 3, 32, 32) and s.test.shape == (10_000, 3, 32, 32) and s.train_labels.bincount().tolist() == [50_000 // classes] * classes
     assert torch.allclose(channel_stats(s.train)[0].double(), torch.tensor(mean, dtype=torch.float64), atol=1e-7)
     lines = [f"{n}/{s.classes[y]}/{hashlib.sha256(x.permute(1, 2, 0).contiguous().numpy()).hexdigest()}" for n in ("train", "test") for x, y in zip(getattr(s, n), getattr(s, f"{n}_labels").tolist())]
-    assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == D.DIGESTS[name]
+    assert hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest() == sources.DIGESTS[name]
+
+def from_sheets(folder, count):
+    "A picture a class, in which the images stand row by row, split by split."
+    parts, names = [], sorted(p.stem for p in (folder / "train").iterdir())
+    for n, k in count.items():
+        tiles = [np.asarray(Image.open(folder / n / f"{c}.webp").convert("RGB")) for c in names]
+        tiles = [a.reshape(a.shape[0] // 32, 32, -1, 32, 3).swapaxes(1, 2).reshape(-1, 32, 32, 3)[:k] for a in tiles]
+        parts += sources.by_checksum(np.concatenate(tiles), np.arange(len(names)).repeat(k))[:2]
+    return Source(*parts, names, origin="sheets")
 
 def write_fashion(folder, n=(40, 20), labels=None):
     folder.mkdir(parents=True)
@@ -211,13 +260,13 @@ def write_fashion(folder, n=(40, 20), labels=None):
 
 @pytest.mark.parametrize("place", ["fashion-mnist", "FashionMNIST/raw", "debian"])
 def test_fashion_mnist_is_found(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "DEBIAN_FASHION", tmp_path / "debian")
+    monkeypatch.setattr(sources, "DEBIAN_FASHION", tmp_path / "debian")
     write_fashion(tmp_path / place)
     s = open_source(Data(name="fashion-mnist", dir=str(tmp_path)))
     assert s.train.shape == (40, 1, 28, 28) and s.test.shape == (20, 1, 28, 28) and s.train_labels.tolist() == [i % 10 for i in range(40)] and s.size == 28
 
 def test_fashion_mnist_damaged_or_absent(tmp_path, monkeypatch):
-    monkeypatch.setattr(D, "DEBIAN_FASHION", tmp_path / "debian")
+    monkeypatch.setattr(sources, "DEBIAN_FASHION", tmp_path / "debian")
     monkeypatch.setattr(torchvision.datasets.FashionMNIST, "mirrors", ["file:///nowhere/at/all/"])
     cfg = Data(name="fashion-mnist", dir=str(tmp_path))
     refused("no Fashion-MNIST.*train-images-idx3-ubyte.gz.*dataset-fashion-mnist", cfg)
@@ -255,7 +304,7 @@ def test_folder_cache(tmp_path, monkeypatch):
     cache = folder / ".mgdarts-cache-own.safetensors"
     assert cache.is_file() and sorted(p.name for p in folder.iterdir()) == [cache.name, "test", "train"]
     with monkeypatch.context() as m:
-        m.setattr(D, "_decode_all", lambda *a, **k: pytest.fail("decoded again"))
+        m.setattr(folders, "decode_all", lambda *a, **k: pytest.fail("decoded again"))
         assert load_data(cfg, 0).fingerprint == first.fingerprint
     cache.write_bytes(cache.read_bytes()[:-5]) # cut off: made again
     assert load_data(cfg, 0).fingerprint == first.fingerprint
@@ -270,7 +319,7 @@ def test_damaged_images_are_skipped_when_asked(tmp_path, monkeypatch):
     for f in bad: f.write_text("hello")
     refused("000.png is not a readable image.*skip_damaged", Data(**cfg))
     for limit in (1 << 30, 100): # decoded at once, and on disk
-        monkeypatch.setattr(D, "IN_MEMORY", limit)
+        monkeypatch.setattr(folders, "IN_MEMORY", limit)
         d = load_data(Data(**cfg, skip_damaged=True), 0)
         assert d.skipped == [str(f) for f in bad] and len(d.train) + len(d.val) == 11 and len(d.test) == 5 and d.fingerprint != whole.fingerprint
         assert sum(len(x) for s in (d.train, d.val, d.test) for x, _ in eval_batches(s)) == 16
@@ -355,7 +404,7 @@ def test_imagenet_layout(tmp_path):
 
 def test_large_folder_stays_on_disk(tmp_path, monkeypatch):
     image_folder(tmp_path)
-    monkeypatch.setattr(D, "IN_MEMORY", 100)
+    monkeypatch.setattr(folders, "IN_MEMORY", 100)
     d = load_data(Data(name="toy", dir=str(tmp_path), val_fraction=.34), 0)
     assert isinstance(d.test.images, Files) and d.fingerprint == load_data(Data(name="toy", dir=str(tmp_path), val_fraction=.34), 0).fingerprint
     (tmp_path / "toy" / "test" / "cat" / "001.png").write_text("spoiled later")
@@ -433,7 +482,7 @@ def test_training_on_the_images_of_validation_too(tmp_path, monkeypatch):
     image_folder(tmp_path, "toy", 20, 5)
     cfg = Data(name="toy", dir=str(tmp_path), subset=30, val_fraction=.2)
     for limit in (2 << 30, 100): # decoded at once, and on disk
-        monkeypatch.setattr(D, "IN_MEMORY", limit)
+        monkeypatch.setattr(folders, "IN_MEMORY", limit)
         d = load_data(cfg, 0)
         every = train_and_val(d)
         content = lambda *splits: sorted((x.numpy().tobytes(), int(y)) for s in splits for x, y in zip(s.images[torch.arange(len(s))], s.labels))

@@ -225,7 +225,7 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
 
 
 def test_presets_search_and_retrain_as_the_paper_does():
-    from mgdarts.base.data import Augment
+    from mgdarts.base.augment import Augment
     for name in ("imagenet", "mobilenet"):
         cfg = preset(name)
         assert Augment.of(cfg.data).at(224) == Augment(28, True, 112, True, "imagenet") and not cfg.train.autoaugment and not cfg.train.cutout

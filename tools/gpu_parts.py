@@ -29,7 +29,8 @@ from mgdarts.runs import run as runs
 from mgdarts.net.count import count
 from mgdarts.net.sample import random_architecture
 from mgdarts.base.options import Compute, InputError, Search as Settings, preset
-from mgdarts.base.data import Split, Splits, channel_stats, stream
+from mgdarts.base.data import Split, Splits, channel_stats
+from mgdarts.base.randomness import stream
 from mgdarts.search.loop import make_optimizer, plan
 from mgdarts.space.darts import NetSpec
 from mgdarts.net.supernet import SuperNet

@@ -8,7 +8,15 @@ import math
 from dataclasses import dataclass, field
 
 # %% auto #0
-__all__ = ['Event', 'plain', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'Stopped', 'evaluate']
+__all__ = ['plain', 'Event', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'Stopped', 'evaluate']
+
+# %% ../../nbs/base/events.ipynb #c19b9384
+def plain(value):
+    "Numbers, lists and dictionaries that JSON knows; a number that is not finite becomes None."
+    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
+    if hasattr(value, "tolist"): return plain(value.tolist()) # tensors and arrays
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../../nbs/base/events.ipynb #b5b67fee
 @dataclass
@@ -23,16 +31,11 @@ class Event:
 
     def to_dict(self)->dict: # JSON-ready
         "One flat dictionary: the fixed fields, `loss` where there is one, and `data`."
-        fixed = {"type": self.type, "step": self.step, "epoch": self.epoch, "stage": self.stage} | ({} if self.loss is None else {"loss": self.loss})
-        if clash := set(self.data) & {*fixed, "loss"}: raise ValueError(f"event data must not repeat the field {min(clash)!r}")
+        fixed = {"type": self.type, "step": self.step, "epoch": self.epoch, "stage": self.stage}
+        if self.loss is not None: fixed["loss"] = self.loss
+        if clash := set(self.data) & {*fixed, "loss"}:
+            raise ValueError(f"event data must not repeat the field {min(clash)!r}")
         return plain(fixed | self.data)
-
-def plain(value):
-    "Numbers, lists and dictionaries that JSON knows; a number that is not finite becomes None."
-    if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)): return [plain(v) for v in value]
-    if hasattr(value, "tolist"): return plain(value.tolist()) # tensors and arrays
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 # %% ../../nbs/base/events.ipynb #3d464f7e
 class Emitter:
@@ -58,13 +61,15 @@ class Emitter:
 
 # %% ../../nbs/base/events.ipynb #8620a8f3
 class NonFiniteLoss(RuntimeError):
-    "Something became NaN or infinite in this step of this epoch, or, where it is not said what, at or shortly before it."
+    "Something became NaN or infinite in this step, or, where it is not said what, at or shortly before it."
     def __init__(self, epoch: int, step: int, # 0-based epoch, and step within it
                  what: str = "" # the first tensor that went bad
                 ):
-        super().__init__(f"{what or 'the loss'} is not finite in epoch {epoch}, {'' if what else 'at or before '}step {step}: lower the learning rate, or start again from the last checkpoint")
+        super().__init__(f"{what or 'the loss'} is not finite in epoch {epoch}, {'' if what else 'at or before '}step "
+                         f"{step}: lower the learning rate, or start again from the last checkpoint")
         self.epoch, self.step, self.what = epoch, step, what
 
+# %% ../../nbs/base/events.ipynb #f832ca89
 class RunFailed(RuntimeError):
     "A run ended early; the message says why and what to do, in one line."
     code = 1 # exit code of the command line
@@ -82,7 +87,7 @@ def evaluate(nets: list, # modules that give logits, or (logits, more); in evalu
              device = "cpu" # or a torch.device
             )->list: # of (accuracy in percent, mean cross-entropy); NaN when there is no batch
     "Accuracy and loss of several nets as they are."
-    import torch, torch.nn.functional as F # only here: the command line knows this chapter, and answers before PyTorch is loaded
+    import torch, torch.nn.functional as F # not above: the command line answers before PyTorch is loaded
     for net in nets: net.eval()
     sums, n = torch.zeros(len(nets), 2, dtype=torch.float64, device=device), 0
     with torch.no_grad():

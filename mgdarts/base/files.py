@@ -12,7 +12,8 @@ from .options import InputError
 
 # %% auto #0
 __all__ = ['SCHEMA', 'STATE', 'STATE_VERSION', 'write_whole', 'read_bytes', 'parse_json', 'digest', 'write_json', 'read_json',
-           'pickled', 'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'Lines', 'refuse_links', 'lock']
+           'tensors_in', 'pickled', 'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'Lines', 'refuse_links',
+           'lock']
 
 # %% ../../nbs/base/files.ipynb #05fee06c
 def write_whole(path: Path, content: bytes):
@@ -22,7 +23,9 @@ def write_whole(path: Path, content: bytes):
     try:
         try:
             with open(tmp, "wb") as f:
-                f.write(content); f.flush(); os.fsync(f.fileno())
+                f.write(content)
+                f.flush()
+                os.fsync(f.fileno())
             os.replace(tmp, path)
         finally: tmp.unlink(missing_ok=True)
         if os.name == "posix": # elsewhere folders cannot be opened
@@ -31,13 +34,15 @@ def write_whole(path: Path, content: bytes):
             finally: os.close(folder)
     except OSError as e: raise OSError(e.errno, e.strerror, str(path)) from None # the system does not say which file
 
+# %% ../../nbs/base/files.ipynb #30615fc9
 def read_bytes(path: Path, limit: int = 1 << 26 # bytes
               )->bytes:
     "Content of a regular file that is not too large for what it should be. `InputError` when there is none."
     path = Path(path)
     try:
         if not path.is_file(): raise InputError(f"there is no file {path}")
-        if path.stat().st_size > limit: raise InputError(f"{path} is larger than {limit >> 20} MiB, too large for what it should be")
+        if path.stat().st_size > limit:
+            raise InputError(f"{path} is larger than {limit >> 20} MiB, too large for what it should be")
         return path.read_bytes()
     except OSError as e: raise InputError(f"cannot read {path}: {e.strerror}") from None
     except InputError: raise # itself a ValueError
@@ -57,16 +62,20 @@ def parse_json(content: bytes, path: Path # for messages
     if not isinstance(value, dict): raise InputError(f"{path} is not a JSON object, or it is damaged")
     return value
 
+# %% ../../nbs/base/files.ipynb #b094224b
 def digest(value: dict # plain JSON
           )->str:
     "A checksum over everything in a JSON object but its own checksum, however it is written down."
-    return hashlib.sha256(json.dumps({k: v for k, v in value.items() if k != "sha256"}, sort_keys=True, allow_nan=False).encode()).hexdigest()
+    rest = {k: v for k, v in value.items() if k != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 def write_json(path: Path, value: dict):
     "A JSON file with schema and checksum, whole or not at all. `ValueError` on numbers that are not finite."
     value = {"schema": SCHEMA, **value}
-    write_whole(path, (json.dumps(value | {"sha256": digest(json.loads(json.dumps(value)))}, indent=1, allow_nan=False) + "\n").encode())
+    value["sha256"] = digest(json.loads(json.dumps(value)))
+    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
+# %% ../../nbs/base/files.ipynb #5a2aaed4
 def read_json(path: Path, what: str # for messages: "a result"
              )->dict: # without schema and checksum
     "The inverse. `InputError` when it is missing, damaged, changed, or of another schema."
@@ -74,13 +83,16 @@ def read_json(path: Path, what: str # for messages: "a result"
     if not path.exists(): raise InputError(f"{path} is missing: {path.parent} is not {what}")
     value = parse_json(read_bytes(path), path)
     schema, sum = value.pop("schema", None), value.pop("sha256", None)
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1: raise InputError(f"{path} has no schema: it is not {what}, or of a version before the first")
-    if schema > SCHEMA: raise InputError(f"{path} has schema {schema}, and this program knows {SCHEMA}: use a later mgdarts")
-    if sum != digest({"schema": schema, **value}): raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit")
+    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
+        raise InputError(f"{path} has no schema: it is not {what}, or of a version before the first")
+    if schema > SCHEMA:
+        raise InputError(f"{path} has schema {schema}, and this program knows {SCHEMA}: use a later mgdarts")
+    if sum != digest({"schema": schema, **value}):
+        raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit")
     return value
 
 # %% ../../nbs/base/files.ipynb #5dd387e2
-def _tensors(value):
+def tensors_in(value):
     "All tensors in nested lists and dictionaries, shared parts once."
     todo, seen = [value], set()
     while todo:
@@ -90,18 +102,22 @@ def _tensors(value):
             seen.add(id(v))
             todo += v.values() if isinstance(v, dict) else v
 
+# %% ../../nbs/base/files.ipynb #ade52003
 def pickled(value)->bytes:
     "Tensors and plain data in PyTorch's format."
     torch.save(value, buffer := io.BytesIO())
     return buffer.getvalue()
 
+# %% ../../nbs/base/files.ipynb #3cffddce
 def unpickle(content: bytes # PyTorch's zip format
             ):
     "Tensors and plain data, nothing else, and no larger than they are in the file. `ValueError` if it holds more."
     with zipfile.ZipFile(io.BytesIO(content)) as z: inside = z.infolist()
-    if any(i.compress_type != zipfile.ZIP_STORED for i in inside) or sum(i.file_size for i in inside) > len(content): raise ValueError("packed")
+    if any(i.compress_type != zipfile.ZIP_STORED for i in inside) or sum(i.file_size for i in inside) > len(content):
+        raise ValueError("packed")
     value = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
-    if sum(t.numel() * t.element_size() for t in _tensors(value)) > len(content): raise ValueError("larger than its file")
+    if sum(t.numel() * t.element_size() for t in tensors_in(value)) > len(content):
+        raise ValueError("larger than its file")
     return value
 
 # %% ../../nbs/base/files.ipynb #d4c224af
@@ -113,22 +129,28 @@ def pack_state(state: dict)->bytes:
     body = pickled(state)
     return b"%s %d %s\n" % (STATE, STATE_VERSION, hashlib.sha256(body).hexdigest().encode()) + body
 
+# %% ../../nbs/base/files.ipynb #ead218b2
 def unpack_state(content: bytes)->dict:
     "The inverse. `ValueError` when it is damaged, `InputError` when it is of a later version."
     head, _, body = content[:200].partition(b"\n")
     fields = head.split(b" ")
     if len(fields) != 3 or fields[0] != STATE or not fields[1].isdigit(): raise ValueError("no state")
-    if int(fields[1]) > STATE_VERSION: raise InputError(f"this state is of version {int(fields[1])}, and this program knows version {STATE_VERSION}: use a later mgdarts")
+    if (version := int(fields[1])) > STATE_VERSION:
+        raise InputError(f"this state is of version {version}, and this program knows version {STATE_VERSION}: "
+                         "use a later mgdarts")
     body = content[len(head) + 1:]
     if hashlib.sha256(body).hexdigest().encode() != fields[2]: raise ValueError("checksum")
     state = unpickle(body)
     if not isinstance(state, dict): raise ValueError("no state")
     return state
 
+# %% ../../nbs/base/files.ipynb #7dc0f07a
 class Checkpoints:
     "The last two states of a loop, in a folder."
     def __init__(self, folder: Path): self.folder = Path(folder)
-    def files(self)->list: return sorted(p for p in self.folder.glob("state-*.pt") if p.stem[6:].isdigit() and p.is_file() and not p.is_symlink())
+    def files(self)->list: # oldest first
+        found = self.folder.glob("state-*.pt")
+        return sorted(p for p in found if p.stem[6:].isdigit() and p.is_file() and not p.is_symlink())
     def save(self, state: dict):
         self.folder.mkdir(parents=True, exist_ok=True)
         old = self.files()
@@ -170,16 +192,22 @@ def refuse_links(folder: Path):
     "`InputError` if anything in a folder is neither a file nor a folder of its own."
     for path, names, files in os.walk(folder):
         for name in names + files:
-            mode = os.lstat(os.path.join(path, name)).st_mode
-            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)): raise InputError(f"{os.path.join(path, name)} is a link or a device: a run's files must be its own, put the file itself there")
+            here = os.path.join(path, name)
+            if stat.S_IFMT(os.lstat(here).st_mode) not in (stat.S_IFREG, stat.S_IFDIR):
+                raise InputError(f"{here} is a link or a device: a run's files must be its own, "
+                                 "put the file itself there")
 
+# %% ../../nbs/base/files.ipynb #afd6de0f
 @contextmanager
 def lock(folder: Path):
-    "Work in a folder that no other process works in meanwhile. `InputError` if one does, or if the folder has links in it."
+    "Work in a folder that no other process works in meanwhile. `InputError` if one does, or if it has links in it."
     refuse_links(folder)
     try: import fcntl
-    except ImportError: yield; return # not on this system
+    except ImportError: # not on this system
+        yield
+        return
     with open(Path(folder) / ".lock", "a") as f:
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise InputError(f"another process is working on {folder}: wait for it, or choose another --out") from None
+        except OSError:
+            raise InputError(f"another process is working on {folder}: wait for it, or choose another --out") from None
         yield

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import csv
 from ..base.options import InputError
-from ..base.data import root
+from ..base.options import root
 
 # %% auto #0
 __all__ = ['table', 'figures', 'claims', 'systems', 'slips']

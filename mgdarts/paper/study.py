@@ -14,7 +14,7 @@ from ..net.architecture import Architecture
 from ..net.count import counts
 from .arms import Arm, Job, job, run_arms
 from ..base.options import LONG, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve
-from ..base.data import root
+from ..base.options import root
 from ..net.genotype import import_genotype
 from ..base.events import RunFailed
 from ..runs.memory import memory_plan

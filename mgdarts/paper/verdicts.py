@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 from . import data as paper
-from ..base.data import root
+from ..base.options import root
 from ..base.files import read_json
 
 # %% auto #0

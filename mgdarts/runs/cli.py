@@ -375,7 +375,7 @@ def reproduce_command(what: Annotated[str, typer.Argument(metavar="TARGET", help
         settings = ", ".join(f"{k}={v}" for k, v in _settings(sets).items())
         study = r.Study(names[0], preset, seeds, dataset, data_dir, device, arms, jobs=jobs, settings=settings) # what is wrong is better known before
         if dataset or data_dir:
-            from mgdarts.base.data import open_source
+            from mgdarts.base.sources import open_source
             open_source(study.base.data)
         out = out.absolute() if out else None
         given = {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir and str(Path(data_dir).absolute()), "device": device, "settings": settings, "arms": arms, "jobs": jobs, "out": str(out or "")}

@@ -14,7 +14,7 @@ from ..fast.compiled import compiled
 from ..fast.engine import make
 from ..base.options import InputError
 from ..space.darts import *
-from ..base.data import train_batch
+from ..base.batches import train_batch
 from ..base.events import evaluate
 from ..runs.frames import REPLAY_FILE, FrameRecorder
 from ..search.loss import live_thresholds

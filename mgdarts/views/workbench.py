@@ -403,7 +403,7 @@ class Workbench:
         if self._images is None:
             loader = self.stepper.search.loaders["val"]
             if not hasattr(loader, "split"): # the run is only looked at
-                from mgdarts.base.data import Loader
+                from mgdarts.base.batches import Loader
                 loader = Loader(load_data(self.config.data, self.config.seed, torch.device("cpu")), "val")
             self._images = [(x.cpu(), y.cpu()) for x, y in some_images(loader)]
         return self._images
