@@ -14,7 +14,8 @@ from mgdarts.fast import kernels
 from mgdarts.net import layers as operations
 from mgdarts.runs import run as runs
 from mgdarts.net import supernet
-from mgdarts.base.options import Compute, InputError, Rules, preset
+from mgdarts.base.options import Compute, InputError, Rules
+from mgdarts.methods.registry import preset
 from mgdarts.base.data import load_data
 from mgdarts.net.derive import derive, inherited
 from mgdarts.methods.registry import METHODS

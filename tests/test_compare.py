@@ -10,7 +10,8 @@ from mgdarts.views import compare
 from mgdarts.runs import run as runs
 from mgdarts.net.architecture import counts, random_architecture
 from mgdarts.runs.cli import main
-from mgdarts.base.options import InputError, preset
+from mgdarts.base.options import InputError
+from mgdarts.methods.registry import preset
 from mgdarts.space.darts import NetSpec, OPS
 
 

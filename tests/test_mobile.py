@@ -12,7 +12,8 @@ from mgdarts.runs import export
 from mgdarts.runs import run as runs
 from mgdarts.net.architecture import counts
 from mgdarts.runs.cli import main
-from mgdarts.base.options import Compute, InputError, Search as Settings, preset
+from mgdarts.base.options import Compute, InputError, Search as Settings
+from mgdarts.methods.registry import preset
 from mgdarts.search.loss import regulariser
 from mgdarts.space.mobile import Branch, MobileSpec
 from mgdarts.net.mobile_architecture import MobileArchitecture, random_mobile, weaknas

@@ -17,7 +17,8 @@ from mgdarts.fast import kernels
 from mgdarts.net import layers as operations
 from mgdarts.net import supernet
 from mgdarts.net.architecture import ArchCell, Architecture, Op
-from mgdarts.base.options import Compute, preset
+from mgdarts.base.options import Compute
+from mgdarts.methods.registry import preset
 from mgdarts.search.loss import live_thresholds, size_loss, threshold_loss
 from mgdarts.net.layers import AuxHead
 from mgdarts.search.loop import groups

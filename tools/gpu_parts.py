@@ -26,7 +26,8 @@ from mgdarts.runs import memory
 from mgdarts.runs import run as runs
 from mgdarts.net import supernet
 from mgdarts.net.architecture import count, random_architecture
-from mgdarts.base.options import Compute, InputError, Search as Settings, preset
+from mgdarts.base.options import Compute, InputError, Search as Settings
+from mgdarts.methods.registry import preset
 from mgdarts.base.data import Split, Splits, channel_stats, stream
 from mgdarts.search.loop import make_optimizer, plan
 from mgdarts.space.darts import NetSpec

@@ -4,45 +4,19 @@
 
 # %% ../../nbs/net/supernet.ipynb #b3336365
 from __future__ import annotations
-from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from torch.utils.checkpoint import checkpoint
-from ..base.options import Compute, Rules
+from ..base.options import SHAPES, STRENGTHS, Compute, Rules, refuse_unhandled
 from ..space.darts import *
-from .discretise import discretise, strongest
-from .relax import HARD, MEANS, RELAXATIONS, edge_shares
+from .relax import Mixture
 from ..fast.kernels import images_abreast, native, widen_both
 from .layers import Classifier, Stem, AuxHead
 from .size import Masked, NetCount, Size, count_cell, layout
 from .cell import Cell, carry_columns, remap
 
 # %% auto #0
-__all__ = ['superposed', 'Mixture', 'SuperNet']
-
-# %% ../../nbs/net/supernet.ipynb #cdcdb94f
-def superposed(w: Tensor, # [cells, 14, 7] weights of the operations
-               live: Tensor # the same, bool
-              )->tuple: # ([cells, 98] weights of what is stored, [cells, 98] shares of the larger kernels)
-    "Weights of superposed operations: the larger of a pair stands for both."
-    out, share = list(w.unbind(-1)), torch.ones_like(w)
-    share = list(share.unbind(-1))
-    for small, large in ((SEP3, SEP5), (DIL3, DIL5)):
-        both, there = w[..., small] + w[..., large], live[..., large]
-        share[large] = torch.where(there, w[..., large] / both.clamp(min=1e-12), 1.)
-        out[large], out[small] = torch.where(there, both, 0.), torch.where(there, 0., w[..., small])
-    return torch.stack(out, -1).flatten(1), torch.stack(share, -1).flatten(1)
-
-# %% ../../nbs/net/supernet.ipynb #bc75faac
-@dataclass
-class Mixture:
-    "Weights of everything that is mixed, with a row for each cell. None: nothing of the kind."
-    alpha: Tensor # [cells, 98] operations
-    edges: Tensor|None # [cells, 14] edges, where channels go round the operations
-    widths: Tensor|None # [cells, 14, 7, n] widths of superposed filters
-    inner: Tensor|None # [cells, 98] shares of the larger of two superposed kernels
-    chosen: Tensor|None # [cells, 14, 7] bool on the CPU: what is computed, where paths are drawn
-    def of(self, c: int)->tuple: return tuple(v if v is None else v[c] for v in (self.alpha, self.edges, self.widths, self.inner, self.chosen))
+__all__ = ['SuperNet']
 
 # %% ../../nbs/net/supernet.ipynb #3a797fc5
 class SuperNet(nn.Module):
@@ -61,9 +35,12 @@ class SuperNet(nn.Module):
         super().__init__()
         self.compute, self.rules = compute or Compute(), rules or Rules()
         self.spec, self.aux_size, self.granularities, self.seed = spec, aux_size, tuple(granularities), seed
-        shape, rules = (spec.cells, len(spec.edges), len(spec.ops)), self.rules
-        for name, there, size in (("zero", rules.zero, shape[:2]), ("edge", rules.edge_norm, shape[:2]), ("widths", rules.superpose == "kernels+filters", shape + (self.WIDTHS,))):
-            if there: setattr(self, name, nn.Parameter(torch.zeros(size)))
+        refuse_unhandled(self.rules)
+        strengths, shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
+        self.strength, self.shapes, self.parts = strengths[0], shapes, strengths + shapes
+        shape, brought = (spec.cells, len(spec.edges), len(spec.ops)), {k: v for p in self.parts for k, v in p.brings(spec).items()}
+        for name, size in brought.items(): setattr(self, name, nn.Parameter(torch.zeros(size)))
+        self.strong = ("alpha", *brought) # names of the parameters that have a strength
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether scores are in force, drop-out on skips
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout = None, 1., False, False, 0.
         self.alpha = nn.Parameter(torch.zeros(shape))
@@ -90,9 +67,7 @@ class SuperNet(nn.Module):
             spec = self.spec.cell[c]
             ops = self.allowed()
             self.op_live[c] = ops.to(device)
-            if self.rules.superpose != "none": # what is a part of a larger kernel is not stored
-                ops = ops.clone()
-                for small, large in ((SEP3, SEP5), (DIL3, DIL5)): ops[:, small] &= ~ops[:, large]
+            ops = self.shapes[0].stored(ops, self.spec)
             alive = self.CELL.INDEX(spec).alive(ops, torch.ones(spec.sizes["gates"], dtype=torch.bool), *self._inputs(c))
             self.add(ops, alive)
         width, last = int(self._out(end).sum()), end == self.spec.cells - 1
@@ -120,7 +95,7 @@ class SuperNet(nn.Module):
         "Give what cells of a kind share the sum of its gradients, in each of them."
         if self.spec.constraint == 3: return
         kinds = self.kinds
-        for p in (self.alpha, self.t_alpha, *(getattr(self, n) for n in ("zero", "edge", "widths") if hasattr(self, n))):
+        for p in (self.t_alpha, *(getattr(self, n) for n in self.strong)):
             if p.grad is not None: p.grad = torch.zeros_like(p.grad).index_add_(0, kinds, p.grad)[kinds]
 
     def _top(self, width: int, g: torch.Generator)->nn.Module: return Classifier(width, self.spec.classes, g)
@@ -131,42 +106,16 @@ class SuperNet(nn.Module):
         return self.cells[c].index.out(self.cells[c].layout.alive)
     def _inputs(self, c: int)->tuple: return self._out(c - 2), self._out(c - 1)
 
-    @torch.no_grad()
-    def start_normal(self):
-        "Alpha, and what else has a strength, as DARTS and PC-DARTS start: 1e-3 times normal noise, alike in cells of a kind."
-        for i, name in enumerate(n for n in ("alpha", "zero", "edge", "widths") if hasattr(self, n)):
-            p = getattr(self, name)
-            p.copy_((1e-3 * torch.randn(p.shape, generator=self._generator(6, *(i,) * (i > 0))))[self.spec.kinds])
-
-    def _by(self, relaxation, noise):
-        n = len(self.cells)
-        live = self.op_live[:n]
-        if relaxation == "sigmoid": return torch.sigmoid(self.alpha[:n]) * live
-        a, live = self.alpha[self.first_of_kind], live[self.first_of_kind] # one draw for all cells of a kind
-        if self.rules.zero: a, live = torch.cat([a, self.zero[self.first_of_kind][..., None]], -1), torch.cat([live, torch.ones_like(live[..., :1])], -1)
-        return RELAXATIONS[relaxation](a, live, noise, self.tau)[..., :self.alpha.shape[-1]][self.kind]
-    def relaxed(self)->Tensor: # [cells, 14, 7]
-        "How strong the operations of the cells that exist are, by the rules' relaxation."
-        return self._by(self.rules.relaxation, self.noise if self.training else None)
-    def edges(self)->Tensor|None: # [cells, 14]
+    def edges(self)->Tensor|None: # [cells, edges]
         "Weights of the edges; None where only channels that go round would need them, and there are none."
-        n = len(self.cells)
-        if self.rules.edge_norm: return edge_shares(self.edge[self.first_of_kind], [slice(NODE_EDGES[j][0], NODE_EDGES[j][-1] + 1) for j in range(INPUTS, STATES)])[self.kind]
-        return self.alpha.new_ones(n, len(EDGES)) if self.rules.partial > 1 else None
+        return next((w for p in self.parts if (w := p.edges(self)) is not None), None)
     @torch.no_grad()
-    def importance(self)->Tensor: # [all cells, 14, 7]
+    def importance(self)->Tensor: # [all cells, edges, operations]
         "How strong operations are for those who look on or decide: what they are on average, of cells that do not exist yet sigma(alpha)."
-        out = torch.sigmoid(self.alpha.detach())
-        if self.cells and self.rules.relaxation != "sigmoid": out[:len(self.cells)] = self._by(MEANS.get(self.rules.relaxation, self.rules.relaxation), None)
-        return out
-
-    def strengths(self)->Tensor: # [cells, 98]
-        "M_alpha(sigma(alpha)) of the cells that exist (Eq. 1), or what the rules have in its place."
-        n = len(self.cells)
-        if not (self.discretising and "operation" in self.granularities): return self.relaxed().view(n, -1)
-        g, live = torch.sigmoid(self.alpha[:n]).flatten(), self.op_live[:n].flatten()
-        keep = strongest(g, self.node_n.repeat(n), live)
-        return discretise(g, self.t_alpha[:n].flatten(), torch.ones_like(live, dtype=torch.long), live, keep).view(n, -1)
+        return self.strength.importance(self)
+    def strengths(self)->Tensor: # [cells, edges * operations]
+        "M_alpha(sigma(alpha)) of the cells that exist (Eq. 1), or what the method has in its place."
+        return self.strength.masked(self).flatten(1)
 
     def thresholds(self, c: int)->tuple: # gate thresholds [2 + 98 + 1] and weight thresholds [98], None where all is on
         "The thresholds of one cell, as its `gates` and `weights` take them."
@@ -177,12 +126,12 @@ class SuperNet(nn.Module):
     def mixture(self, paths: bool = False # whether only what is drawn is computed
                )->Mixture:
         "Everything that weighs operations, edges, widths and kernels in one forward pass."
-        alpha, edges, inner, widths = self.strengths(), self.edges(), None, None
-        grid = (len(alpha), len(self.spec.edges), len(self.spec.ops))
-        if edges is not None: alpha = (alpha.view(grid) * edges[..., None]).flatten(1)
-        if hasattr(self, "widths"): widths = RELAXATIONS[self.rules.relaxation](self.widths[self.first_of_kind], torch.ones_like(self.widths[:1], dtype=torch.bool), self.noise if self.training else None, self.tau)[self.kind]
-        if self.rules.superpose != "none": alpha, inner = superposed(alpha.view(grid), self.op_live[:len(alpha)])
-        return Mixture(alpha, edges, widths, inner, (alpha.detach() > 0).view(grid).cpu() if paths else None)
+        grid = (len(self.cells), len(self.spec.edges), len(self.spec.ops))
+        m = Mixture(self.strengths(), self.edges())
+        if m.edges is not None: m.alpha = (m.alpha.view(grid) * m.edges[..., None]).flatten(1)
+        for p in self.shapes: m = p.mix(self, m)
+        if paths: m.chosen = (m.alpha.detach() > 0).view(grid).cpu()
+        return m
 
     def forward(self, x: Tensor, also: list|None = None # gets the logits of the auxiliary head of the whole net, where there is one
                )->Tensor:
@@ -191,7 +140,7 @@ class SuperNet(nn.Module):
 
     def _forward(self, x, also=None):
         how, x, n = self.compute, x.contiguous(memory_format=torch.channels_last), len(x)
-        plain, paths = how.impl == "reference", self.rules.relaxation in HARD and (self.paths or not self.training)
+        plain, paths = how.impl == "reference", self.strength.hard and (self.paths or not self.training)
         b = 1 if plain or paths or how.compile or native(x) else images_abreast(n, self.spec.channels // self.rules.partial)
         x0, x1 = self.stem(x)
         if plain: x0, x1 = x0.contiguous(), x1.contiguous() # plain NCHW maps

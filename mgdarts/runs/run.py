@@ -20,6 +20,7 @@ from .frames import REPLAY_FILE, FrameRecorder
 from ..space.mobile import KERNELS, MobileSpec
 from ..net.mobile_architecture import random_mobile
 from ..search.prune import SLACK
+from ..methods.registry import parts_of
 from ..search.loop import Search
 from ..space.darts import NetSpec
 from ..base.files import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links, write_json
@@ -195,7 +196,7 @@ def make_search(cfg: Config,
     device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
     parts = {"train": splits} # two-level methods learn alpha from one half of the images, and the weights from the other
-    if cfg.search.optimisation in ("first-order", "second-order"): parts["arch"], parts["train"] = halves(splits, cfg.seed)
+    if "arch" in parts_of(cfg).schedule.images: parts["arch"], parts["train"] = halves(splits, cfg.seed)
     loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data)) for k, s in parts.items()}
     return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, cfg.compute, rules=cfg.rules)
 
@@ -253,7 +254,7 @@ def first_bad(loop, # a Search or Trainer that raised
     steps = len(loop.loaders["train"])
     while loop.epoch_step < steps:
         before, at = loop.state_dict(), (loop.epoch, loop.epoch_step)
-        try: loop._optimise(steps)
+        try: loop.optimise()
         except NonFiniteLoss: pass
         if not bool(loop.sums.isfinite().all()): return before, NonFiniteLoss(*at, "the loss")
         for what, of in (("the gradient of ", lambda p: p.grad), ("", lambda p: p)):
