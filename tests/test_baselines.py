@@ -7,12 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mgdarts.fast.engine import make
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
-from mgdarts.fast import compiled, kernels
-from mgdarts.fast import cell as fast_cell, engine as fast_engine, parts as fast_parts
+from mgdarts.net import cell
+from mgdarts.fast import compiled
+from mgdarts.fast import kernels
+from mgdarts.net import layers as operations
 from mgdarts.runs import run as runs
-from mgdarts.base.options import Compute, InputError, Rules, preset
+from mgdarts.net import supernet
+from mgdarts.base.options import Compute, InputError, Rules
+from mgdarts.methods.registry import preset
 from mgdarts.base.data import load_data
 from mgdarts.net.derive import derive, inherited
 from mgdarts.methods.registry import METHODS
@@ -29,7 +34,7 @@ def how(request, monkeypatch):
     "(implementation, number type, bound)"
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
     if request.param == "as on GPUs":
-        for module in (kernels, fast_parts, fast_cell, fast_engine): monkeypatch.setattr(module, "native", lambda x: True)
+        for module in (kernels, operations, cell, supernet, architecture): monkeypatch.setattr(module, "native", lambda x: True)
     return "reference" if request.param == "reference" else "fused", *((torch.float32, 1e-4) if request.param == "compiled" else (torch.float64, 1e-9))
 
 
@@ -62,7 +67,7 @@ class NaiveCell(nn.Module):
 
 def test_pools_against_a_plain_darts_net(how):
     impl, dtype, bound = how
-    net = SuperNet(NetSpec(4, 6, size=16), engine=fast_engine.make(Compute(impl=impl)), rules=Rules(ops=POOLS, **DARTS))
+    net = SuperNet(NetSpec(4, 6, size=16), engine=make(Compute(impl=impl)), rules=Rules(ops=POOLS, **DARTS))
     net.open(5, 2)
     net.alpha.data.normal_(generator=torch.Generator().manual_seed(0))
     net.to(dtype).train()
@@ -76,7 +81,7 @@ def test_pools_against_a_plain_darts_net(how):
     g = torch.Generator().manual_seed(1)
     for _ in range(3): # running statistics move
         x, y = torch.randn(8, 3, 16, 16, generator=g).to(dtype), torch.randint(10, (8,), generator=g)
-        ours, theirs = net(x), plain(x)
+        ours, theirs = net._forward(x), plain(x)
         close(ours, theirs)
         net.zero_grad(); naive.zero_grad(); alpha.grad = None
         F.cross_entropy(ours, y).backward(); F.cross_entropy(theirs, y).backward()
@@ -86,22 +91,22 @@ def test_pools_against_a_plain_darts_net(how):
         means, variances = (v.view(STATES - 1, 2, 4 * 2 ** one.spec.stage) for v in (one.pool_mean, one.pool_var))
         for e, (i, _) in enumerate(EDGES): # those of all edges from a state are the same
             for k in range(2): close(means[i, k], other.ops[e][k][1].running_mean); close(variances[i, k], other.ops[e][k][1].running_var)
-    close(net.eval()(x), (naive.eval(), stem.eval(), plain(x))[2])
+    close(net.eval()._forward(x), (naive.eval(), stem.eval(), plain(x))[2])
 
 
 @pytest.mark.parametrize("partial", (1, 4))
 def test_both_implementations_with_pool_norms(partial):
     nets = []
     for impl in ("reference", "fused"):
-        n = SuperNet(NetSpec(8, 6, size=10, constraint=1, partial=partial), engine=fast_engine.make(Compute(impl=impl, recompute="all")), rules=Rules(partial=partial, edge_norm=partial > 1, **DARTS))
+        n = SuperNet(NetSpec(8, 6, size=10, constraint=1, partial=partial), engine=make(Compute(impl=impl, recompute="all")), rules=Rules(partial=partial, edge_norm=partial > 1, **DARTS))
         n.open(5, 2)
         n.start_normal()
         nets.append(n.double().train())
     x, out = torch.randn(4, 3, 10, 10, dtype=torch.double, generator=torch.Generator().manual_seed(0)), []
     for n in nets:
-        y = n(x.clone())
+        y = n(x.clone()) if partial > 1 else n._forward(x.clone())
         y.square().sum().backward()
-        out.append([y, *(p.grad for p in n.parameters() if p.grad is not None), *(v for c in n.cells for v in c.statistics), n.eval()(x)])
+        out.append([y, *(p.grad for p in n.parameters() if p.grad is not None), *(v for c in n.cells for v in c.statistics), n.eval()._forward(x)])
     for a, b in zip(*out): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
     width = 8 // partial
     assert [len(c.pool_mean) for c in nets[0].cells] == [10 * width * 2 ** c.spec.stage for c in nets[0].cells] # of the channels that operations see
@@ -111,13 +116,13 @@ def test_both_implementations_with_pool_norms(partial):
 def test_drop_out_on_skips_is_that_of_both_implementations():
     out, x = [], torch.randn(8, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
     for impl in ("reference", "fused"):
-        n = SuperNet(NetSpec(4, 3, size=8, constraint=1), engine=fast_engine.make(Compute(impl=impl)), rules=Rules(**DARTS))
+        n = SuperNet(NetSpec(4, 3, size=8, constraint=1), engine=make(Compute(impl=impl)), rules=Rules(**DARTS))
         n.open(2, 2)
         n.double().train()
         n.skip_dropout, n.noise = .4, torch.Generator().manual_seed(1)
-        out.append(n(x))
+        out.append(n._forward(x))
         n.skip_dropout = 0.
-        assert not torch.allclose(out[-1], n(x))
+        assert not torch.allclose(out[-1], n._forward(x))
     torch.testing.assert_close(*out, rtol=1e-9, atol=1e-9)
 
 
@@ -144,7 +149,7 @@ def test_pool_statistics_where_paths_are_drawn():
 
 def test_pool_statistics_follow_every_layout():
     "Pruned, compacted, grown again: what stays keeps its statistics, what comes back has fresh ones; nothing that is 0 changes what a training step sees."
-    net, g = SuperNet(NetSpec(4, 3, size=8), rules=Rules(pool_norm=True), engine=fast_engine.make()), torch.Generator().manual_seed(0)
+    net, g = SuperNet(NetSpec(4, 3, size=8), rules=Rules(pool_norm=True)), torch.Generator().manual_seed(0)
     net.open(2, 2)
     net.double().train()
     for c in net.cells: c.pool_mean.normal_(generator=g); c.pool_var.uniform_(1, 2, generator=g)
@@ -164,7 +169,7 @@ def test_pool_statistics_follow_every_layout():
     for c, keep in zip(net.cells, gates): c.gates = lambda t, widths=None, c=c, keep=keep: torch.sigmoid(c.beta) * keep # everything is stored, and what is pruned is switched off
     net.op_live[:] = ops
     x = torch.randn(8, 3, 8, 8, dtype=torch.double, generator=g)
-    with torch.no_grad(): torch.testing.assert_close(small(x), net(x), rtol=1e-9, atol=1e-9)
+    with torch.no_grad(): torch.testing.assert_close(small._forward(x), net._forward(x), rtol=1e-9, atol=1e-9)
     grown = copy.deepcopy(small)
     kept = [set(c.pool_slots.tolist()) for c in grown.cells]
     for c in grown.cells: c.pool_mean.fill_(7.); c.pool_var.fill_(3.)
@@ -203,7 +208,7 @@ def test_a_net_without_pool_norms_is_saved_as_before():
 def test_preprocessing_after_a_reduction_is_one_of_all_channels(partial):
     "ReLU, two strided convolutions side by side, batch norm; then the first channels are for the operations, and the others go round them."
     spec = NetSpec(8, 6, size=8, constraint=1, partial=partial)
-    net = SuperNet(spec, rules=Rules(partial=partial, edge_norm=partial > 1, **{**DARTS, "pool_norm": False}))
+    net = SuperNet(spec, rules=Rules(partial=partial, edge_norm=partial > 1, **{**DARTS, "pool_norm": False}), engine=make(Compute(impl="reference")))
     net.open(5, 2)
     c = net.double().cells[3]
     assert c.spec.reduction_prev
@@ -221,7 +226,7 @@ def test_preprocessing_after_a_reduction_is_one_of_all_channels(partial):
     x1 = torch.randn(4, c.spec.inputs[1], 4, 4, dtype=torch.double)
     alpha, edges = torch.zeros(98, dtype=torch.double), torch.zeros(14, dtype=torch.double)
     alpha[0], edges[0] = 1., 1. # node 2 is its first edge's skip connection, and nothing else
-    y, means, _ = c(x, x1, alpha, None, None, edges=edges)
+    y, means, _ = c.reference(x, x1, alpha, None, None, edges=edges)
     torch.testing.assert_close(means[:C], mean) # batch norm channel by channel
     expected = whole if partial == 1 else whole.view(4, partial, C // partial, 4, 4).transpose(1, 2).reshape(4, C, 4, 4)
     torch.testing.assert_close(y[:, :C], expected)

@@ -19,7 +19,7 @@ import nbformat
 import pytest
 
 from mgdarts.runs import run as runs
-from mgdarts.base.options import preset
+from mgdarts.methods.registry import preset
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 try:

@@ -11,7 +11,8 @@ from mgdarts.runs import run as runs
 from mgdarts.net.count import counts
 from mgdarts.net.sample import random_architecture
 from mgdarts.runs.cli import main
-from mgdarts.base.options import InputError, preset
+from mgdarts.base.options import InputError
+from mgdarts.methods.registry import preset
 from mgdarts.space.darts import NetSpec, OPS
 
 

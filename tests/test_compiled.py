@@ -9,7 +9,7 @@ import torch
 from mgdarts.fast import compiled
 from mgdarts.fast import kernels
 from mgdarts.runs import run as runs
-from mgdarts.base.options import preset
+from mgdarts.methods.registry import preset
 
 build = compiled.library.__wrapped__
 TINY = " ".join(f'extern "C" void {name}() {{}}' for name in ("pairs", "pointwise", "norms"))

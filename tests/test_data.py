@@ -9,7 +9,8 @@ from mgdarts.base.batches import Loader, epoch_order, eval_batches, train_batch
 from mgdarts.base.data import apportion, channel_stats, hold_out, load_data, subset, train_and_val
 from mgdarts.base.folders import Source
 from mgdarts.base.images import Files, crop_box, decode, fit, resize
-from mgdarts.base.options import Data, InputError, preset, root
+from mgdarts.base.options import Data, InputError, root
+from mgdarts.methods.registry import preset
 from mgdarts.base.randomness import stream
 from mgdarts.base.sources import DATASETS, Dataset, open_source, read_idx
 from mgdarts.runs import run as runs

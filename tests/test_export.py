@@ -16,7 +16,8 @@ from mgdarts.runs import run as runs
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.sample import random_architecture
 from mgdarts.runs.cli import main
-from mgdarts.base.options import InputError, preset
+from mgdarts.base.options import InputError
+from mgdarts.methods.registry import preset
 from mgdarts.space.darts import NetSpec
 
 SPECS = {"cifar": (NetSpec(8, 6, size=16), 60_000), "odd sides, one channel": (NetSpec(6, 3, 7, 15, 1), 30_000), "imagenet": (NetSpec(8, 3, 5, 72), 50_000)}

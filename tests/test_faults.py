@@ -17,7 +17,8 @@ import torch
 from mgdarts.runs import faults
 from mgdarts.runs import run as runs
 from mgdarts.runs.cli import main
-from mgdarts.base.options import InputError, preset
+from mgdarts.base.options import InputError
+from mgdarts.methods.registry import preset
 from mgdarts.runs.faults import FAST, SETS
 from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_state, write_json
 

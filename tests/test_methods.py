@@ -9,7 +9,8 @@ from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.runs import cli
 from mgdarts.runs import run as runs
-from mgdarts.base.options import InputError, Rules, configure, preset
+from mgdarts.base.options import InputError, Rules, configure
+from mgdarts.methods.registry import preset
 from mgdarts.base.data import load_data
 from mgdarts.methods.registry import METHODS
 from mgdarts.net.relax import RELAXATIONS

@@ -13,7 +13,8 @@ from mgdarts.runs import export
 from mgdarts.runs import run as runs
 from mgdarts.net.count import counts
 from mgdarts.runs.cli import main
-from mgdarts.base.options import Compute, InputError, Search as Settings, preset
+from mgdarts.base.options import Compute, InputError, Search as Settings
+from mgdarts.methods.registry import preset
 from mgdarts.search.loss import regulariser
 from mgdarts.space.mobile import Branch, MobileSpec
 from mgdarts.net.architecture import Architecture
@@ -23,7 +24,8 @@ from mgdarts.net.supernet import SuperNet
 from mgdarts.fast.engine import make
 from mgdarts.fast.mobile import LayerPlan, fused
 from mgdarts.search.prune import candidates, choose, commit
-from mgdarts.search.loop import Search, plan
+from mgdarts.search.loop import Search
+from mgdarts.search.stages import plan
 from mgdarts.space.space import count_supernet
 
 # --- the table of the published network, block by block: kernel, in, inside, out, stride, squeezed, activation

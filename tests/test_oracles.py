@@ -10,20 +10,26 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
+from mgdarts.fast.engine import make
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
-from mgdarts.fast import compiled, kernels
-from mgdarts.fast import cell as fast_cell, engine as fast_engine, parts as fast_parts
+from mgdarts.net import cell
+from mgdarts.fast import compiled
+from mgdarts.fast import kernels
+from mgdarts.net import layers as operations
+from mgdarts.net import supernet
 from mgdarts.space.found import ArchCell, Op
 from mgdarts.net.architecture import Architecture
-from mgdarts.base.options import Compute, preset
-from mgdarts.search.loss import live_thresholds, size_loss, threshold_loss
+from mgdarts.base.options import Compute
+from mgdarts.methods.registry import preset
+from mgdarts.search.loss import live_thresholds, size_loss
+from mgdarts.net.discretise import threshold_loss
 from mgdarts.space.layers import AuxHead
-from mgdarts.search.loop import groups
+from mgdarts.search.step import groups
 from mgdarts.space.darts import OPS, NetSpec, is_sep
 from mgdarts.space.space import HeadSpec
 from mgdarts.net.supernet import SuperNet
-from mgdarts.search.unroll import unrolled
+from mgdarts.methods.unroll import unrolled
 
 ORACLES = Path(__file__).parent / "oracles"
 
@@ -48,8 +54,6 @@ class How:
     bound: float = 1e-9
     device: str = "cpu"
 
-    @property
-    def engine(self): return fast_engine.make(Compute(impl=self.impl))
     def here(self, *names, of):  # tensors of a file, where the net is
         return tuple(of[n].to(self.device) for n in names)
 
@@ -63,7 +67,7 @@ def how(request, monkeypatch):
     if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("there is no GPU here")
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
     if request.param == "as on GPUs":
-        for module in (kernels, fast_parts, fast_cell, fast_engine): monkeypatch.setattr(module, "native", lambda x: True)
+        for module in (kernels, operations, cell, supernet, architecture): monkeypatch.setattr(module, "native", lambda x: True)
     return HOW[request.param]
 
 
@@ -138,7 +142,7 @@ def whole_weights(net, read=None):
 def super_net(number, D, cfg, dtype):
     "A stage's sub-net with what is pruned gone, and everything of the file in it."
     spec, n = NetSpec(cfg["channels"], cfg["layers"], cfg["classes"], cfg["image"]), cfg["cells"]
-    net = SuperNet(spec)
+    net = SuperNet(spec, engine=make(Compute()))
     net.open(n - 1, number - 1)
     if cfg["head_channels"]:
         last = spec.cell[n - 1]
@@ -196,14 +200,14 @@ def gradients(net, D, seen):
 def test_super_net(number, how):
     D, meta = oracle(f"mgdarts_stage{number}", how.dtype)
     net, seen = super_net(number, D, meta["config"], how.dtype), Comparison(how.bound)
-    net.engine = how.engine
+    net.compute.impl = how.impl
     net.to(how.device).eval()
     x, y = how.here("x", "y", of=D)
-    with torch.no_grad(): logits = net(x)
+    with torch.no_grad(): logits = net._forward(x)
     seen.add("logits in evaluation", logits, D["out.eval.logits"])
     seen.add("cross-entropy in evaluation", F.cross_entropy(logits, y), D["out.eval.cross_entropy"])
     net.train()
-    logits = net(x)
+    logits = net._forward(x)
     loss = F.cross_entropy(logits, y)
     seen.add("logits", logits, D["out.train.logits"])
     seen.add("cross-entropy", loss, D["out.train.cross_entropy"])
@@ -264,7 +268,7 @@ def derived(D, meta):
 def test_derived_network(how):
     D, meta = oracle("mgdarts_retrain", how.dtype)
     net, weights, norms = derived(D, meta)
-    net.to(how.device, how.dtype).engine = how.engine
+    net.to(how.device, how.dtype).impl = how.impl
     seen, (x, y) = Comparison(how.bound), how.here("x", "y", of=D)
     with torch.no_grad():
         for key, p in weights.items(): p.copy_(D[key])
@@ -314,9 +318,10 @@ def baseline(method, D, meta, dtype, pool_norm):
     assert own.rules.partial == cfg["K"] and own.rules.pool_norm
     own.rules.pool_norm = pool_norm
     spec = NetSpec(cfg["channels"], cfg["layers"], cfg["classes"], cfg["image"], constraint=own.space.constraint, partial=own.rules.partial)
-    net = SuperNet(spec, granularities=own.search.granularities, rules=own.rules)
+    net = SuperNet(spec, granularities=own.search.granularities, engine=make(Compute()), rules=own.rules)
     net.open(cfg["layers"] - 1, 2)
     net.to(dtype).train()
+    net.forward = net._forward # which does not turn logits into 32-bit numbers
     with torch.no_grad():
         for name, value in weights_of(net, D).items(): net.get_parameter(name).copy_(value)
         for c, one in enumerate(spec.cell):
@@ -342,7 +347,7 @@ def strengths_of(net, found, meta):
 def test_two_level_methods(method, file, variant, how):
     D, meta = oracle(file, how.dtype)
     net, seen = baseline(method, D, meta, how.dtype, not variant), Comparison(how.bound)
-    net.to(how.device).engine = how.engine
+    net.to(how.device).compute.impl = how.impl
     train, valid = how.here("x_train", "y_train", of=D), how.here("x_valid", "y_valid", of=D)
     of, names = groups(net), {id(p): n for n, p in net.named_parameters()}
     weights, strengths = ([names[id(p)] for p in of[k]] for k in ("weights", "strengths"))
@@ -367,6 +372,6 @@ def test_a_wrong_number_is_found():
     D["cell3.edge05.sep_conv_5x5.dw1"] = D["cell3.edge05.sep_conv_5x5.dw1"].clone()
     D["cell3.edge05.sep_conv_5x5.dw1"][0, 0, 0, 0] += 1e-6
     net, seen = baseline("darts-v1", D, meta, how.dtype, True), Comparison(how.bound)
-    net.engine = how.engine
+    net.compute.impl = how.impl
     with torch.no_grad(): seen.add("logits", net(D["x_train"]), D["out.logits_train"])
     with pytest.raises(AssertionError, match="logits"): seen.check()

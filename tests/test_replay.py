@@ -10,7 +10,8 @@ from mgdarts.runs import frames
 from mgdarts.views import replay
 from mgdarts.runs import run as runs
 from mgdarts.runs.cli import main
-from mgdarts.base.options import InputError, preset
+from mgdarts.base.options import InputError
+from mgdarts.methods.registry import preset
 from mgdarts.runs.frames import BINS, KINDS, REPLAY_FILE, Frame, from_line, to_line
 from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, is_conv
 from mgdarts.space.space import GRANULARITIES

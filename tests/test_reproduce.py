@@ -103,7 +103,8 @@ def test_an_arm_trained_on_all_images_shares_the_search_and_has_no_validation(do
 
 
 def test_a_record_at_the_papers_scale_is_trained_on_all_images():
-    from mgdarts.base.options import preset, to_dict
+    from mgdarts.base.options import to_dict
+    from mgdarts.methods.registry import preset
     assert reproduce.scale_of(to_dict(preset("small"))) == "paper" and reproduce.scale_of(to_dict(preset("small", **{"train.images": "train"}))) == "scaled down"
 
 

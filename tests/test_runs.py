@@ -13,7 +13,8 @@ from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.runs import run as runs
 from mgdarts.runs.cli import main
-from mgdarts.base.options import InputError, preset
+from mgdarts.base.options import InputError
+from mgdarts.methods.registry import preset
 from mgdarts.space.darts import NetSpec
 from mgdarts.base.files import read_json, write_json
 

@@ -13,7 +13,8 @@ import torch
 
 from mgdarts.net import architecture
 from mgdarts.runs import run as runs
-from mgdarts.base.options import InputError, preset
+from mgdarts.base.options import InputError
+from mgdarts.methods.registry import preset
 from mgdarts.views.inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, pruned, some_images
 from mgdarts.runs.memory import step_memory
 from mgdarts.search.prune import commit

@@ -211,7 +211,7 @@ def main(argv: list):
         import gpu_jobs
 
         if args.what == "list":
-            from mgdarts.base.options import pairs
+            from mgdarts.methods.registry import pairs
             from mgdarts.paper.study import seeds_of
 
             found = gpu_jobs.listed(args.paths, seeds_of(args.seeds) if args.seeds else [], pairs(args.set), args.arms.split(",") if args.arms else [])

@@ -20,18 +20,20 @@ import torch
 import torch.nn.functional as F
 
 from mgdarts.net.discrete import DerivedNet
-from mgdarts.fast import cell as fast_cell
-from mgdarts.fast import engine, kernels, parts
-from mgdarts.fast.engine import make
+from mgdarts.net import cell
+from mgdarts.fast import kernels
 from mgdarts.search import loss
 from mgdarts.runs import memory
 from mgdarts.runs import run as runs
+from mgdarts.net import supernet
 from mgdarts.net.count import count
 from mgdarts.net.sample import random_architecture
-from mgdarts.base.options import Compute, InputError, Search as Settings, preset
+from mgdarts.base.options import Compute, InputError, Search as Settings
+from mgdarts.methods.registry import preset
 from mgdarts.base.data import Split, Splits, channel_stats
 from mgdarts.base.randomness import stream
-from mgdarts.search.loop import make_optimizer, plan
+from mgdarts.search.step import make_optimizer
+from mgdarts.search.stages import plan
 from mgdarts.space.darts import NetSpec
 from mgdarts.net.supernet import SuperNet
 
@@ -166,36 +168,24 @@ def losses(g: Ground):
 
 
 # 2: steps of the super-net
-def plain_stem(net):
-    "The maps of a net's stem in PyTorch's default layout; a function that ends it."
-    inner = engine.run
-
-    def run(m, *args):
-        out = inner(m, *args)
-        return engine.each(torch.Tensor.contiguous, out) if m is net.stem else out
-
-    engine.run = run
-    return lambda: setattr(engine, "run", inner)
-
-
 @contextlib.contextmanager
 def contiguous(net):
     "The fused path with maps in PyTorch's default layout (NCHW), instead of channels last."
     plain = lambda f: lambda x: f(x).contiguous()
-    seen, back = dict(kernels.SEEN), fast_cell.from_phases
+    seen, back = dict(kernels.SEEN), cell.from_phases
     kernels.SEEN.update({k: plain(f) for k, f in seen.items() if k != "map"})
-    fast_cell.from_phases = plain(back)
-    restore = plain_stem(net)
+    cell.from_phases = plain(back)
+    handle = net.stem.register_forward_hook(lambda _, __, out: tuple(o.contiguous() for o in out) if out[0] is not out[1] else (out[0].contiguous(),) * 2)
     try: yield
     finally:
         kernels.SEEN.update(seen)
-        fast_cell.from_phases = back
-        restore()
+        cell.from_phases = back
+        handle.remove()
 
 
 def whole_net(C: int, cells: int, live: float, size: int = 32, **how) -> SuperNet:  # how: of `Compute`
     "The last stage's net, everything in it that has not been pruned."
-    net = SuperNet(NetSpec(C, cells, 10, size), seed=0, engine=make(Compute(**how)))
+    net = SuperNet(NetSpec(C, cells, 10, size), seed=0, compute=Compute(**how))
     net.open(cells - 1, 2)
     net.discretising = True
     if live < 1: memory.prune_to(net, live, torch.Generator().manual_seed(0))
@@ -313,10 +303,10 @@ def planned(g: Ground):
 def native_plan(net, n: int) -> int:  # bytes
     real = kernels.native
     try:
-        for m in (kernels, parts, fast_cell, engine): m.native = lambda x: True
+        for m in (kernels, supernet): m.native = lambda x: True
         return memory.step_memory(net, Settings(), n).peak_bytes
     finally:
-        for m in (kernels, parts, fast_cell, engine): m.native = real
+        for m in (kernels, supernet): m.native = real
 
 
 # 4: real steps, with their data
@@ -374,9 +364,9 @@ def retraining(g: Ground):
         row = {"how": how, "batch": n, "layout": layout, "params": size.params, "macs": size.macs_dense}
         try:
             g.precision(how)
-            net = DerivedNet(arch, True, 0, make()).to(g.device)
+            net = DerivedNet(arch, True, 0).to(g.device)
             if layout == "nhwc": net = net.to(memory_format=torch.channels_last)
-            restore = plain_stem(net) if layout == "nchw" else lambda: None
+            else: net.stem.register_forward_hook(lambda _, __, out: (out[0].contiguous(),) * 2)
             opt = torch.optim.SGD(net.parameters(), 0.025, 0.9, weight_decay=3e-4)
             x, y = batch(g, n, spec.size)
             net.train()
@@ -395,7 +385,6 @@ def retraining(g: Ground):
             replay = attempt(row, "graph", lambda: g.graph(step))
             if replay: row |= {"graph": True, "graph_ms": g.ms(replay)}
             row["images_per_s"] = 1e3 * n / min(row["ms"], row.get("graph_ms", math.inf))
-            restore()
         except Exception as e: row["error"] = said(e)
         net = opt = step = replay = None
         g.fresh()
@@ -494,7 +483,7 @@ def stage_nets(g: Ground):
     C, L, n = (4, 3, 8) if g.toy else (24, 8, 96)
     cases = [(1, "fp32", "none"), (3, "fp32", "none"), (1, "bf16", "none"), (3, "bf16", "none"), (3, "fp32", "earlier"), (3, "bf16", "earlier")]
     for stages, how, recompute in cases[1:2] if g.toy else cases:
-        net, draw = SuperNet(NetSpec(C, L, size=8 if g.toy else 32), seed=0, engine=make(Compute(amp=how == "bf16", recompute=recompute))), torch.Generator().manual_seed(0)
+        net, draw = SuperNet(NetSpec(C, L, size=8 if g.toy else 32), seed=0, compute=Compute(amp=how == "bf16", recompute=recompute)), torch.Generator().manual_seed(0)
         for i, (name, end, head) in enumerate(plan(net.spec, stages)[:stages]):
             net.open(end, head)
             net.discretising = True

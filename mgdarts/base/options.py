@@ -9,9 +9,11 @@ from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['PARTS', 'PRUNING', 'LATER', 'PRESETS', 'LONG', 'MOBILE', 'InputError', 'closest', 'knob', 'Space', 'Data', 'Search',
-           'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'validate', 'to_dict', 'modern', 'from_dict',
-           'configure', 'Method', 'preset', 'pairs', 'settings_of', 'refuse_unknown', 'root']
+__all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
+           'SPACE_KINDS', 'PARTS', 'LATER', 'SMALL', 'CIFAR', 'IMAGENET', 'PRESETS', 'LONG', 'MOBILE', 'InputError',
+           'closest', 'knob', 'Part', 'need', 'Registry', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute',
+           'Config', 'knobs', 'resolve', 'refuse_unhandled', 'darts_only', 'validate', 'to_dict', 'modern', 'from_dict',
+           'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -35,30 +37,96 @@ def knob(default, # value when nothing is said
     if isinstance(default, (list, tuple)): return field(default_factory=lambda: tuple(default), metadata=meta)
     return field(default=default, metadata=meta)
 
+# %% ../../nbs/base/options.ipynb #9dc6c52a
+@dataclass(frozen=True)
+class Part:
+    "A piece of a method. Its fields are its knobs, under the names that they have in a configuration."
+    everywhere = False # whether it serves every search space, not the DARTS-like one alone
+
+    @classmethod
+    def of(cls, *owners): # parts of a configuration: `Rules`, `Search`
+        "The part with the values that its knobs have."
+        return cls(*(next(getattr(o, f.name) for o in owners if hasattr(o, f.name)) for f in dataclasses.fields(cls)))
+    def wanted(self)->bool:
+        "Whether a part that stands beside others is there at all."
+        return True
+    def check(self, cfg: Config):
+        "`InputError` where the rest of the configuration does not go with this part."
+
+def need(good, # whether all is well
+         what: str # the message, if not
+        ):
+    "`InputError` where something is missing."
+    if not good: raise InputError(what)
+
+# %% ../../nbs/base/options.ipynb #820930d4
+class Registry(dict):
+    "What the values of a knob stand for: parts by value, and parts that stand beside any of them."
+    def __init__(self, knob: str # full name
+                ):
+        self.knob, self.beside = knob, {}
+
+    def add(self, *values): # a decorator for a `Part`
+        "Let values of the knob stand for a part. `ValueError` where another part has the name already."
+        def take(part):
+            for v in values:
+                if v in self and self[v].__name__ != part.__name__:
+                    raise ValueError(f"{self.knob}={v} is {self[v].__name__} already")
+                self[v] = part
+            return part
+        return take
+    def also(self, part):
+        "A decorator: the part stands beside the others whenever its own knobs ask for it (`Part.wanted`)."
+        self.beside[part.__name__] = part
+        return part
+
+    def parts(self, *owners)->tuple:
+        "The part that the knob's value stands for, then those beside it. `InputError` where nobody handles the value."
+        name = self.knob.split(".")[-1]
+        value = next(getattr(o, name) for o in owners if hasattr(o, name))
+        need(value in self, f"{self.knob}={value} is handled by no part that is loaded: {closest(value, self)}")
+        return self[value].of(*owners), *(p for p in (part.of(*owners) for part in self.beside.values()) if p.wanted())
+
+# %% ../../nbs/base/options.ipynb #4ed2244d
+STRENGTHS, STARTS, SHAPES = Registry("rules.relaxation"), Registry("rules.init"), Registry("rules.superpose")
+SCHEDULES, PRESSURES = Registry("search.optimisation"), Registry("rules.regulariser")
+DECISIONS = Registry("rules.discretiser")
+REGISTRIES = (DECISIONS, STRENGTHS, STARTS, SHAPES, SCHEDULES, PRESSURES) # as their requirements are checked
+
 # %% ../../nbs/base/options.ipynb #f3b107e7
+OPERATIONS = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3",
+              "max_pool_3x3") # of the DARTS-like space
+OPERATION_NAMES, SPACE_KINDS = list(OPERATIONS), ["darts", "mobilenet"] # operations and spaces that are added join these
+
 @dataclass
 class Space:
-    "The super-net: a chain of `cells` cells of `channels` filters (DARTS-like), or of `cells` layers as wide as `width` says (MobileNet-like)."
-    kind: str = knob("darts", "search space: DARTS-like, or MobileNet-like (Table III)", choices=("darts", "mobilenet"))
-    channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction; darts only", 2, 512)
+    "The super-net: `cells` cells of `channels` filters (DARTS-like), or layers as wide as `width` says (MobileNet-like)."
+    kind: str = knob("darts", "search space: DARTS-like, or MobileNet-like (Table III)", choices=SPACE_KINDS)
+    channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction; darts only",
+        2, 512)
     cells: int = knob(8, "number of cells L, or of searched layers", 3, 64)
     width: float = knob(1.2, "multiplier of all widths; mobilenet only", 0.05, 16.0)
-    aux_size: str = knob("medium", "auxiliary heads of the early stages (Table X)", choices=("small", "medium", "large"))
-    constraint: int = knob(3, "Table VI: 1: an operation an edge and two edges a node, cells of a kind alike; 2: connections free; 3: cells independent too", choices=(1, 2, 3))
-    stem: str = knob("auto", "3x3 stem, or the strided ImageNet stem; auto: by image size", choices=("auto", "cifar", "imagenet"))
+    aux_size: str = knob("medium", "auxiliary heads of the early stages (Table X)",
+        choices=("small", "medium", "large"))
+    constraint: int = knob(3, "Table VI: 1: an operation an edge and two edges a node, cells of a kind alike; 2: "
+        "connections free; 3: cells independent too", choices=(1, 2, 3))
+    stem: str = knob("auto", "3x3 stem, or the strided ImageNet stem; auto: by image size",
+        choices=("auto", "cifar", "imagenet"))
 
 # %% ../../nbs/base/options.ipynb #99713641
 @dataclass
 class Data:
     "Which images, how many, and how they are varied."
-    name: str = knob("digits", "dataset: digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder name under dir")
+    name: str = knob("digits",
+        "dataset: digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder name under dir")
     dir: str = knob("", "folder of the datasets; empty: the project's data/")
     size: int = knob(0, "image side in pixels; 0: the dataset's own", 0, 1024)
     subset: float = knob(1.0, "training images used: a fraction up to 1, or a count above 1, stratified", 0.0)
     test_subset: float = knob(1.0, "test images used: a fraction up to 1, or a count above 1, stratified", 0.0)
     val_fraction: float = knob(0.1, "share of the training images held out for validation, stratified", 0.01, 0.9)
     autoaugment: bool = knob(True, "AutoAugment during the search")
-    policy: str = knob("cifar10", "AutoAugment's policy, by the images it was learnt on", choices=("cifar10", "imagenet"))
+    policy: str = knob("cifar10", "AutoAugment's policy, by the images it was learnt on",
+        choices=("cifar10", "imagenet"))
     search_cutout: bool = knob(True, "Cutout during the search too; off: in the retraining only, as in DARTS")
     flip: bool = knob(True, "random horizontal flips")
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
@@ -69,21 +137,29 @@ class Data:
 @dataclass
 class Search:
     "How the super-net is trained, pruned, regrown (paper, section IV)."
-    target_m: float = knob(0.7, "deployable parameters of the derived net, in millions, without the auxiliary head and without masked weights", 0.0)
-    stages: int = knob(3, "sub-nets searched one after the other: 3, or 1 for the whole net at once (Table IV)", choices=(1, 3))
-    stage_keep: tuple = knob((0.3, 0.3, 0.3), "each stage stops at this share of the parameters it started with", 0.0, 1.0)
+    target_m: float = knob(0.7, "deployable parameters of the derived net, in millions, without the auxiliary head and "
+        "without masked weights", 0.0)
+    stages: int = knob(3, "sub-nets searched one after the other: 3, or 1 for the whole net at once (Table IV)",
+        choices=(1, 3))
+    stage_keep: tuple = knob((0.3, 0.3, 0.3), "each stage stops at this share of the parameters it started with",
+        0.0, 1.0)
     regrow: float = knob(0.2, "r of Eq. 10: share of the operations pruned in a stage that return", 0.0, 1.0)
-    regrow_cells: str = knob("uniform", "plain Eq. 9, or with the authors' between-cell factor", choices=("uniform", "density"))
+    regrow_cells: str = knob("uniform", "plain Eq. 9, or with the authors' between-cell factor",
+        choices=("uniform", "density"))
     regrow_gamma: float = knob(0.9, "gamma of Eq. 6, smoothing of the momentum", 0.0, 0.9999)
     warmup: int = knob(5, "epochs at the start of each stage that train the weights only", 0, 1000)
     prune_every: int = knob(2, "joint epochs between two commits of the masks", 1, 1000)
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
-    optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns (Table IX); alpha on other images than the weights, to first or second order; or nothing",
-                             choices=("joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order", "none"))
-    granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)", choices=("operation", "filter", "weight"))
-    threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit (paper); each under the smallest of its own units; or 0 (authors' code)", choices=("min", "own", "zero"))
-    threshold_margin: float = knob(0.1, "how far under the smallest live unit thresholds start, as a share of it", 0.0, 1.0)
+    optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
+        "(Table IX); alpha on other images than the weights, to first or second order; or nothing",
+                             choices=SCHEDULES)
+    granularities: tuple = knob(("operation", "filter",
+        "weight"), "what is searched (Table VIII)", choices=("operation", "filter", "weight"))
+    threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
+        "(paper); each under the smallest of its own units; or 0 (authors' code)", choices=("min", "own", "zero"))
+    threshold_margin: float = knob(0.1, "how far under the smallest live unit thresholds start, as a share of it",
+        0.0, 1.0)
     batch: int = knob(96, "images a step", 1, 8192)
     lr_weights: float = knob(0.01, "learning rate of the weights", 0.0, 10.0)
     lr_arch: float = knob(1.0, "learning rate of alpha and beta", 0.0, 100.0)
@@ -96,17 +172,21 @@ class Search:
     adam: bool = knob(False, "alpha by Adam instead of SGD")
     adam_beta: float = knob(0.5, "Adam's first beta", 0.0, 0.9999)
     arch_decay: float = knob(0.0, "weight decay of alpha", 0.0, 1.0)
-    arch_speed: float = knob(1.0, "factor on Adam's learning rate: a scaled-down search has fewer steps to move alpha in", 0.0)
+    arch_speed: float = knob(1.0, "factor on Adam's learning rate: a scaled-down search has fewer steps to move alpha "
+        "in", 0.0)
     clip: float = knob(5.0, "largest gradient norm of the weights; 0: any", 0.0)
     label_smoothing: float = knob(0.0, "label smoothing in the loss that weights learn from", 0.0, 0.99)
     cost: str = knob("params", "resource in R_size", choices=("params", "macs"))
     reg: float = knob(1.0, "constant price of an operation in R_size", 0.0)
-    mu: float = knob(0.0, "price of an operation's cost in R_size; at 1 the average operation's cost weighs as much as a constant price of 1", 0.0)
+    mu: float = knob(0.0, "price of an operation's cost in R_size; at 1 the average operation's cost weighs as much as "
+        "a constant price of 1", 0.0)
     lambda_step: float = knob(1e-5, "first step d of the lambda controller", 0.0, 1.0)
-    lambda_cap: float = knob(1.0, "in a stage lambda grows while lambda R_size is at most so many times the cross-entropy", 0.0)
+    lambda_cap: float = knob(1.0, "in a stage lambda grows while lambda R_size is at most so many times the "
+        "cross-entropy", 0.0)
     lambda_cap_fine: float = knob(2.0, "the same in fine-tuning", 0.0)
     lambda_growth: float = knob(4.0, "factor on d whenever too little is pruned", 1.0, 100.0)
-    prune_high: float = knob(48 / 784, "share of a stage's operations pruned at once from which lambda is halved", 0.0, 1.0)
+    prune_high: float = knob(48 / 784, "share of a stage's operations pruned at once from which lambda is halved",
+        0.0, 1.0)
     prune_low: float = knob(24 / 784, "share of a stage's operations pruned at once under which lambda grows", 0.0, 1.0)
 
 # %% ../../nbs/base/options.ipynb #ddf2e8ab
@@ -126,53 +206,68 @@ class Train:
     label_smoothing: float = knob(0.0, "label smoothing", 0.0, 0.99)
     autoaugment: bool = knob(False, "AutoAugment during the retraining, with the policy of data.policy")
     cutout: bool = knob(True, "Cutout during the retraining, with the square of data.cutout")
-    images: str = knob("train", "images that are trained on; train+val: those held out for validation too, so that nothing is validated and the last epoch counts", choices=("train", "train+val"))
+    images: str = knob("train", "images that are trained on; train+val: those held out for validation too, so that "
+        "nothing is validated and the last epoch counts", choices=("train", "train+val"))
     weights: str = knob("scratch", "start from fresh weights, or from the super-net's", choices=("scratch", "supernet"))
 
 # %% ../../nbs/base/options.ipynb #6d5b38b4
 @dataclass
 class Rules:
     "What a search is composed of."
-    relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
-                           choices=("sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"))
+    relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; "
+        "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
+                           choices=STRENGTHS)
     zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
     edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
-    partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)", 1, 64)
-    superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)", choices=("none", "kernels", "kernels+filters"))
+    partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)",
+        1, 64)
+    superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)",
+        choices=SHAPES)
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
-    ops: tuple = knob(("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"), "operations that the search begins with",
-                      choices=("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3", "max_pool_3x3"))
-    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, before any training", choices=("zero", "normal", "saliency"))
-    regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing", choices=("size+threshold", "size", "none"))
+    ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
+    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, "
+        "before any training", choices=STARTS)
+    regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
+        choices=PRESSURES)
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
-    aux: float = knob(0.0, "weight of the loss of an auxiliary head two thirds up the super-net, once it is whole; 0: no head (GOLD-NAS: 0.4)", 0.0, 10.0)
-    discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and error with a zero-cost score; the best of some random nets",
-                            choices=("thresholds", "share", "rate", "argmax", "perturbation", "sample"))
+    aux: float = knob(0.0, "weight of the loss of an auxiliary head two thirds up the super-net, once it is whole; 0: "
+        "no head (GOLD-NAS: 0.4)", 0.0, 10.0)
+    discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against "
+        "a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and "
+        "error with a zero-cost score; the best of some random nets",
+                            choices=DECISIONS)
     share_min: float = knob(0.01, "share of a node at which an operation is pruned", 0.0, 1.0)
     share_max: float = knob(0.05, "share under which the weakest operations may be pruned", 0.0, 1.0)
     share_n: int = knob(4, "how many of those at once", 0, 1000)
     rate_ops: float = knob(44 / 784, "fixed rate: operations pruned at once, as a share of all there were", 0.0, 1.0)
     rate_filters: float = knob(0.003, "fixed rate: filters pruned at once, as a share of all there were", 0.0, 1.0)
-    weights_only: float = knob(-1.0, "share of the epochs in which alpha does not move yet; -1: search.warmup epochs", -1.0, 1.0)
+    weights_only: float = knob(-1.0, "share of the epochs in which alpha does not move yet; -1: search.warmup epochs",
+        -1.0, 1.0)
     arch_every: int = knob(1, "steps between two moves of alpha, where it has images of its own", 1, 1000)
-    growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations (P-DARTS)")
+    growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations "
+        "(P-DARTS)")
     skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)
     max_skips: int = knob(14, "skip connections a normal cell may keep", 0, 14)
     tau: tuple = knob((10.0, 0.1), "Gumbel's temperature, first and last epoch", 1e-3, 1000.0)
     keep: float = knob(1.0, "share of the weights of each kernel that scores keep; 1: no scores (DASS)", 0.001, 1.0)
-    sparse: float = knob(2 / 7, "last share of the epochs, in which the scores are learned and the weights stand still", 0.0, 1.0)
+    sparse: float = knob(2 / 7, "last share of the epochs, in which the scores are learned and the weights stand still",
+        0.0, 1.0)
     samples: int = knob(10, "candidates: random nets, or rounds of trial and error", 1, 10000)
     batches: int = knob(10, "batches that choose among candidates", 1, 10000)
-    fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, by the share that is kept")
+    fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, "
+        "by the share that is kept")
 
 # %% ../../nbs/base/options.ipynb #6caf45c6
 @dataclass
 class Compute:
     "How the super-net is computed."
-    impl: str = knob("fused", "the fast implementation, or the reference, operation by operation", choices=("fused", "reference"))
-    recompute: str = knob("none", "cells whose maps are computed again in the backward pass instead of kept: less memory, more time; earlier: those of earlier stages", choices=("none", "earlier", "all"))
-    amp: bool = knob(False, "maps in bfloat16 (autocast); masks, gates, thresholds and batch-norm statistics stay in float32")
+    impl: str = knob("fused", "the fast implementation, or the reference, operation by operation",
+        choices=("fused", "reference"))
+    recompute: str = knob("none", "cells whose maps are computed again in the backward pass instead of kept: less "
+        "memory, more time; earlier: those of earlier stages", choices=("none", "earlier", "all"))
+    amp: bool = knob(False, "maps in bfloat16 (autocast); masks, gates, thresholds and batch-norm statistics stay in "
+        "float32")
     tf32: bool = knob(False, "matrix products of float32 numbers in TF32, on GPUs that have it")
     compile: bool = knob(False, "torch.compile for each cell, anew after each commit; for GPUs")
 
@@ -189,7 +284,8 @@ class Config:
     method: str = knob("mg-darts", "search method: the set of rules that the run started from")
     preset: str = knob("", "name of the preset the run started from")
     seed: int = knob(0, "seed of everything random", 0, 2**31 - 1)
-    threads: int = knob(0, "CPU threads of the run; 0: as many as torch takes (small nets are fastest with one)", 0, 1024)
+    threads: int = knob(0, "CPU threads of the run; 0: as many as torch takes (small nets are fastest with one)",
+        0, 1024)
     device: str = knob("auto", "cpu, cuda, cuda:1, ...; auto: a GPU when there is one")
 
 PARTS = ("space", "data", "search", "train", "rules", "compute")
@@ -237,9 +333,9 @@ def _read(name, f, given):
     "`given` as the type of field `f`."
     default = f.default_factory() if f.default is dataclasses.MISSING else f.default
     if not isinstance(default, tuple): return _scalar(name, given, type(default))
-    items = given if isinstance(given, (list, tuple)) else [s for s in str(given).strip("[]() ").split(",") if s.strip()]
+    if not isinstance(given, (list, tuple)): given = [s for s in str(given).strip("[]() ").split(",") if s.strip()]
     kind = type(default[0])
-    return tuple(_scalar(name, s.strip() if isinstance(s, str) else s, kind) for s in items)
+    return tuple(_scalar(name, s.strip() if isinstance(s, str) else s, kind) for s in given)
 
 def _check(name, f, value):
     "Refuse a value outside its choices or range."
@@ -248,54 +344,52 @@ def _check(name, f, value):
         if m["choices"] and v not in m["choices"]:
             raise InputError(f"{name}={v!r} is not one of its values: {closest(v, m['choices'])}")
         if m["lo"] is not None and v < m["lo"] or m["hi"] is not None and v > m["hi"]:
-            raise InputError(f"{name}={v} is out of range: from {m['lo']} to {'any size' if m['hi'] is None else m['hi']}")
+            high = "any size" if m["hi"] is None else m["hi"]
+            raise InputError(f"{name}={v} is out of range: from {m['lo']} to {high}")
 
 # %% ../../nbs/base/options.ipynb #2cad28ce
-PRUNING = ("thresholds", "share", "rate") # discretisers that prune as they go, down to a size
+def refuse_unhandled(rules: Rules):
+    "`InputError` where a rule is not at its default and no part that is loaded has it for a knob."
+    loaded = [part for r in REGISTRIES for part in (*r.values(), *r.beside.values())]
+    known = {f.name for part in loaded for f in dataclasses.fields(part)} | {r.knob.split(".")[1] for r in REGISTRIES}
+    for f in dataclasses.fields(rules):
+        if f.name not in known and getattr(rules, f.name) != getattr(Rules(), f.name):
+            raise InputError(f"rules.{f.name} is handled by no part that is loaded: import mgdarts.methods.registry")
 
-def _check_rules(cfg):
-    "Refuse rules that do not go together."
-    s, r, own = cfg.search, cfg.rules, cfg.rules.discretiser
-    def need(good, what):
-        if not good: raise InputError(what)
-    if cfg.space.kind == "mobilenet":
-        need(r.relaxation == "sigmoid" and own == "thresholds" and r.gates and r.keep == 1 and r.superpose == "none" and r.partial == 1 and cfg.space.constraint == 3 and s.optimisation not in ("first-order", "second-order", "none"),
-             "in the MobileNet-like space operations are searched by learned thresholds only: choose method mg-darts, or space.kind=darts")
-        need(not r.pool_norm, "the MobileNet-like space has no pools: set rules.pool_norm=false, or space.kind=darts")
-        need(not r.aux, "the MobileNet-like space is searched without a further auxiliary head: set rules.aux=0, or space.kind=darts")
-    if own not in PRUNING:
-        need(s.stages == 1 or r.growing, f"rules.discretiser={own} decides once, at the end: set search.stages=1")
-        need(own != "argmax" or s.optimisation != "none", "rules.discretiser=argmax needs a search that moves alpha: choose another search.optimisation")
-    need(cfg.space.constraint == 3 or s.stages == 1 and s.regrow == 0 or own not in PRUNING, f"space.constraint={cfg.space.constraint} has cells that are alike, which are searched together: set search.stages=1 and search.regrow=0")
-    need(own != "thresholds" or r.relaxation == "sigmoid", f"learned thresholds cut sigma(alpha), and rules.relaxation={r.relaxation} is not that: choose another rules.discretiser")
-    need(r.gates or s.granularities == ("operation",), "without gates (rules.gates=false) filters and weights are not searched: set search.granularities=operation")
-    need(not r.growing or s.stages == 3 and own == "argmax", "rules.growing needs three stages and rules.discretiser=argmax")
-    need(r.partial == 1 or not r.gates and r.keep == 1 and r.superpose == "none", "rules.partial goes without gates, scores and superposed kernels: set rules.gates=false, rules.keep=1, rules.superpose=none")
-    need(cfg.space.channels % r.partial == 0, f"space.channels={cfg.space.channels} is no multiple of rules.partial={r.partial}")
-    need(r.superpose == "none" and r.partial == 1 or own not in PRUNING, f"rules.discretiser={own} prunes as it goes, and superposed kernels and partial channels are only cut into operations in the end: set rules.superpose=none and rules.partial=1, or another rules.discretiser")
-    need(r.keep == 1 or r.superpose == "none", "scores belong to kernels of their own: set rules.superpose=none, or rules.keep=1")
-    need(not r.aux or s.optimisation not in ("second-order", "none"), f"rules.aux has no loss to weigh in with search.optimisation={s.optimisation}: set rules.aux=0")
-    need(r.superpose == "none" or not r.gates, "superposed kernels have no gates: set rules.gates=false")
-    need(r.superpose == "none" and r.partial == 1 or cfg.train.weights == "scratch", "the super-net's kernels are not those of the derived network here: set train.weights=scratch")
-    need(len(r.skip_dropout) == 3 and len(r.tau) == 2, "rules.skip_dropout has three values, rules.tau two")
-    need(len(r.ops) == len(set(r.ops)) > 0, "rules.ops needs one or more different operations")
-    need(r.share_min <= r.share_max, "rules.share_min must not be above rules.share_max")
+def _check_parts(cfg):
+    "Refuse parts that do not go together, or with the space."
+    parts = [p for registry in REGISTRIES if registry for p in registry.parts(cfg.rules, cfg.search)]
+    darts_only(cfg, all(p.everywhere for p in parts))
+    for p in parts: p.check(cfg)
 
+def darts_only(cfg: Config, everywhere: bool # whether the choice serves every space
+              ):
+    "`InputError` in the MobileNet-like space, unless the choice serves it too."
+    need(everywhere or cfg.space.kind == "darts", "in the MobileNet-like space operations are searched by learned "
+         "thresholds only: choose method mg-darts, or space.kind=darts")
+
+# %% ../../nbs/base/options.ipynb #26552e85
 def validate(cfg: Config)->Config: # the same object
     "Check every value against its range and the values against each other. `InputError` on the first that is wrong."
     for name, (owner, f) in knobs(cfg).items(): _check(name, f, getattr(owner, f.name))
-    s = cfg.search
+    s, r = cfg.search, cfg.rules
     if len(s.stage_keep) != s.stages:
-        if len(set(s.stage_keep)) == 1: s.stage_keep = (s.stage_keep[0],) * s.stages
-        else: raise InputError(f"search.stage_keep has {len(s.stage_keep)} values for {s.stages} stage(s): give one for each")
-    if not s.granularities or len(set(s.granularities)) != len(s.granularities):
-        raise InputError("search.granularities needs one or more different names from: operation, filter, weight")
-    if s.target_m <= 0: raise InputError("search.target_m must be above 0: give the size of the derived net in millions of parameters")
-    if s.prune_low > s.prune_high: raise InputError("search.prune_low must not be above search.prune_high")
-    if cfg.space.channels % 2: raise InputError(f"space.channels={cfg.space.channels} must be even: a strided skip connection halves it")
-    if cfg.preset and not cfg.preset.replace("-", "").replace("_", "").isalnum(): raise InputError("preset must be a plain word: runs are named after it")
-    _check_rules(cfg)
-    if cfg.data.subset == 0 or cfg.data.test_subset == 0: raise InputError("data.subset and data.test_subset must be above 0")
+        need(len(set(s.stage_keep)) == 1, f"search.stage_keep has {len(s.stage_keep)} values for {s.stages} stage(s): "
+             "give one for each")
+        s.stage_keep = (s.stage_keep[0],) * s.stages
+    need(s.granularities and len(set(s.granularities)) == len(s.granularities),
+         "search.granularities needs one or more different names from: operation, filter, weight")
+    need(s.target_m > 0, "search.target_m must be above 0: give the size of the derived net in millions of parameters")
+    need(s.prune_low <= s.prune_high, "search.prune_low must not be above search.prune_high")
+    need(cfg.space.channels % 2 == 0, f"space.channels={cfg.space.channels} must be even: a strided skip connection "
+         "halves it")
+    need(not cfg.preset or cfg.preset.replace("-", "").replace("_", "").isalnum(),
+         "preset must be a plain word: runs are named after it")
+    _check_parts(cfg)
+    need(len(r.skip_dropout) == 3 and len(r.tau) == 2, "rules.skip_dropout has three values, rules.tau two")
+    need(len(r.ops) == len(set(r.ops)) > 0, "rules.ops needs one or more different operations")
+    need(r.share_min <= r.share_max, "rules.share_min must not be above rules.share_max")
+    need(cfg.data.subset and cfg.data.test_subset, "data.subset and data.test_subset must be above 0")
     return cfg
 
 # %% ../../nbs/base/options.ipynb #0ff797c7
@@ -303,12 +397,14 @@ def to_dict(cfg: Config)->dict:
     "Plain nested dictionary, JSON-ready."
     return json.loads(json.dumps(asdict(cfg)))
 
-LATER = ("lambda_cap_fine", "label_smoothing") # knobs of the search that are younger than the present meaning of its others
+LATER = ("lambda_cap_fine", "label_smoothing") # knobs of the search, younger than the present meaning of others
 
 def modern(d: dict)->dict:
     "Whole configurations written before some knobs got their present meaning, in today's words."
     s = d.get("search")
-    if not isinstance(s, dict) or "lambda_cap_fine" in s or {f.name for f in dataclasses.fields(Search)} - s.keys() - set(LATER): return d # whoever leaves out a knob means today's
+    names = {f.name for f in dataclasses.fields(Search)}
+    if not isinstance(s, dict) or "lambda_cap_fine" in s: return d
+    if names - s.keys() - set(LATER): return d # whoever leaves out a knob means today's
     cap = s["lambda_cap"]
     own = {"threshold_init": "own" if s["threshold_init"] == "min" else s["threshold_init"]}
     return {**d, "search": {**s, **own, **({"lambda_cap_fine": cap / 2} if isinstance(cap, (int, float)) else {})}}
@@ -352,64 +448,32 @@ class Method:
     settings: dict # knob -> value
 
 # %% ../../nbs/base/options.ipynb #41dff0d3
+SMALL = {"threads": 1, "search.batch": 64, "search.max_epochs": 40, "search.prune_low": 0.06, "search.prune_high": 0.1,
+         "train.aux_weight": 0.0, "train.drop_path": 0.0} # what the scaled-down ones have in common
+CIFAR = {"compute.recompute": "earlier", "data.name": "cifar10", "train.images": "train+val"}
+IMAGENET = {"compute.recompute": "earlier", "data.name": "imagenet", "data.size": 224, "data.subset": 0.1,
+            "data.policy": "imagenet", "train.images": "train+val", "train.cutout": False, "train.epochs": 250,
+            "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
+            "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0}
 PRESETS = {
-    "smoke": {"threads": 1, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8, "data.subset": 512, "data.autoaugment": False, "data.flip": False,
-              "search.batch": 64, "search.warmup": 1, "search.max_epochs": 40, "search.target_m": 0.01, "search.length": 6, "search.arch_speed": 100, "rules.samples": 2, "rules.batches": 2, "search.lambda_step": 4e-3, "search.prune_low": 0.06, "search.prune_high": 0.1,
-              "train.epochs": 12, "train.batch": 32, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "cpu": {"threads": 1, "space.channels": 8, "space.cells": 6, "data.name": "cifar10", "data.size": 16, "data.subset": 3000, "data.test_subset": 2000,
-            "search.batch": 64, "search.warmup": 2, "search.max_epochs": 40, "search.target_m": 0.06, "search.length": 20, "search.arch_speed": 40, "rules.samples": 4, "rules.batches": 10, "search.lambda_step": 5e-4, "search.prune_low": 0.06, "search.prune_high": 0.1,
-            "train.epochs": 60, "train.batch": 64, "train.aux_weight": 0.0, "train.drop_path": 0.0},
-    "small": {"compute.recompute": "earlier", "space.channels": 24, "space.cells": 8, "data.name": "cifar10", "search.target_m": 0.7, "train.images": "train+val"},
-    "large": {"compute.recompute": "earlier", "space.channels": 44, "space.cells": 14, "data.name": "cifar10", "search.target_m": 2.2, "train.images": "train+val"},
-    "imagenet": {"compute.recompute": "earlier", "space.channels": 48, "space.cells": 14, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.policy": "imagenet", "search.target_m": 4.0,
-                 "train.images": "train+val", "train.cutout": False, "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
-                 "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
-    "mobilenet": {"compute.recompute": "earlier", "space.kind": "mobilenet", "space.cells": 17, "data.name": "imagenet", "data.size": 224, "data.subset": 0.1, "data.policy": "imagenet", "search.target_m": 7.4,
-                  "train.images": "train+val", "train.cutout": False, "train.epochs": 250, "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5, "train.aux_weight": 0.0,
-                  "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0},
+    "smoke": {**SMALL, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8,
+              "data.subset": 512, "data.autoaugment": False, "data.flip": False, "search.warmup": 1,
+              "search.target_m": 0.01, "search.length": 6, "search.arch_speed": 100, "search.lambda_step": 4e-3,
+              "rules.samples": 2, "rules.batches": 2, "train.epochs": 12, "train.batch": 32},
+    "cpu": {**SMALL, "space.channels": 8, "space.cells": 6, "data.name": "cifar10", "data.size": 16,
+            "data.subset": 3000, "data.test_subset": 2000, "search.warmup": 2, "search.target_m": 0.06,
+            "search.length": 20, "search.arch_speed": 40, "search.lambda_step": 5e-4, "rules.samples": 4,
+            "rules.batches": 10, "train.epochs": 60, "train.batch": 64},
+    "small": {**CIFAR, "space.channels": 24, "space.cells": 8, "search.target_m": 0.7},
+    "large": {**CIFAR, "space.channels": 44, "space.cells": 14, "search.target_m": 2.2},
+    "imagenet": {**IMAGENET, "space.channels": 48, "space.cells": 14, "search.target_m": 4.0},
+    "mobilenet": {**IMAGENET, "space.kind": "mobilenet", "space.cells": 17, "search.target_m": 7.4,
+                  "train.aux_weight": 0.0},
 }
 LONG = ("small", "large", "imagenet", "mobilenet") # the paper's sizes
 # what the scaled-down ones change in the other space, whose head alone has most of the parameters
-MOBILE = {"smoke": {"space.width": 0.25, "search.target_m": 0.115}, "cpu": {"space.width": 0.35, "search.target_m": 0.3}}
-
-def preset(name: str, # one of `PRESETS`
-           method: str = "mg-darts", # one of `mgdarts.methods.registry.METHODS`
-           **settings # knobs set on top
-          )->Config:
-    "The configuration of a preset: the method's rules, at the preset's scale. `InputError` on an unknown name."
-    from mgdarts.methods.registry import METHODS # a later chapter: methods are written in the terms of this one
-    if name not in PRESETS: raise InputError(f"unknown preset {name!r}: {closest(name, PRESETS)}")
-    if method not in METHODS: raise InputError(f"unknown method {method!r}: {closest(method, METHODS)}")
-    if "preset" in settings: raise InputError("preset cannot be set on top of a preset: choose it by its name")
-    full = lambda given: {resolve(Config(), k): v for k, v in given.items()} # the last one to say a name wins
-    settings = full(settings)
-    scale = PRESETS[name] | (MOBILE.get(name, {}) if settings.get("space.kind") == "mobilenet" else {})
-    return configure(Config(), preset=name, method=method, **(full(METHODS[method].settings) | full(scale) | settings))
-
-# %% ../../nbs/base/options.ipynb #1b53d11b
-_preset = preset # a parameter below has the same name
-
-def pairs(settings: str # "key=value, key=value"
-         )->dict:
-    "Knobs as a notebook's parameter has them."
-    more = {}
-    for pair in filter(str.strip, settings.split(",")):
-        key, eq, value = pair.partition("=")
-        if not eq: raise InputError(f"parameter settings: {pair.strip()!r} is not key=value")
-        more[key.strip()] = value.strip()
-    return more
-
-def settings_of(preset: str, # name of a preset
-                dataset: str = "", data_dir: str = "", seed: int = 0,
-                settings: str = "", # more knobs: "key=value, key=value"
-                method: str = "mg-darts"
-               )->Config:
-    "The configuration that a notebook's parameters describe. `InputError` names the one that is wrong."
-    for name, value, kind in (("preset", preset, str), ("dataset", dataset, str), ("data_dir", data_dir, str), ("seed", seed, int), ("settings", settings, str), ("method", method, str)):
-        if not isinstance(value, kind) or isinstance(value, bool): raise InputError(f"parameter {name}={value!r} must be {'a whole number' if kind is int else 'text'}")
-    more = pairs(settings)
-    given = {"data.name": dataset, "data.dir": data_dir}
-    return _preset(preset, method, seed=seed, **{k: v for k, v in given.items() if v}, **more)
+MOBILE = {"smoke": {"space.width": 0.25, "search.target_m": 0.115},
+          "cpu": {"space.width": 0.35, "search.target_m": 0.3}}
 
 # %% ../../nbs/base/options.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`
@@ -417,7 +481,8 @@ def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`
     "`InputError` if papermill was given a parameter that the notebook does not declare in its first code cell."
     def assigned(source):
         for node in ast.parse(source).body:
-            for target in node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []:
+            targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+            for target in targets if isinstance(node, (ast.Assign, ast.AnnAssign)) else []:
                 if isinstance(target, ast.Name): yield target.id
     code = [c for c in cells if c.strip()]
     known = list(assigned(code[0]))
@@ -428,7 +493,7 @@ def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`
 def root()->Path: # MGDARTS_ROOT, else the nearest folder upwards with a settings.ini, else the current one
     "The project's folder. `InputError` when MGDARTS_ROOT is not a folder."
     if given := os.environ.get("MGDARTS_ROOT"):
-        if not Path(given).is_dir(): raise InputError(f"MGDARTS_ROOT={given!r} is not a folder: unset it or name the project's folder")
+        need(Path(given).is_dir(), f"MGDARTS_ROOT={given!r} is not a folder: unset it or name the project's folder")
         return Path(given)
     here = Path.cwd()
     return next((p for p in (here, *here.parents) if (p / "settings.ini").is_file()), here)

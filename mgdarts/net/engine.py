@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from ..base.options import Compute
-from .relax import HARD
 
 # %% auto #0
 __all__ = ['Engine']
@@ -54,7 +53,7 @@ class Engine:
         return []
     def drawn(self, net)->bool:
         "Whether only what is drawn of a super-net is computed."
-        return net.rules.relaxation in HARD and (net.paths or not net.training)
+        return net.strength.hard and (net.paths or not net.training)
 
     def equations(self, net, c: int, m # cell; Mixture
                  ):

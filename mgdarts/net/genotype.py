@@ -11,7 +11,8 @@ from .architecture import Architecture
 from ..space.found import ArchCell, MAX_WIDTH, Op, shapes, whole
 from ..space.operation import OPERATIONS
 from ..base.options import InputError, closest
-from ..space.darts import DARTS_GRAPH, DARTS_OPS, NetSpec
+from ..space.darts import DARTS_GRAPH, NetSpec
+from ..space.operation import DARTS_OPS
 from ..base.files import read_bytes, unpickle
 
 # %% auto #0

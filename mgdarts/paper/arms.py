@@ -13,7 +13,8 @@ from ..runs import run as runs
 from ..space.found import ArchCell, Op
 from ..net.architecture import Architecture
 from ..net.count import counts
-from ..base.options import InputError, configure, from_dict, preset as preset_config, to_dict
+from ..base.options import InputError, configure, from_dict, to_dict
+from ..methods.registry import preset as preset_config
 from ..base.data import load_data
 from ..base.events import RunFailed, Stopped
 from ..runs.memory import Accountant, tensor_bytes
@@ -121,15 +122,22 @@ class MemoryWatch:
     "Given to `runs.search` as `prepare`; writes memory.json, peak bytes by stage, into the run folder."
     def __init__(self, run: Path): self.path = Path(run) / "memory.json"
     def __call__(self, loop):
-        inner, seen = loop._optimise, read_json(self.path, "a record of memory") if self.path.exists() else {}
-        def watched(steps):
-            if loop.warmup or loop.stage_name in seen: return inner(steps)
+        seen = read_json(self.path, "a record of memory") if self.path.exists() else {}
+        def begin(event): # images are there, nothing has been computed yet
+            if loop.warmup or loop.stage_name in seen: return
+            seen[loop.stage_name] = None
             loop.optimizer.zero_grad(set_to_none=True)
-            held = tensor_bytes([*loop.net.parameters(), *loop.net.buffers(), *(v["momentum_buffer"] for v in loop.optimizer.state.values() if v.get("momentum_buffer") is not None)])
-            with Accountant() as account: inner(steps)
-            seen[loop.stage_name] = held + account.peak
-            write_json(self.path, seen)
-        loop._optimise = watched
+            momentum = (v.get("momentum_buffer") for v in loop.optimizer.state.values())
+            held = tensor_bytes([*loop.net.parameters(), *loop.net.buffers(), *(v for v in momentum if v is not None), event.data["x"], event.data["y"]])
+            account = Accountant()
+            def end(event):
+                account.__exit__(None, None, None)
+                leave()
+                seen[event.stage] = held + account.peak
+                write_json(self.path, seen)
+            leave = loop.events.listen(end, "step")
+            account.__enter__()
+        loop.events.listen(begin, "batch")
 
 # %% ../../nbs/paper/arms.ipynb #68a1eeac
 def do(job: Job, folder: str|Path, # of all runs

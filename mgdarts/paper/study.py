@@ -13,7 +13,8 @@ from ..runs import run as runs
 from ..net.architecture import Architecture
 from ..net.count import counts
 from .arms import Arm, Job, job, run_arms
-from ..base.options import LONG, Config, InputError, closest, from_dict, pairs, preset as preset_config, resolve
+from ..base.options import LONG, Config, InputError, closest, from_dict, resolve
+from ..methods.registry import pairs, preset as preset_config
 from ..base.options import root
 from ..net.genotype import import_genotype
 from ..base.events import RunFailed

@@ -16,11 +16,11 @@ from ..base.options import Compute, Config, InputError, Search as Settings
 from ..space.darts import *
 from ..search.loss import regulariser
 from .memory import prune_to, tensor_bytes
-from ..search.loop import make_optimizer
+from ..search.step import make_optimizer
 from ..net.supernet import SuperNet
 
 # %% auto #0
-__all__ = ['PARTS_OF_A_SEARCH', 'matmul_gflops', 'rss_mb', 'peak_rss_mb', 'allocated', 'Stopwatch', 'bench_step', 'bench_train',
+__all__ = ['AFTER', 'INSIDE', 'matmul_gflops', 'rss_mb', 'peak_rss_mb', 'allocated', 'Stopwatch', 'bench_step', 'bench_train',
            'bench_data', 'bench_search', 'measured']
 
 # %% ../../nbs/runs/bench.ipynb #54fe374c
@@ -60,7 +60,16 @@ def allocated(step # a function
 
 class Stopwatch:
     "CPU and clock seconds in named parts; a part inside another one is not counted twice."
-    def __init__(self): self.cpu, self.wall, self.calls, self._inside = {}, {}, {}, []
+    def __init__(self): self.cpu, self.wall, self.calls, self._inside, self._since = {}, {}, {}, [[0., 0.]], None
+    def mark(self, part: str|None = None # None: none
+            ):
+        "Count what has passed since the last mark, apart from what is wrapped, to a part."
+        now = time.process_time(), time.perf_counter()
+        if part: self._count(part, (n - s for n, s in zip(now, self._since or now)), self._inside[0])
+        self._since, self._inside[0] = now, [0., 0.]
+    def _count(self, part, spent, inside):
+        for into, s, o in zip((self.cpu, self.wall), spent, inside): into[part] = into.get(part, 0.) + s - o
+        self.calls[part] = self.calls.get(part, 0) + 1
     def wrap(self, owner, method: str, # name of a method of `owner`, replaced by one that is timed
              part: str):
         inner = getattr(owner, method)
@@ -70,10 +79,8 @@ class Stopwatch:
             try: return inner(*args, **kwargs)
             finally:
                 spent = time.process_time() - before[0], time.perf_counter() - before[1]
-                own = self._inside.pop()
-                for into, s, o in zip((self.cpu, self.wall), spent, own): into[part] = into.get(part, 0.) + s - o
-                self.calls[part] = self.calls.get(part, 0) + 1
-                if self._inside: self._inside[-1][0] += spent[0]; self._inside[-1][1] += spent[1]
+                self._count(part, spent, self._inside.pop())
+                self._inside[-1] = [i + s for i, s in zip(self._inside[-1], spent)]
         setattr(owner, method, timed)
 
 # %% ../../nbs/runs/bench.ipynb #db40ea25
@@ -156,8 +163,9 @@ def bench_data(cfg: Config, batches: int = 20)->dict: # JSON-ready
             "size": cfg.data.size, "peak_rss_mb": peak_rss_mb(), "threads": torch.get_num_threads()}
 
 # %% ../../nbs/runs/bench.ipynb #e2d1bf6a
-PARTS_OF_A_SEARCH = {"_batch": "data", "_forward": "forward", "_backward": "backward", "_update": "optimizers", "validate": "validation", "snapshot": "counting", "_commit": "commit",
-                     "state_dict": "copy of the state", "_open": "stages", "_close": "stages", "_begin_joint": "stages"}
+AFTER = {"batch": "data", "forward": "forward", "backward": "backward", "update": "optimizers", "commit": "commit",
+         "start": "stages", "regrow": "stages", "stage": "stages", "epoch": None, "rest": None} # what an event ends
+INSIDE = {"validate": "validation", "snapshot": "counting", "state_dict": "copy of the state"} # timed by themselves
 
 def bench_search(cfg: Config,
                  epochs: int|None = None # stop after so many; None: the whole search
@@ -167,7 +175,8 @@ def bench_search(cfg: Config,
     watch, seen, images = Stopwatch(), [], [0]
     class Enough(Exception): pass
     def prepare(loop):
-        for method, part in PARTS_OF_A_SEARCH.items(): watch.wrap(loop, method, part)
+        loop.events.listen(lambda event: watch.mark(AFTER[event.type]), *AFTER)
+        for method, part in INSIDE.items(): watch.wrap(loop, method, part)
         watch.wrap(loop.events, "emit", "logging and checkpoints")
         watch.wrap(loop.net, "rebuild", "compaction")
         def note(event):

@@ -8,16 +8,16 @@ import json, os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..methods.registry import METHODS
-from ..base.options import PRUNING, LONG, Config, InputError, PRESETS, configure, preset as preset_config
-from ..space.spaces import space_of
+from ..base.options import DECISIONS, LONG, Config, InputError, PRESETS, configure
+from ..space.mobile import MobileSpec
+from ..space.darts import NetSpec
 from ..space.space import count_supernet
 
 # %% auto #0
-__all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'Sets', 'count', 'search',
-           'train', 'plan', 'bench_step_command', 'bench_data_command', 'bench_train_command', 'bench_search_command',
-           'arch_show', 'arch_import', 'arch_export', 'runs_command', 'compare_command', 'replay_command',
-           'lab_command', 'reproduce_command', 'claims_command', 'main']
+__all__ = ['app', 'arch_app', 'bench_app', 'Json', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'METHOD', 'Sets', 'count',
+           'search', 'train', 'plan', 'bench_step_command', 'bench_data_command', 'bench_train_command',
+           'bench_search_command', 'arch_show', 'arch_import', 'arch_export', 'runs_command', 'compare_command',
+           'replay_command', 'lab_command', 'reproduce_command', 'claims_command', 'main']
 
 # %% ../../nbs/runs/cli.ipynb #8861b1be
 app = typer.Typer(help="Multi-granularity differentiable architecture search.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -33,6 +33,7 @@ Side = Annotated[Optional[int], typer.Option(help="Image side in pixels: 32 by d
 Classes = Annotated[Optional[int], typer.Option(help="Number of classes: 10 by default; 1000 in the MobileNet-like space.")]
 Space = Annotated[str, typer.Option(help="Search space: darts or mobilenet.")]
 Width = Annotated[float, typer.Option(help="Multiplier of all widths in the MobileNet-like space.")]
+METHOD = typer.Option() # its help lists the methods, see `main`
 Sets = Annotated[Optional[list[str]], typer.Option("--set", metavar="KEY=VALUE", help="Set a configuration key, for example --set channels=8; may be repeated.")]
 
 def _settings(pairs: list|None)->dict:
@@ -55,7 +56,7 @@ def _net_spec(space, channels, width, cells, size, classes, **more)->tuple: # Co
     "The same in either space, each with its own defaults."
     cells, size, classes = (d if v is None else v for v, d in zip((cells, size, classes), (17, 224, 1000) if space == "mobilenet" else (8, 32, 10)))
     cfg = _net_size(channels, cells, size, classes, kind=space, width=width, **more)
-    return cfg, space_of(cfg, classes, size)
+    return cfg, MobileSpec(cells, cfg.space.width, classes, size) if space == "mobilenet" else NetSpec(cfg.space.channels, cells, classes, size)
 
 def _name(spec)->str: return (f"C={spec.channels}" if spec.kind == "darts" else f"MobileNet-like, width {spec.width:g},") + f" L={spec.cells}"
 
@@ -93,6 +94,7 @@ def count(channels: Annotated[int, typer.Option(help="Filters C of the first sta
 # %% ../../nbs/runs/cli.ipynb #0a74068e
 def _configuration(preset, method, dataset, data_dir, seed, device, sets)->Config:
     extra = {k: v for k, v in {"method": method, "data.name": dataset, "data.dir": data_dir, "seed": seed, "device": device}.items() if v is not None}
+    from mgdarts.methods.registry import preset as preset_config # methods are written with PyTorch
     return preset_config(preset, **{**extra, **_settings(sets)})
 
 def _look(cfg, out, as_json):
@@ -107,7 +109,7 @@ def _look(cfg, out, as_json):
 
 @app.command()
 def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")] = "smoke",
-           method: Annotated[Optional[str], typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = None,
+           method: Annotated[Optional[str], METHOD] = None,
            dataset: Annotated[Optional[str], typer.Option(help="digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder of images under the data folder.")] = None,
            data_dir: Annotated[Optional[str], typer.Option(help="Folder of the datasets.")] = None,
            out: Annotated[Optional[Path], typer.Option(help="Run folder; a new one under runs/ if not given.")] = None,
@@ -135,7 +137,7 @@ def search(preset: Annotated[str, typer.Option(help="One of: " + ", ".join(PRESE
     size, kind = runs.sizes_of(result), runs.size_kind(result)
     if not result["reached"]:
         own = runs.read_config(out or result["run"])
-        remedy = "" if own.rules.fit else "; allow more with --set max_epochs=N, or a larger lambda_step" * (size["gap"] > 0) if own.rules.discretiser in PRUNING else f"; {own.method} has no size of its own, --set rules.fit=true gives it one"
+        remedy = "" if own.rules.fit else "; allow more with --set max_epochs=N, or a larger lambda_step" * (size["gap"] > 0) if DECISIONS[own.rules.discretiser].prunes else f"; {own.method} has no size of its own, --set rules.fit=true gives it one"
         print(f"target not reached: the derived network has {size['params']} parameters, {size['gap']:+.1%} off the {result['target']} asked for{remedy}", file=sys.stderr)
     rows = [("target reached" + (", as counted before alignment" if kind != "derived" else ""), result["reached"]), ("parameters of the derived network", size["params"]), ("target", result["target"]), ("parameters before alignment", size["params_searched"]), ("MACs", result["macs"]), ("operations", result["ops"]),
             *((f"retention, {k}s", v) for k, v in result["retention"].items()), ("with masked weights", result["derived"]["params_deployable"]), ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("run", result["run"])]
@@ -403,6 +405,9 @@ def main(args: list|None = None # None: the process's own
     stopped = None
     def say(message): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
     try:
+        if "--help" in (sys.argv if args is None else args):
+            from mgdarts.methods.registry import METHODS # written with PyTorch, which is slow to load
+            METHOD.help = "One of: " + ", ".join(METHODS) + "."
         code = typer.main.get_command(app).main(args, prog_name="mgdarts", standalone_mode=False)
         code = code if isinstance(code, int) else 0
     except InputError as e: say(e); code = 2

@@ -17,8 +17,9 @@ from . import run as runs
 from ..search import loop as search
 from ..base import files as store
 from ..net import supernet
-from ..search import train
-from ..base.options import InputError, preset
+from ..search import stages, train
+from ..base.options import InputError
+from ..methods.registry import preset
 from ..net.genotype import import_genotype, read_genotypes
 
 # %% auto #0
@@ -81,10 +82,10 @@ def bits(run: Path)->dict:
 
 # %% ../../nbs/runs/faults.ipynb #56a3ca1c
 PARTS = { # name -> (owner of the function, its name, which calls count)
-    "search": (search.Search, "_optimise", lambda s, *_: not s.fine_tuning), "fine-tuning": (search.Search, "_optimise", lambda s, *_: s.fine_tuning), "validation": (search.Search, "validate", None),
-    "commit": (search.Search, "_commit", None), "compaction": (supernet.SuperNet, "rebuild", None), "regrowing": (search, "regrow", None), "opening a stage": (search.Search, "_open", None),
+    "search": (search, "optimise", lambda s: not s.fine_tuning), "fine-tuning": (search, "optimise", lambda s: s.fine_tuning), "validation": (search.Search, "validate", None),
+    "commit": (search, "commit_masks", None), "compaction": (supernet.SuperNet, "rebuild", None), "regrowing": (stages, "regrow", None), "opening a stage": (stages, "make_optimizer", None),
     "checkpoint": (store.Checkpoints, "save", None), "force to disk": (os, "fsync", None), "rename": (os, "replace", None), "event": (runs.Recorder, "__call__", None),
-    "derivation and report": (runs, "_finish", None), "retraining": (train.Trainer, "_optimise", None), "test": (train.Trainer, "_finish", None)}
+    "derivation and report": (runs, "_finish", None), "retraining": (train, "optimise", None), "test": (train, "finish", None)}
 
 def _wrap(part, before=lambda: None, after=lambda seconds: None):
     owner, name, counts = PARTS[part]

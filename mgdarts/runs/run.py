@@ -17,13 +17,17 @@ from ..net.sample import fitted, random_architecture
 from ..fast.compiled import kernels_in_use
 from ..fast.engine import make
 from ..base.options import LONG, Config, InputError, from_dict, to_dict
-from ..base.data import Augment, Loader, Splits, halves, load_data, root, train_and_val
+from ..base.augment import Augment
+from ..base.batches import Loader
+from ..base.data import Splits, halves, load_data, train_and_val
+from ..base.options import root
 from ..base.events import Event, NonFiniteLoss, RunFailed, Stopped
 from .frames import REPLAY_FILE, FrameRecorder
 from ..space.space import Space
 from ..space.spaces import SPACES, space_of
 from ..net.sample import random_architecture
 from ..search.prune import SLACK
+from ..methods.registry import parts_of
 from ..search.loop import Search
 from ..base.files import Checkpoints, Lines, lock, read_bytes, read_json, refuse_links, write_json
 from ..search.train import Trainer
@@ -194,7 +198,7 @@ def make_search(cfg: Config,
     device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
     parts = {"train": splits} # two-level methods learn alpha from one half of the images, and the weights from the other
-    if cfg.search.optimisation in ("first-order", "second-order"): parts["arch"], parts["train"] = halves(splits, cfg.seed)
+    if "arch" in parts_of(cfg).schedule.images: parts["arch"], parts["train"] = halves(splits, cfg.seed)
     loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data)) for k, s in parts.items()}
     return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size, cfg.seed, device, make(cfg.compute), rules=cfg.rules)
 
@@ -252,7 +256,7 @@ def first_bad(loop, # a Search or Trainer that raised
     steps = len(loop.loaders["train"])
     while loop.epoch_step < steps:
         before, at = loop.state_dict(), (loop.epoch, loop.epoch_step)
-        try: loop._optimise(steps)
+        try: loop.optimise()
         except NonFiniteLoss: pass
         if not bool(loop.sums.isfinite().all()): return before, NonFiniteLoss(*at, "the loss")
         for what, of in (("the gradient of ", lambda p: p.grad), ("", lambda p: p)):

@@ -4,570 +4,179 @@
 
 # %% ../../nbs/search/loop.ipynb #05101f71
 from __future__ import annotations
-import copy, math
-from dataclasses import asdict, replace
-from itertools import islice
-import torch, torch.nn.functional as F
-from torch import nn, Tensor
-from ..base.options import PRUNING, InputError, Rules, Search as Settings, modern
-from ..space.darts import *
-from ..net.discretise import common_start, start_thresholds
-from ..base.events import Event, Emitter, NonFiniteLoss, evaluate, plain
-from .loss import Lambda, beta_decay, live_thresholds, pressure, prices
-from .prune import SLACK, Sizes, candidates, choose, commit, evenly, follow
-from .decide import all_but, by_rank, by_share, by_strength, decide_edge, decide_node, fewer_skips, fit_scored, jacobian_score, keep_scored, plan_round, standardise, strongest_two
-from .unroll import unrolled
-from .regrow import regrow, update_momentum
+import torch
+from ..base.events import Emitter, Event, evaluate
 from ..net.engine import Engine
+from ..base.options import Rules, Search as Settings, need
 from ..net.supernet import SuperNet
-from ..net.supernet import SuperNet
+from .prune import SLACK, Sizes, candidates, commit
+from .rules import Clock, Parts
+from .stages import SearchState, begin_joint, clock_is_up, close_stage, fresh_net, open_stage, plan, tally
+from .state import load_state, save_state
+from .step import optimise
+from .thresholds import mean_thresholds
 
 # %% auto #0
-__all__ = ['GROWTH', 'SURVIVORS', 'plan', 'groups', 'make_optimizer', 'make_adam', 'turns', 'StagedSearch', 'SavedSearch',
-           'Search']
+__all__ = ['snapshot', 'commit_masks', 'end_epoch', 'prune_if_due', 'refuse_unsearchable', 'Search', 'clock_of', 'validate',
+           'step', 'run']
 
-# %% ../../nbs/search/loop.ipynb #7ee0bf29
-GROWTH = (5 / 17, 11 / 17, 1.) # depth of P-DARTS's nets
-SURVIVORS = (len(OPS), 5, 3) # operations of an edge in each of them
+# %% ../../nbs/search/loop.ipynb #3198fa6e
+@torch.no_grad()
+def snapshot(net: SuperNet)->dict:
+    "Sizes, retention ratios and mean thresholds per granularity, with units that are off at this moment left out."
+    found = candidates(net) if net.discretising else None
+    now = net.count(**found.masks(found.off)) if found else net.count()
+    return {"params": now.params, "params_searched": now.searched.params, "macs": now.macs, "ops": now.ops,
+            "retention": now.retention(), "thresholds": mean_thresholds(net)}
 
-def plan(spec: NetSpec, stages: int, # 3, or 1: the whole net at once
-         growing: bool = False, # nets that grow
-         fine_tune: bool = True # prune on, once all stages have reached their share
-        )->list: # (name, last cell, index of the head) of each stage
-    "The stages of a search."
-    if growing: return [(f"stage {i + 1}", max(3, round(share * spec.cells)) - 1, 2) for i, share in enumerate(GROWTH)]
-    ends = list(enumerate(spec.ends))[-stages:] if stages == 1 else list(enumerate(spec.ends))
-    return [(f"stage {i + 1}", end, head) for i, (head, end) in enumerate(ends)] + [("fine-tune", ends[-1][1], ends[-1][0])] * fine_tune
+# %% ../../nbs/search/loop.ipynb #f6f6c142
+def commit_masks(search, ce: float, price: float, # means over the epoch of CE and of R_size
+                 epoch: int # that is over
+                ):
+    "Make the state of the masks permanent."
+    s, net, parts = search.state, search.net, search.parts
+    s.rebuilds += 1
+    found, before = parts.decision.candidates(net), search.lam.value
+    sizes = Sizes(net, found)
+    if parts.decision.coarse and sizes(torch.ones(len(found.places), dtype=torch.bool)) < (1 - SLACK) * s.target:
+        found, sizes = parts.decision.candidates(net, more=True), None
+    optimizers = [search.optimizer, search.adam]
+    done = commit(net, s.target, optimizers, s.rebuilds, found, wait=not parts.decision.coarse, sizes=sizes)
+    tally(search, done, before)
+    lam = search.lam.update(done.pruned["operation"], ce, price) if parts.pressure.controls else 0.
+    search.emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params, target=s.target,
+                lambda_before=before, **{"lambda": lam}, **done.after.summary())
 
-# %% ../../nbs/search/loop.ipynb #669d4d98
-def groups(net: SuperNet)->dict: # name -> parameters
-    "The net's parameters by how they are trained."
-    gates = [c.beta for c in net.cells]
-    strengths = [net.alpha] + [getattr(net, n) for n in ("zero", "edge", "widths") if hasattr(net, n)]
-    thresholds, fine, scores = [net.t_alpha, net.t_beta, net.t_pre], [net.t_omega], [c.score for c in net.cells if c.scored]
-    fixed = [] if net.rules.gates else gates + [p for c in net.cells for p in (c.scale, c.shift)]
-    if net.rules.gates: strengths += gates
-    rest = {id(p) for p in strengths + thresholds + fine + scores + fixed}
-    out = {"weights": [p for p in net.parameters() if id(p) not in rest], "strengths": strengths, "thresholds": thresholds, "fine": fine}
-    return out | ({"scores": scores} if scores else {})
+# %% ../../nbs/search/loop.ipynb #90ee67bd
+def end_epoch(search):
+    "After the last step of an epoch."
+    s, cfg, (*means, hits, n) = search.state, search.cfg, search.sums.tolist()
+    (ce, price, push, own), epoch, warm = (v / n for v in means), s.epoch, s.warmup
+    lam = 0. if warm else search.lam.value
+    acc, val_loss = search.validate()
+    data = search.snapshot()
+    search.sums.zero_()
+    s.epoch, s.epoch_step, s.phase_epoch = epoch + 1, 0, s.phase_epoch + 1
+    if not search.by_size: data["progress"] = min(search.clock.share, 1.)
+    search.emit("epoch", ce + lam * (price + push), epoch, phase="warm-up" if warm else "joint", ce=ce, r_size=price,
+                r_size_stage=own, r_threshold=push, train_acc=100 * hits / n, val_acc=acc, val_loss=val_loss,
+                target=s.target, **{"lambda": lam}, **data)
+    if warm and s.phase_epoch >= search.warm_epochs and (search.by_size or search.clock.share < 1): begin_joint(search)
+    if not search.by_size:
+        if search.clock.share >= 1 - 1e-9: clock_is_up(search)
+    elif not warm: prune_if_due(search, ce, own, epoch)
 
-def make_optimizer(net: SuperNet, cfg: Settings)->torch.optim.SGD:
-    "SGD with the search's learning rates."
-    rates = {"weights": cfg.lr_weights, "strengths": cfg.lr_arch, "thresholds": cfg.lr_threshold, "fine": cfg.lr_threshold_weight, "scores": cfg.lr_weights}
-    decay = {"weights": cfg.weight_decay, "strengths": cfg.arch_decay}
-    return torch.optim.SGD([{"params": ps, "lr": rates[name], "weight_decay": decay.get(name, 0.), "nesterov": cfg.nesterov and name == "weights", "name": name}
-                            for name, ps in groups(net).items() if not (cfg.adam and name == "strengths")], lr=cfg.lr_weights, momentum=cfg.momentum, foreach=True)
+def prune_if_due(search, ce: float, price: float, epoch: int):
+    "A commit every few epochs; a stage ends at its target, or after so many epochs without it."
+    s, cfg = search.state, search.cfg
+    over = s.phase_epoch >= cfg.max_epochs
+    if s.phase_epoch % cfg.prune_every and not over: return
+    commit_masks(search, ce, price, epoch)
+    if search.net.count().params <= s.target: close_stage(search, "reached")
+    elif over: close_stage(search, "target not reached")
 
-def make_adam(net: SuperNet, cfg: Settings)->torch.optim.Adam|None:
-    "Adam for the strengths, where the search asks for it."
-    if not cfg.adam: return None
-    return torch.optim.Adam(groups(net)["strengths"], cfg.lr_arch * cfg.arch_speed, (cfg.adam_beta, .999), weight_decay=cfg.arch_decay, foreach=True)
+# %% ../../nbs/search/loop.ipynb #4572857c
+def refuse_unsearchable(search):
+    "`InputError` where the target is out of reach, or there is not a step to make."
+    spec, target = search.whole, search.cfg.target_m * 1e6
+    fixed = spec.stem_params + spec.classifier_params
+    need(not search.by_size or target < spec.params, f"search.target_m={search.cfg.target_m:g} is not below the "
+         f"super-net's own size, {spec.params / 1e6:.4g} million: lower it, or widen the super-net")
+    need(not search.by_size or target > fixed, f"search.target_m={search.cfg.target_m:g} leaves no room for what is "
+         f"searched: stem and head have {fixed / 1e6:.4g} million parameters")
+    need(len(search.loaders["train"]) >= 1,
+         "the search needs at least one step an epoch: give more training images or a smaller search.batch")
 
-# %% ../../nbs/search/loop.ipynb #90b81f95
-def turns(optimisation: str, # see `Search.optimisation` in the configuration
-          warmup: bool, epoch: int, # of this phase
-          progress: float, # share of the epoch that is done
-          alpha: bool = True, # whether alpha is due, where it has images of its own
-          sparse: bool = False # whether scores are learned in place of weights
-         )->list: # of (images, names of groups)
-    "The updates of a step."
-    if warmup: return [("train", ("weights",))]
-    if optimisation in ("first-order", "second-order"): return [("arch", ("strengths",))] * alpha + [("train", ("scores",) if sparse else ("weights",))]
-    if optimisation == "joint": return [("train", ("weights", "strengths", "thresholds", "fine"))]
-    second = epoch % 2 == 1 if optimisation == "iterative-epoch" else progress >= .5
-    return [("train", ("thresholds", "fine") if second else ("weights", "strengths"))]
+# %% ../../nbs/search/loop.ipynb #9d9b525b
+class Search:
+    "A search that can be stepped, saved and resumed."
+    UNTIL = ("step", "epoch", "commit", "stage", "end")
 
-# %% ../../nbs/search/loop.ipynb #947347b5
-class StagedSearch:
-    "Where a search stands, and what happens between its stages."
-
-    def __init__(self, spec: NetSpec, # or a MobileSpec
-                 loaders: dict, # train: `len` and `batch(epoch, step)`; val: `eval()`
+    def __init__(self, spec, # NetSpec or MobileSpec
+                 loaders: dict, # train, and arch where alpha has its own: `len`, `batch(epoch, step)`; val: `eval()`
                  cfg: Settings,
                  aux_size: str = "medium", # auxiliary heads
-                 seed: int = 0,
-                 device: str|torch.device = "cpu",
+                 seed: int = 0, device: str|torch.device = "cpu",
                  engine: Engine|None = None, # what computes the super-net; None: the reference
                  events: Emitter|None = None,
                  check_every: int = 50, # steps between two looks at whether the loss is finite
                  rules: Rules|None = None # what the search is composed of
                 ):
-        self.rules = rules or Rules()
-        self.by_size = self.rules.discretiser in PRUNING
-        if self.by_size and cfg.target_m * 1e6 >= spec.params: raise InputError(f"search.target_m={cfg.target_m:g} is not below the super-net's own size, {spec.params / 1e6:.4g} million: lower it, or widen the super-net")
-        if self.by_size and cfg.target_m * 1e6 <= (fixed := spec.stem_params + spec.classifier_params): raise InputError(f"search.target_m={cfg.target_m:g} leaves no room for what is searched: stem and head have {fixed / 1e6:.4g} million parameters")
-        if len(loaders["train"]) < 1: raise InputError("the search needs at least one step an epoch: give more training images or a smaller search.batch")
-        self.spec, self.whole, self.loaders, self.cfg, self.seed, self.device = spec, spec, loaders, cfg, seed, torch.device(device)
-        self.events, self.check_every, self.stages = events or Emitter(), check_every, plan(spec, cfg.stages, self.rules.growing, self.by_size and cfg.stage_keep[-1] > 0)
-        self.aux_size, self.engine, self.settled = aux_size, engine, False
-        self.optimizer, self.adam, self.trial = None, None, None
-        # where it stands: stage, phase (warm-up or joint), epochs of the phase, steps of the epoch; -1: not begun
-        self.stage, self.warmup, self.phase_epoch, self.epoch, self.epoch_step, self.steps = -1, True, 0, 0, 0, 0
-        self.lam, self.target, self.start, self.pruned, self.rebuilds, self.finished, self.reached = None, 0., 0, 0, 0, False, []
-        self._make_net()
-        self.sums = torch.zeros(6, dtype=torch.float64, device=self.device) # CE, R_size, R_thr, R_size of the stage's own cells, hits, images of this epoch
-        self.drift = {} # granularity -> [units pruned, of these while lambda was 0, their chances to be weaker than what stayed, how many have one]
-        self.safe_state, self._last = None, set()
+        self.rules, self.cfg, self.whole, self.loaders, self.seed = rules or Rules(), cfg, spec, loaders, seed
+        self.aux_size, self.device, self.engine = aux_size, torch.device(device), engine
+        self.events, self.check_every, self.parts = events or Emitter(), check_every, Parts(self.rules, cfg)
+        self.by_size, self.length = self.parts.decision.prunes, self.parts.epochs(cfg.length)
+        self.warm_epochs = self.parts.schedule.warm_epochs(cfg.warmup, self.length)
+        refuse_unsearchable(self)
+        self.stages = self.parts.plan(plan(spec, cfg.stages, self.by_size and cfg.stage_keep[-1] > 0), spec)
+        self.state, self.lam, self.optimizer, self.adam, self.trial = SearchState(), None, None, None, None
+        self.safe_state, self.just = None, set() # the state an epoch began with; types of this step's events
+        # sums of this epoch: CE, R_size, R_thr, R_size of the stage's own cells, hits, images
+        self.sums = torch.zeros(6, dtype=torch.float64, device=self.device)
+        fresh_net(self)
 
+    def __getattr__(self, name):
+        if name in SearchState.__dataclass_fields__: return getattr(self.state, name)
+        raise AttributeError(name)
     @property
-    def stage_name(self)->str: return self.stages[max(self.stage, 0)][0]
+    def stage_name(self)->str: return self.stages[max(self.state.stage, 0)][0]
     @property
     def fine_tuning(self)->bool: return self.stage_name == "fine-tune"
     @property
-    def length(self)->int:
-        "Epochs of a stage that ends by the clock. P-DARTS: half of the 50 for each of its nets."
-        return max(1, self.cfg.length // 2) if self.rules.growing else self.cfg.length
-    @property
-    def warm_epochs(self)->int:
-        "Epochs that train the weights only."
-        return self.cfg.warmup if self.rules.weights_only < 0 else round(self.rules.weights_only * self.length)
-    @property
-    def clock(self)->float:
-        "Share of the stage that is done, by the clock."
-        return (self.phase_epoch + (0 if self.warmup else self.warm_epochs) + self.epoch_step / len(self.loaders["train"])) / max(self.length, 1)
-    @property
-    def turn(self)->int:
-        "Epochs of the stage that are over, by the clock."
-        return math.floor(min(self.clock, 1.) * self.length + 1e-9)
-    @property
-    def sparse(self)->bool: return self.rules.keep < 1 and self.clock >= 1 - self.rules.sparse - 1e-9
-
-    def _make_net(self):
-        "A fresh net for this stage, or the one that is left once all is decided."
-        rules = self.rules
-        if rules.growing:
-            stage = max(self.stage, 0)
-            self.spec = replace(self.whole, cells=self.stages[stage][1] + 1)
-            rules = replace(rules, zero=rules.zero and stage < 2)
-        if self.settled: self.spec, rules = replace(self.spec, partial=1), replace(rules, partial=1, superpose="none", edge_norm=False)
-        self.net = SuperNet(self.spec, self.aux_size, self.cfg.granularities, self.seed, self.engine, rules).to(self.device)
-        if rules.init == "normal": self.net.start_normal()
-        self.mom = torch.zeros_like(self.net.alpha)
-
-    def _emit(self, type, loss=None, epoch=None, **data):
-        self._last.add(type)
-        self.events.emit(Event(type, self.steps, self.epoch if epoch is None else epoch, self.stage_name, loss, data))
-
-    # stages
-    def _open(self):
-        "Begin the next stage: more cells, a new head, new optimizers, lambda from 0."
-        left = self._survivors() if self.rules.growing and self.stage >= 0 else None
-        self.stage += 1
-        _, end, head = self.stages[self.stage]
-        cfg = self.cfg
-        if self.rules.growing: self._make_net()
-        if not self.fine_tuning:
-            self.net.open(end, head)
-            if self.rules.init == "saliency": self._look()
-        if left is not None: self.net.rebuild(torch.stack([left[c.reduction] for c in self.spec.cell]), [self.net.full_gates(c) for c in range(len(self.net.cells))], self.stage)
-        self.optimizer, self.adam = make_optimizer(self.net, cfg), make_adam(self.net, cfg)
-        count = self.net.count()
-        self.start, self.pruned, self.warmup, self.phase_epoch, self.epoch_step = count.params, 0, True, 0, 0
-        final = cfg.target_m * 1e6
-        # the last stage must not undershoot what fine-tuning is to reach
-        keep = final if self.fine_tuning else cfg.stage_keep[self.stage] * self.start
-        self.target = final if not self.by_size else max(keep, final) if end == self.spec.cells - 1 else keep
-        self.lam = Lambda(cfg.lambda_step, cfg.prune_high * count.ops, cfg.prune_low * count.ops, cfg.lambda_cap_fine if self.fine_tuning else cfg.lambda_cap, growth=cfg.lambda_growth)
-        self._emit("stage", status="open", params=self.start, target=self.target, ops=count.ops, cells=len(self.net.cells))
-        if self.warm_epochs == 0: self._begin_joint()
-        if not self.by_size and self.length == 0: self._begin_deciding()
-
-    def _survivors(self)->dict: # whether cells are reductions -> [14, 7] bool
-        "The operations that P-DARTS keeps: the strongest of each edge."
-        strength = (self.net.importance() * self.net.op_live).cpu()
-        best = strength.argsort(dim=-1, descending=True, stable=True)[..., :SURVIVORS[self.stage + 1]]
-        keep = torch.zeros_like(strength, dtype=torch.bool).scatter_(-1, best, True) & self.net.op_live.cpu()
-        return {c.reduction: keep[self.spec.kinds[c.index]] for c in self.spec.cell}
-
-    def _look(self):
-        "Alpha and beta by what one batch says of an untrained net: the saliency |sigma dL/dsigma| of each unit (SNIP), standardised over a cell and over a gate."
-        net, x = self.net, [t.to(self.device) for t in self.loaders["train"].batch(0, 0)]
-        net.train()
-        names = [net.alpha] + [c.beta for c in net.cells if self.rules.gates]
-        grads = torch.autograd.grad(F.cross_entropy(net(x[0]), x[1]), names)
-        with torch.no_grad():
-            new = slice(net.first, len(net.cells))
-            seen = lambda g, p: (g / (1 - torch.sigmoid(p))).abs() # sigma dL/dsigma
-            net.alpha[new] = .5 * standardise(seen(grads[0], net.alpha)[new], net.op_live[new], (1, 2))
-            net.alpha.copy_(net.alpha[self.spec.kinds])
-            for c, g in list(zip(net.cells, grads[1:]))[new]:
-                for at in torch.arange(len(g), device=g.device).split(c.gate_sizes): c.beta[at] = .5 * standardise(seen(g, c.beta)[at], torch.ones_like(at, dtype=torch.bool), (0,))
-
-    @torch.no_grad()
-    def _begin_joint(self):
-        "Warm-up is over: thresholds start and take effect."
-        net, cfg = self.net, self.cfg
-        self.warmup, self.phase_epoch, net.discretising = False, 0, self.rules.discretiser == "thresholds"
-        if not net.discretising: return
-        for name in net.THRESHOLDS: getattr(net, name).zero_()
-        self.mom.zero_()
-        {"min": self._start_together, "own": self._start_alone, "zero": lambda: None}[cfg.threshold_init]()
-        found = self._distances()
-        self._emit("start", thresholds={k: v and v["t"] for k, v in found.items()}, distance={k: v and v["ratio"] for k, v in found.items()}, init=cfg.threshold_init)
-
-    def _start_together(self):
-        "One threshold for each granularity, just under the smallest live unit of the whole sub-net."
-        net, n, margin = self.net, len(self.net.cells), self.cfg.threshold_margin
-        net.t_alpha[:n] = common_start([(torch.sigmoid(net.alpha[:n]), net.op_live[:n])], margin)
-        low = common_start([(torch.sigmoid(c.beta), ~c.skips) for c in net.cells], margin)
-        net.t_beta[:n] = net.t_pre[:n] = low
-        net.t_omega[:n] = common_start([(c.omega, c.omega_live) for c in net.cells], margin)
-
-    def _start_alone(self):
-        "Each threshold just under the smallest of its own units."
-        net, n, start = self.net, len(self.net.cells), lambda g, lengths, live=None: start_thresholds(g, lengths, live, self.cfg.threshold_margin)
-        one = torch.ones_like(net.op_live[:n].flatten(), dtype=torch.long)
-        net.t_alpha[:n] = start(torch.sigmoid(net.alpha[:n]).flatten(), one, net.op_live[:n].flatten()).view_as(net.t_alpha[:n])
-        for c, cell in enumerate(net.cells):
-            flat = torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)])
-            flat[cell.gate_of] = start(torch.sigmoid(cell.beta), cell.gate_len)
-            net.t_pre[c], net.t_beta[c] = flat[:cell.PRE], flat[cell.PRE:-1].view_as(net.t_beta[c])
-            net.t_omega[c].view(-1)[cell.conv] = start(cell.omega, cell.conv_len, cell.omega_live)
-
-    def _distances(self)->dict: # granularity -> {"t": mean threshold, "ratio": quantiles of |g| / t}, None where nothing is searched
-        "How far live units are from their thresholds: quantiles 0, 5, 25, 50, 75, 95, 100 %."
-        found, out = candidates(self.net), dict.fromkeys(GRANULARITIES)
-        for name in self.net.granularities:
-            g, t = (torch.cat([v[i][v[2]] for k, v in zip(found.names, found.values) if k == name]) for i in (0, 1))
-            if not len(g): continue
-            at = evenly(len(g)) # where there are very many
-            ratio = (g[at] / t[at].clamp(min=1e-12)).clamp(max=1e6)
-            out[name] = {"t": float(t[at].mean()), "ratio": [round(v, 4) for v in ratio.quantile(torch.tensor([0, .05, .25, .5, .75, .95, 1])).tolist()]}
-        return out
-
-    @staticmethod
-    def _met(params, target)->bool: return (1 - SLACK) * target <= params <= target
-    def _drifted(self)->dict: # granularity -> {"pruned", "free", "auc"}
-        "Over the search: units pruned, the share of them pruned while lambda was 0, and the chance that one of them was weaker than one that stayed."
-        return {k: {"pruned": n, "free": free / n if n else None, "auc": a / m if m else None} for k, (n, free, a, m) in self.drift.items()}
-
-    def _close(self, status: str):
-        "End a stage: regrow, then the next, or the end."
-        last = self.stage == len(self.stages) - 1
-        if last and self.by_size and self.spec.constraint == 1: # what thresholds have left, as far as the space has it
-            self._leave(keep=strongest_two(self._strongest()))
-            status = "reached" if self._met(self.net.count().params, self.target) else "target not reached"
-        count = self.net.count()
-        self.reached.append(status == "reached")
-        self._emit("stage", status=status, params=count.params, target=self.target, ops=count.ops, pruned=self.pruned)
-        if last:
-            self.finished = True
-            self._emit("done", reached=self._met(count.params, self.target) or not self.by_size, stages_reached=list(self.reached), target=self.target, **count.summary(), drift=self._drifted())
-            return
-        num = math.floor(self.cfg.regrow * self.pruned) if self.by_size else 0
-        if num:
-            self.rebuilds += 1
-            back, moved = regrow(self.net, num, self.mom, self.rebuilds, self.cfg.regrow_cells)
-            follow(self.optimizer, moved)
-            after = self.net.count()
-            self._emit("regrow", regrown=[[c, *self.spec.edges[e], self.spec.ops[o]] for c, e, o in back], asked=num, params_before=count.params, params=after.params, ops=after.ops)
-        self.net.discretising = False
-        self._open()
-
-# %% ../../nbs/search/loop.ipynb #a361e455
-class SavedSearch(StagedSearch):
-    "A search's state, out and in."
-    COUNTERS = ("stage", "warmup", "phase_epoch", "epoch", "epoch_step", "steps", "target", "start", "pruned", "rebuilds", "finished", "reached", "settled", "drift")
-
+    def clock(self)->Clock: return clock_of(self)
+    def snapshot(self)->dict: return snapshot(self.net)
+    def validate(self)->tuple: return validate(self)
     def state_dict(self)->dict:
         "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."
-        net = self.net
-        tensors = {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()}
-        cells = [{"ops": c.layout.ops.clone(), "alive": c.layout.alive.clone()} for c in net.cells]
-        state = lambda optimizer: copy.deepcopy(optimizer.state_dict()) if optimizer else None
-        return {"version": 2, "counters": {k: copy.deepcopy(getattr(self, k)) for k in self.COUNTERS}, "net": tensors, "cells": cells, "discretising": net.discretising, "first": net.first,
-                "optimizer": state(self.optimizer), "adam": state(self.adam), "trial": copy.deepcopy(self.trial), "lambda": asdict(self.lam) if self.lam else None, "mom": self.mom.cpu().clone(), "sums": self.sums.cpu().clone(),
-                "config": plain(asdict(self.cfg)), "rules": plain(asdict(self.rules)), "spec": asdict(self.whole), "seed": self.seed}
-
+        return save_state(self)
     def load_state_dict(self, state: dict):
         "Go back to a saved state. `InputError` if it belongs to another search."
-        if not isinstance(state, dict) or state.get("version") not in (1, 2): raise InputError("this is not the state of a search, or one of another version")
-        if state["version"] == 1 and not state["counters"]["finished"] and self.by_size: raise InputError("this search was begun when sizes were counted before filters are aligned, and its target would change: start it again")
-        own = lambda what, given: {**plain(asdict(type(what)())), **given} == plain(asdict(what)) # settings that are younger than the state have their defaults
-        if not (own(self.cfg, modern({"search": state["config"]})["search"]) and own(self.rules, state.get("rules", {})) and type(self.whole)(**state["spec"]) == self.whole and state["seed"] == self.seed): raise InputError("the saved state belongs to another search: settings, space and seed must be the same")
-        # from before pools could have batch norms: the preprocessing after a reduction was of another kind then, in tensors of the same shapes
-        if self.rules.partial > 1 and "pool_norm" not in state["rules"] and not state["counters"].get("settled"): raise InputError("this state is of a PC-DARTS search that an older version began, with another preprocessing after reductions: it cannot go on here, search anew")
-        for k, v in state["counters"].items(): setattr(self, k, copy.deepcopy(v))
-        self.spec = self.whole
-        self._make_net()
-        net = self.net
-        if self.stage >= 0:
-            for saved in state["cells"]: net.add(saved["ops"], saved["alive"])
-            net.open(*self.stages[self.stage][1:])
-        net.load_state_dict(state["net"])
-        net.discretising, net.first = state["discretising"], state["first"]
-        net.to(self.device)
-        if state["optimizer"] is not None:
-            self.optimizer = make_optimizer(net, self.cfg)
-            self.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
-        self.adam = make_adam(net, self.cfg) if state.get("adam") is not None else None
-        if self.adam: self.adam.load_state_dict(copy.deepcopy(state["adam"]))
-        self.trial = copy.deepcopy(state.get("trial"))
-        self.lam = Lambda(**state["lambda"]) if state["lambda"] else None
-        self.mom, sums = state["mom"].to(self.device, copy=True), state["sums"].to(self.device, copy=True)
-        self.sums = sums if len(sums) == 6 else torch.cat([sums[:3], sums[1:2], sums[3:]]) # the stage's own R_size came later
-        self.safe_state = state
-
-# %% ../../nbs/search/loop.ipynb #4572857c
-class Search(SavedSearch):
-    "A multi-granularity search that can be stepped, saved and resumed."
-    UNTIL = ("step", "epoch", "commit", "stage", "end")
-
+        load_state(self, state)
+    def emit(self, type: str, loss: float|None = None, epoch: int|None = None, **data):
+        "Tell the listeners."
+        self.just.add(type)
+        s = self.state
+        self.events.emit(Event(type, s.steps, s.epoch if epoch is None else epoch, self.stage_name, loss, data))
+    def optimise(self):
+        "One optimisation step alone."
+        optimise(self)
     def step(self):
-        "One optimisation step; after the last of an epoch, whatever is due: validation, a commit, the next phase or stage."
-        if self.finished: return
-        self._last = set()
-        if self.stage < 0: self._open()
-        steps = len(self.loaders["train"])
-        if self.trial is not None: self._try()
-        elif self.epoch_step < steps: self._optimise(steps)
-        if self.epoch_step == steps and not self.finished: self._end_epoch()
-        if self.events.wants("rest"): self._emit("rest")
-
-    def _fading(self)->float:
-        "P-DARTS's drop-out fades: linearly in warm-up, as if it went on to the end of the stage, then from anew exponentially."
-        return max(0., 1 - (self.phase_epoch + 1) / max(self.length, 1)) if self.warmup else math.exp(-.2 * self.phase_epoch)
-
-    # the parts of a step are methods of their own, so that they can be timed
-    def _batch(self, images="train"):
-        loader = self.loaders[images]
-        return tuple(t.to(self.device, non_blocking=True) for t in loader.batch(self.epoch, self.epoch_step % len(loader)))
-
-    def _forward(self, x, y, smoothing=0.)->tuple: # loss, and what the epoch's means are made of
-        also = []
-        logits = self.net(x, also) if self.rules.aux else self.net(x)
-        ce = F.cross_entropy(logits, y)
-        cells, push = prices(self.net, self.cfg.cost, self.cfg.reg, self.cfg.mu), pressure(self.net)
-        price, own = cells.sum(), cells[0 if self.fine_tuning else self.net.first:].sum()
-        loss = (F.cross_entropy(logits, y, label_smoothing=smoothing) if smoothing else ce) + (0. if self.warmup else self.lam.value) * (price + push)
-        for aux in also: loss = loss + self.rules.aux * F.cross_entropy(aux, y, label_smoothing=smoothing)
-        if self.rules.beta_decay: loss = loss + self._decay(self.net.alpha)
-        with torch.no_grad(): seen = torch.stack([ce.double() * len(y), price.double() * len(y), push.double() * len(y), own.double() * len(y), (logits.argmax(1) == y).sum().double(), self.sums.new_full((), len(y))])
-        return loss, seen
-
-    def _decay(self, alpha)->Tensor:
-        "What beta-DARTS adds, a larger part of it with every epoch."
-        n = len(self.net.cells)
-        return self.rules.beta_decay * self.turn / max(self.length, 1) * beta_decay(alpha[:n], self.net.op_live[:n])
-
-    def _backward(self, loss):
-        self.net.zero_grad(set_to_none=True)
-        loss.backward()
-
-    def _ahead(self):
-        "The gradient of the strengths for weights that have taken one step."
-        net, cfg = self.net, self.cfg
-        names = {id(p): name for name, p in net.named_parameters()}
-        of = {k: [names[id(p)] for p in ps] for k, ps in groups(net).items()}
-        (sgd,) = (g for g in self.optimizer.param_groups if g["name"] == "weights")
-        buffers = {names[id(p)]: self.optimizer.state[p]["momentum_buffer"] for p in sgd["params"] if self.optimizer.state.get(p, {}).get("momentum_buffer") is not None}
-        def loss(f, x, y, regularised, values): return F.cross_entropy(f(x), y, label_smoothing=0. if regularised else cfg.label_smoothing) + (self._decay(values["alpha"]) if regularised and self.rules.beta_decay else 0.)
-        found = unrolled(net, loss, self._batch(), self._batch("arch"), of["weights"], of["strengths"], sgd["lr"], cfg.momentum, cfg.weight_decay, buffers)
-        net.zero_grad(set_to_none=True)
-        for name, g in found.items(): net.get_parameter(name).grad = g
-
-    def _update(self, move):
-        "Move what moves now."
-        cfg, net = self.cfg, self.net
-        if not self.warmup and cfg.regrow and self.by_size: update_momentum(self.mom, net.alpha, cfg.regrow_gamma)
-        net.tie()
-        for group in self.optimizer.param_groups:
-            if group["name"] not in move:
-                for p in group["params"]: p.grad = None
-            elif group["name"] == "weights":
-                if cfg.clip: nn.utils.clip_grad_norm_(group["params"], cfg.clip)
-                if cfg.lr_end >= 0: group["lr"] = cfg.lr_end + (cfg.lr_weights - cfg.lr_end) * (1 + math.cos(math.pi * self.turn / max(self.length, 1))) / 2
-        self.optimizer.step()
-        if self.adam and "strengths" in move: self.adam.step()
-        if net.discretising:
-            with torch.no_grad(): torch._foreach_clamp_min_([getattr(net, n) for n in net.THRESHOLDS], 0.)
-
-    def _optimise(self, steps):
-        if self.epoch_step == 0: self.safe_state = self.state_dict()
-        net, rules, cfg = self.net, self.rules, self.cfg
-        net.train()
-        due = turns(cfg.optimisation, self.warmup, self.phase_epoch, self.epoch_step / steps, self.steps % rules.arch_every == 0, self.sparse)
-        net.sparse = self.sparse
-        if rules.relaxation == "gumbel": net.tau = rules.tau[0] + (rules.tau[1] - rules.tau[0]) * min(self.turn / max(self.length - 1, 1), 1.)
-        net.skip_dropout = rules.skip_dropout[min(self.stage, 2)] * self._fading()
-        for i, (images, move) in enumerate(due):
-            if rules.relaxation not in ("sigmoid", "softmax") or net.skip_dropout: net.noise = net._generator(7, self.epoch, self.epoch_step, i)
-            net.paths = images == "train" or rules.relaxation == "gumbel" # binary gates ask alpha's gradient of all operations
-            if images == "arch" and cfg.optimisation == "second-order": self._ahead()
-            else:
-                if len(due) > 1: # gradients are made for what moves
-                    for name, ps in groups(net).items():
-                        for p in ps: p.requires_grad_(name in move)
-                loss, seen = self._forward(*self._batch(images), cfg.label_smoothing if images == "train" else 0.)
-                self._backward(loss)
-            if len(due) > 1: net.requires_grad_()
-            self._update(move)
-        self.sums += seen
-        self.epoch_step += 1
-        self.steps += 1
-        if self.epoch_step == steps or self.epoch_step % self.check_every == 0: self._check()
-        if self.events.wants("step"): self._emit("step", float(loss.detach()))
-
-    def _check(self):
-        seen = [self.sums[:3], *(v for c in self.net.cells for v in c.statistics)] # running statistics may overflow before the loss does
-        if not bool(torch.stack([v.isfinite().all() for v in seen]).all()): raise NonFiniteLoss(self.epoch, self.epoch_step - 1)
-
-    def validate(self)->tuple: # accuracy in percent, mean cross-entropy
-        "The current sub-net on the validation split, with the masks as they are."
-        (found,) = evaluate([self.net], self.loaders["val"].eval(), self.device)
-        self.net.train()
-        return found
-
-    @torch.no_grad()
-    def snapshot(self)->dict:
-        "Sizes, retention ratios and mean thresholds per granularity, with units that are off at this moment left out."
-        net = self.net
-        found = candidates(net) if net.discretising else None
-        now = net.count(**found.masks(found.off)) if found else net.count()
-        live, t = live_thresholds(net), {}
-        for name, keys in zip(GRANULARITIES, (("t_alpha",), ("t_beta", "t_pre"), ("t_omega",))):
-            values = torch.cat([getattr(net, k)[:len(net.cells)][live[k]].flatten() for k in keys])
-            t[name] = float(values.mean()) if len(values) and net.discretising else None
-        return {"params": now.params, "params_searched": now.searched.params, "macs": now.macs, "ops": now.ops, "retention": now.retention(), "thresholds": t}
-
-    def _end_epoch(self):
-        cfg, (*means, hits, n) = self.cfg, self.sums.tolist()
-        (ce, price, push, own), epoch, warm = (v / n for v in means), self.epoch, self.warmup
-        lam = 0. if warm else self.lam.value
-        acc, val_loss = self.validate()
-        data = self.snapshot()
-        self.sums.zero_()
-        self.epoch, self.epoch_step, self.phase_epoch = epoch + 1, 0, self.phase_epoch + 1
-        self._emit("epoch", ce + lam * (price + push), epoch, phase="warm-up" if warm else "joint", ce=ce, r_size=price, r_size_stage=own, r_threshold=push, train_acc=100 * hits / n,
-                   val_acc=acc, val_loss=val_loss, target=self.target, **{"lambda": lam}, **data, **({} if self.by_size else {"progress": min(self.clock, 1.)}))
-        if warm and self.phase_epoch >= self.warm_epochs and (self.by_size or self.clock < 1): self._begin_joint()
-        if not self.by_size:
-            if self.clock >= 1 - 1e-9: self._begin_deciding()
-            return
-        if warm: return
-        due = self.phase_epoch % cfg.prune_every == 0 or self.phase_epoch >= cfg.max_epochs
-        if due: self._commit(ce, own, epoch)
-        params = self.net.count().params if due else math.inf
-        if params <= self.target: self._close("reached")
-        elif self.phase_epoch >= cfg.max_epochs: self._close("target not reached")
-
-    def _commit(self, ce, price, epoch):
-        self.rebuilds += 1
-        found, before = self._found(), self.lam.value
-        # where nothing finer than operations is searched, or a rule says how many go, others than those that are due may bring the size to the target
-        coarse = self.rules.discretiser != "thresholds" or self.cfg.granularities == ("operation",)
-        if coarse and Sizes(self.net, found)(torch.ones(len(found.places), dtype=torch.bool)) < (1 - SLACK) * self.target: found = self._found(more=True)
-        done = commit(self.net, self.target, [self.optimizer, self.adam], self.rebuilds, found, wait=not coarse)
-        self._tally(done, before)
-        lam = 0. if self.rules.regulariser == "none" else self.lam.update(done.pruned["operation"], ce, price)
-        self._emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params, target=self.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
-
-    def _tally(self, done, lam: float):
-        "Add up what was pruned, at which lambda, and how weak it was."
-        self.pruned += done.pruned["operation"]
-        for name, n in done.pruned.items():
-            row = self.drift.setdefault(name, [0, 0, 0., 0])
-            row[0] += n; row[1] += n * (lam == 0)
-            if done.auc.get(name) is not None: row[2] += n * done.auc[name]; row[3] += n
-
-    def _found(self, more: bool = False # whether others may follow behind those that are due
-              ):
-        "What a commit chooses from."
-        net, r = self.net, self.rules
-        if r.discretiser == "share": return by_share(net, r.share_min, r.share_max, r.share_n, more)
-        if r.discretiser == "rate":
-            all_ = self.spec.cell[:len(net.cells)]
-            return by_rank(net, round(r.rate_ops * len(all_) * len(self.spec.edges) * min(len(self.spec.ops), len(r.ops))), round(r.rate_filters * sum(g.width for c in all_ for g in c.gates if g.learned)), more)
-        return candidates(net, more=more)
-
-    # the end of a search that ends by the clock
-    def _begin_deciding(self):
-        "The clock is up: decide at once, by trial and error, or open the next net."
-        own, kinds = self.rules.discretiser, sorted(set(self.spec.kinds))
-        if self.stage < len(self.stages) - 1: self._close("reached")
-        elif own == "argmax": self._decide(self._strongest())
-        else: self.trial = {"todo": [], "now": self.net.op_live[kinds].cpu(), "found": [], "scores": []}
-
-    def _strongest(self)->Tensor: # [cells, 14, 7]
-        net = self.net
-        s = net.importance()[:len(net.cells)] * net.op_live[:len(net.cells)]
-        return (s if net.edges() is None else s * net.edges().detach()[..., None]).cpu()
-
-    def _spread(self, ops)->Tensor: # [kinds, 14, 7] -> [cells, 14, 7]
-        "Kinds of cells to cells."
-        kinds = self.spec.kinds
-        return ops[[sorted(set(kinds)).index(k) for k in kinds]]
-
-    @torch.no_grad()
-    def _among(self, ops, score):
-        "A score of the net with some operations only. The net is as before afterwards."
-        net, live, statistics = self.net, self.net.op_live.clone(), [[v.clone() for v in c.statistics] for c in self.net.cells]
-        net.op_live[:len(net.cells)] = self._spread(ops).to(live.device)
-        net.requires_grad_(False) # gradients are asked of images only
-        with torch.enable_grad(): found = score(net)
-        net.requires_grad_().op_live.copy_(live)
-        for c, before in zip(net.cells, statistics): torch._foreach_copy_(c.statistics, before)
-        return found
-
-    def _try(self):
-        "One step of trial and error: one decision, or one candidate."
-        self.steps += 1
-        (self._draw if self.rules.discretiser == "sample" else self._peel)(**self.trial, whole=self.net.op_live[sorted(set(self.spec.kinds))].cpu())
-        if len(scores := self.trial["scores"]) == self.rules.samples: self._decide(keep=self._spread(self.trial["found"][max(range(len(scores)), key=scores.__getitem__)]))
-
-    def _draw(self, found, scores, whole, **_):
-        "A random candidate, and how good it is with the super-net's weights."
-        net = self.net
-        strength = torch.rand(whole.shape, generator=net._generator(8, len(found))) * whole
-        if self.spec.constraint == 1: ops = strongest_two(strength)
-        else:
-            by = by_strength(net, self._spread(strength))
-            ops = by.masks(choose(net, by, self.target, wait=False))["ops"][sorted(set(self.spec.kinds))]
-        found.append(ops)
-        scores.append(self._among(ops, lambda net: evaluate([net], islice(self.loaders["val"].eval(), self.rules.batches), self.device)[0][0]))
-
-    def _peel(self, found, scores, todo, now, whole):
-        "A decision on an edge or a node of a candidate, by a score that needs no training; once there are all candidates, the score of one, on other images."
-        i, images = len(found), self.loaders["train"]
-        def jacobian(ops, of): return self._among(ops, lambda net: jacobian_score(net.train(), images.batch(*of)[0].to(self.device)))
-        if i == self.rules.samples: return scores.append(sum(jacobian(found[len(scores)], (1 + b // len(images), b % len(images))) for b in range(self.rules.batches)))
-        if not todo: todo[:], now = plan_round(len(whole), self.net._generator(8, i)), whole
-        kind, what, at = todo.pop(0)
-        self.trial["now"] = (decide_edge if what == "edge" else decide_node)(now, kind, at, lambda ops: jacobian(ops, (0, i % len(images))))
-        if not todo: found.append(self.trial["now"])
-
-    def _decide(self, strength=None, keep=None):
-        "The end of the clock: prune whatever does not stay."
-        self._leave(strength, keep)
-        self.trial = None
-        self._close("reached")
-
-    @torch.no_grad()
-    def _leave(self, strength=None, keep=None):
-        "Prune all but some operations, or by strength what the space allows or the target asks for."
-        net, r = self.net, self.rules
-        if keep is None and self.spec.constraint == 1: keep = fewer_skips(strength, r.max_skips, [c.index for c in self.spec.cell if not c.reduction])
-        if r.partial > 1 or r.superpose != "none": # from here on the whole channels, and each kernel for itself
-            self.settled, old = True, net
-            self._make_net()
-            net = self.net
-            net.alpha.copy_(old.alpha)
-            if r.zero: net.zero.copy_(old.zero)
-            net.open(*self.stages[self.stage][1:])
-            self.optimizer = self.adam = None
-        self.rebuilds += 1
-        if r.keep < 1:
-            for c in net.cells: keep_scored(c, r.keep)
-        done = commit(net, 0. if keep is not None else self.target, [self.optimizer, self.adam], self.rebuilds, all_but(net, keep) if keep is not None else by_strength(net, strength), wait=False)
-        if r.keep < 1 and r.fit: fit_scored(net, self.target)
-        self._tally(done, self.lam.value if self.lam else 0.)
-        self._emit("commit", None, max(self.epoch - 1, 0), pruned=done.pruned, auc=done.auc, lambda_before=0., params_before=done.before.params, target=self.target, **{"lambda": 0.}, **net.count().summary())
-
+        "One optimisation step; after the last of an epoch, whatever is due: validation, a commit, the next stage."
+        step(self)
     def run(self, until: str = "end" # step, epoch, commit, stage or end
            )->bool: # whether the search is finished
         "Go on to the next step, epoch, commit or end of a stage, or to the end."
-        if until not in self.UNTIL: raise InputError(f"run until {until!r}: choose from {', '.join(self.UNTIL)}")
-        while not self.finished:
-            self.step()
-            if until == "step" or until in self._last: break
-        return self.finished
+        return run(self, until)
+
+# %% ../../nbs/search/loop.ipynb #97fd4c1d
+def clock_of(search)->Clock:
+    "What time it is in a search."
+    s, steps = search.state, len(search.loaders["train"])
+    return Clock(s.stage, s.warmup, s.phase_epoch, s.epoch_step, steps, s.steps, search.length, search.warm_epochs)
+
+def validate(search)->tuple: # accuracy in percent, mean cross-entropy
+    "The current sub-net on the validation split, with the masks as they are."
+    (found,) = evaluate([search.net], search.loaders["val"].eval(), search.device)
+    search.net.train()
+    return found
+
+# %% ../../nbs/search/loop.ipynb #a9a8dce0
+def step(search):
+    "One step of a search: a trial where there is one, else an optimisation step; then whatever is due."
+    s = search.state
+    if s.finished: return
+    search.just = set()
+    if s.stage < 0: open_stage(search)
+    steps = len(search.loaders["train"])
+    if search.trial is not None: search.parts.decision.attempt(search)
+    elif s.epoch_step < steps: optimise(search)
+    if s.epoch_step == steps and not s.finished: end_epoch(search)
+    if search.events.wants("rest"): search.emit("rest")
+
+def run(search, until: str = "end")->bool: # whether the search is finished
+    "Steps up to the next of something, or to the end."
+    need(until in search.UNTIL, f"run until {until!r}: choose from {', '.join(search.UNTIL)}")
+    while not search.state.finished:
+        step(search)
+        if until == "step" or until in search.just: break
+    return search.state.finished

@@ -9,27 +9,24 @@ from dataclasses import dataclass
 from functools import lru_cache
 import torch
 from torch import Tensor
-from ..space.darts import *
+from ..base.options import PRESSURES
 from ..net.discretise import step, threshold_loss
 from ..net.cell import Cell
 from ..net.supernet import SuperNet
+from .rules import Pressure
 
 # %% auto #0
-__all__ = ['size_loss', 'size_by_cell', 'cost', 'average_cost', 'live_thresholds', 'prices', 'pressure', 'regulariser',
-           'beta_decay', 'Lambda']
+__all__ = ['size_by_cell', 'size_loss', 'filter_shares', 'cost', 'average_cost', 'live_thresholds', 'prices', 'pressure',
+           'regulariser', 'Lambda', 'Size', 'SizeAndThreshold']
 
 # %% ../../nbs/search/loss.ipynb #a38e1e41
-def size_loss(alpha: Tensor, # [cells, 14, 7]
-              live: Tensor, # the same, bool
-              cost: Tensor|None = None, # the same: F of each operation, in averages (or whatever mu is a price of)
-              reg: float = 1.0, mu: float = 0.0,
-              nodes: tuple = NetSpec.node_sizes # operations into each node of a cell
-             )->Tensor: # scalar
-    "R_size over all nodes of some cells."
-    return size_by_cell(alpha, live, cost, reg, mu, nodes).sum()
-
-def size_by_cell(alpha: Tensor, live: Tensor, cost: Tensor|None = None, reg: float = 1.0, mu: float = 0.0, nodes: tuple = NetSpec.node_sizes)->Tensor: # [cells]
-    "The same, cell by cell."
+def size_by_cell(alpha: Tensor, # [cells, edges, operations]
+                 live: Tensor, # the same, bool
+                 nodes: tuple, # operations into each node of a cell
+                 cost: Tensor|None = None, # like alpha: F of each operation, in averages (or what mu is a price of)
+                 reg: float = 1.0, mu: float = 0.0
+                )->Tensor: # [cells]
+    "R_size over the nodes of each cell."
     g = torch.sigmoid(alpha) * live
     price = reg if cost is None or mu == 0 else reg + mu * cost
     parts = []
@@ -38,34 +35,47 @@ def size_by_cell(alpha: Tensor, live: Tensor, cost: Tensor|None = None, reg: flo
         parts.append(torch.log1p(n * x / z.clamp(min=1e-12)))
     return (torch.cat(parts, 1).view_as(g) * live * price).sum((1, 2))
 
+def size_loss(alpha: Tensor, live: Tensor, nodes: tuple, cost: Tensor|None = None, reg: float = 1.0,
+              mu: float = 0.0)->Tensor: # scalar
+    "The same over all nodes of some cells."
+    return size_by_cell(alpha, live, nodes, cost, reg, mu).sum()
+
 # %% ../../nbs/search/loss.ipynb #c7787484
+def _spread(v: Tensor, lengths: Tensor, like: Tensor)->Tensor: # one value a group -> one value a unit
+    return v.repeat_interleave(lengths, output_size=len(like))
+
+def filter_shares(cell: Cell, t_gate: Tensor|None # thresholds of the gates, from `SuperNet.thresholds`
+                 )->Tensor: # [filters]
+    "How much each filter counts: 1 where those of its gate are equally strong and on."
+    g = torch.sigmoid(cell.beta)
+    total = torch.segment_reduce(g, "sum", lengths=cell.gate_n, unsafe=True)
+    share = torch.log1p(_spread(cell.gate_n, cell.gate_n, g) * g / _spread(total, cell.gate_n, g)) / math.log(2)
+    if t_gate is None: return share
+    return share * step(g - _spread(t_gate[cell.gate_of], cell.gate_len, g)).masked_fill(cell.skips, 1)
+
+# %% ../../nbs/search/loss.ipynb #901f6d44
 def cost(cell: Cell,
          t_gate: Tensor|None, t_weight: Tensor|None, # from `SuperNet.thresholds`
          what: str = "params" # or "macs"
-        )->Tensor: # [14, 7], millions
+        )->Tensor: # [edges, operations], millions
     "Differentiable, mask-aware size of each live operation of a cell."
-    lay, n = cell.layout, cell.layout.ops.numel()
-    g = torch.sigmoid(cell.beta)
-    total = torch.segment_reduce(g, "sum", lengths=cell.gate_n, unsafe=True)
-    spread = lambda v, l, like: v.repeat_interleave(l, output_size=len(like))
-    share = torch.log1p(spread(cell.gate_n, cell.gate_n, g) * g / spread(total, cell.gate_n, g)) / math.log(2)
-    if t_gate is not None: share = share * step(g - spread(t_gate[cell.gate_of], cell.gate_len, g)).masked_fill(cell.skips, 1)
-    w = cell.omega_live.to(g)
-    if t_weight is not None: w = w * step(cell.omega.abs() - spread(t_weight[cell.conv], cell.conv_len, w))
-    of_unit = torch.full((lay.spec.units,), len(g)) # where a unit's share is; filters without a gate of their own count fully
-    of_unit[cell.index.gate_unit[lay.slots["gates"]]] = torch.arange(len(g))
-    of_unit[:lay.spec.ungated] = len(g)
-    shares = torch.cat([share, share.new_ones(1)])
-    out = g.new_zeros(n + 1)
+    lay, n, share = cell.layout, cell.layout.ops.numel(), filter_shares(cell, t_gate)
+    w = cell.omega_live.to(share)
+    if t_weight is not None: w = w * step(cell.omega.abs() - _spread(t_weight[cell.conv], cell.conv_len, w))
+    of_unit = torch.full((lay.spec.units,), len(share)) # where a unit's share is; without a gate of its own it counts fully
+    of_unit[cell.index.gate_unit[lay.slots["gates"]]] = torch.arange(len(share))
+    of_unit[:lay.spec.ungated] = len(share)
+    shares, out, device = torch.cat([share, share.new_ones(1)]), share.new_zeros(n + 1), share.device
     for group, kept in (("omega", w), ("plain", torch.ones_like(cell.plain))):
         seg = lay.segs[group].long()
         op_of = torch.tensor([cell.flat(s) if s.op >= 0 else n for s in lay.spec.segments])[seg]
-        price = torch.tensor([s.side ** 2 if what == "macs" else 1 for s in lay.spec.segments], dtype=g.dtype)[seg]
+        price = torch.tensor([s.side ** 2 if what == "macs" else 1 for s in lay.spec.segments], dtype=share.dtype)[seg]
         row, col = (of_unit[v[group].long()] for v in (lay.rows, lay.cols))
-        out = out.index_add(0, op_of.to(g.device), kept * shares[torch.where(row < len(g), row, col).to(g.device)] * price.to(g.device))
+        at = torch.where(row < len(share), row, col).to(device)
+        out = out.index_add(0, op_of.to(device), kept * shares[at] * price.to(device))
     if what == "params": # batch norm
-        gate_op = torch.tensor([cell.flat(gate) if gate.op >= 0 else n for gate, _ in lay.gates], device=g.device)
-        out = out.index_add(0, gate_op.repeat_interleave(cell.gate_n, output_size=len(g)), 2 * share)
+        gate_op = torch.tensor([cell.flat(gate) if gate.op >= 0 else n for gate, _ in lay.gates], device=device)
+        out = out.index_add(0, gate_op.repeat_interleave(cell.gate_n, output_size=len(share)), 2 * share)
     return out[:n].view_as(lay.ops) / 1e6
 
 @lru_cache(maxsize=64)
@@ -92,29 +102,22 @@ def prices(net: SuperNet,
            reg: float = 1.0,
            mu: float = 0.0 # 1: the average operation's cost weighs as much as `reg` = 1
           )->Tensor: # [cells]
-    "R_size of each cell of the current sub-net, as far as the rules have it."
-    n = len(net.cells)
-    if net.rules.regulariser == "none": return net.alpha.new_zeros(n)
-    costs = torch.stack([cost(c, *net.thresholds(i), what) for i, c in enumerate(net.cells)]) / average_cost(net.spec, what) if mu else None
-    return size_by_cell(net.alpha[:n], net.op_live[:n], costs, reg, mu, net.spec.node_sizes)
+    "R_size of each cell of the current sub-net."
+    n, costs = len(net.cells), None
+    if mu:
+        costs = torch.stack([cost(c, *net.thresholds(i), what) for i, c in enumerate(net.cells)])
+        costs = costs / average_cost(net.spec, what)
+    return size_by_cell(net.alpha[:n], net.op_live[:n], net.spec.node_sizes, costs, reg, mu)
 
 def pressure(net: SuperNet)->Tensor: # scalar
-    "R_thr of the current sub-net, as far as the rules have it."
+    "R_thr of the current sub-net."
     n = len(net.cells)
-    if net.rules.regulariser != "size+threshold": return net.alpha.new_zeros(())
     return sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
 
 def regulariser(net: SuperNet, what: str = "params", reg: float = 1.0, mu: float = 0.0 # as for `prices`
                )->tuple: # (R_size of all cells, R_thr)
     "Both regularisers of the current sub-net."
     return prices(net, what, reg, mu).sum(), pressure(net)
-
-def beta_decay(alpha: Tensor, # [cells, 14, 7]
-               live: Tensor # the same, bool
-              )->Tensor: # scalar
-    "The regulariser of beta-DARTS: the mean over edges of log-sum-exp of alpha."
-    there = live.any(-1)
-    return (alpha.masked_fill(~live, -1e30).logsumexp(-1) * there).sum() / there.sum().clamp(min=1)
 
 # %% ../../nbs/search/loss.ipynb #bf377b73
 @dataclass
@@ -132,8 +135,26 @@ class Lambda:
     def update(self, pruned: int, # operations pruned in this commit
                ce: float, price: float # means over the epoch of CE and of R_size
               )->float: # the new lambda
+        "Lambda after a commit."
         if pruned >= self.high: self.value, self.d = self.value / 2, self.start
         elif pruned < self.low and self.value * price <= self.cap * ce:
             self.d *= self.growth
             self.value += self.d
         return self.value
+
+# %% ../../nbs/search/loss.ipynb #9debb624
+@PRESSURES.add("size")
+@dataclass(frozen=True)
+class Size(Pressure):
+    "R_size, with a lambda that is controlled."
+    cost: str # resource: params or macs
+    reg: float # constant price of an operation
+    mu: float # price of its cost
+    controls = True
+    def prices(self, net): return prices(net, self.cost, self.reg, self.mu)
+
+@PRESSURES.add("size+threshold")
+@dataclass(frozen=True)
+class SizeAndThreshold(Size):
+    "R_size and R_thr."
+    def push(self, net): return pressure(net)

@@ -309,9 +309,9 @@ def branch(run: str|Path, # folder of the run
     kept = {k: getattr(loop.net, k).detach().clone() for k in loop.net.THRESHOLDS}
     with torch.no_grad():
         for k, v in whatif.thresholds().items(): getattr(loop.net, k).copy_(v)
-    loop.rebuilds += 1
+    loop.state.rebuilds += 1
     done = commit(loop.net, 0., loop.optimizer, loop.rebuilds)
-    loop.pruned += done.pruned["operation"]
+    loop.state.pruned += done.pruned["operation"]
     if not loop.net.discretising: # they start when the warm-up is over
         with torch.no_grad():
             for k, v in kept.items(): getattr(loop.net, k).copy_(v)
@@ -328,7 +328,7 @@ def branch(run: str|Path, # folder of the run
         recorder = runs.Recorder(out / "events.jsonl", runs.mark(lines))
         frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count) # those of later events are cut off
         for listener in (recorder, frames): loop.events.listen(listener, "commit")
-        loop._emit("commit", None, max(loop.epoch - (loop.epoch_step == 0), 0), pruned=done.pruned, params_before=done.before.params, target=loop.target, **{"lambda": loop.lam.value}, **done.after.summary())
+        loop.emit("commit", None, max(loop.epoch - (loop.epoch_step == 0), 0), pruned=done.pruned, params_before=done.before.params, target=loop.target, **{"lambda": loop.lam.value}, **done.after.summary())
         marked = recorder.mark()
         recorder.close(); frames.lines.close()
         runs.write_json(out / "config.json", record)

@@ -13,7 +13,8 @@ from . import plots
 from . import replay
 from ..runs import run as runs
 from ..runs.bench import rss_mb
-from ..base.options import Config, InputError, PRESETS, settings_of
+from ..base.options import Config, InputError, PRESETS
+from ..methods.registry import settings_of
 from ..base.data import load_data
 from ..base.events import plain
 from ..runs.export import save_figure
