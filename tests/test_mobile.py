@@ -20,7 +20,8 @@ from mgdarts.net.mobile_architecture import MobileArchitecture, random_mobile, w
 from mgdarts.net.mobile_derive import derive, inherited
 from mgdarts.net.mobile import MobileNet
 from mgdarts.search.prune import candidates, choose, commit
-from mgdarts.search.loop import Search, plan
+from mgdarts.search.loop import Search
+from mgdarts.search.stages import plan
 from mgdarts.space.darts import count_supernet
 
 # --- the table of the published network, block by block: kernel, in, inside, out, stride, squeezed, activation

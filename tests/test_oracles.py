@@ -21,10 +21,10 @@ from mgdarts.base.options import Compute
 from mgdarts.methods.registry import preset
 from mgdarts.search.loss import live_thresholds, size_loss, threshold_loss
 from mgdarts.net.layers import AuxHead
-from mgdarts.search.loop import groups
+from mgdarts.search.step import groups
 from mgdarts.space.darts import OPS, HeadSpec, NetSpec, is_sep
 from mgdarts.net.supernet import SuperNet
-from mgdarts.search.unroll import unrolled
+from mgdarts.methods.unroll import unrolled
 
 ORACLES = Path(__file__).parent / "oracles"
 
@@ -224,7 +224,7 @@ def test_masks_and_regularisers(number):
         if seg.group == "omega": assert torch.equal(on[list(net.cells).index(one)][1][at].view(shape), D["state." + key][cut] == 2)
     pressure = sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
     first = 0 if number == 1 else net.spec.ends[number - 2] + 1
-    price = size_loss(net.alpha[first:n], net.op_live[first:n]) # of the stage's own cells
+    price = size_loss(net.alpha[first:n], net.op_live[first:n], net.spec.node_sizes) # of the stage's own cells
     (pressure + price).backward()
     seen.add("R_threshold", pressure, D["r_thr"])
     seen.add("R_size", price, D["r_size.live"])

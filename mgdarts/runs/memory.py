@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..base.options import Compute, Search as Settings
 from ..space.darts import *
 from ..search.loss import regulariser
-from ..search.loop import plan
+from ..search.stages import plan
 from ..net.supernet import SuperNet
 from ..net.mobile import supernet
 
