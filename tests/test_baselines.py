@@ -17,11 +17,13 @@ from mgdarts.net import layers as operations
 from mgdarts.runs import run as runs
 from mgdarts.net import supernet
 from mgdarts.base.options import Compute, InputError, Rules
-from mgdarts.methods.registry import preset
 from mgdarts.base.data import load_data
 from mgdarts.net.derive import derive, inherited
-from mgdarts.methods.registry import METHODS
+from mgdarts.methods.darts import Normal
+from mgdarts.methods.registry import METHODS, preset
 from mgdarts.space.layers import AuxHead
+from mgdarts.search.stages import open_stage
+from mgdarts.search.step import fetch, loss_of, of_alpha
 from mgdarts.space.darts import AVG, EDGES, INPUTS, MAX, NODE_EDGES, STATES, NetSpec
 from mgdarts.net.supernet import SuperNet
 
@@ -100,7 +102,7 @@ def test_both_implementations_with_pool_norms(partial):
     for impl in ("reference", "fused"):
         n = SuperNet(NetSpec(8, 6, size=10, constraint=1, partial=partial), engine=make(Compute(impl=impl, recompute="all")), rules=Rules(partial=partial, edge_norm=partial > 1, **DARTS))
         n.open(5, 2)
-        n.start_normal()
+        Normal().fresh(n)
         nets.append(n.double().train())
     x, out = torch.randn(4, 3, 10, 10, dtype=torch.double, generator=torch.Generator().manual_seed(0)), []
     for n in nets:
@@ -302,9 +304,8 @@ def test_temperature_drop_out_and_regulariser_by_the_published_formulas(splits):
     small = {"data.subset": 100, "search.batch": 40, "search.length": 7}
     def watch(method, what, **more):
         search, seen = runs.make_search(preset("smoke", method, **{**small, **more}), splits), {}
-        original = search._update
-        def update(move): seen.setdefault((search.stage, search.phase_epoch + (0 if search.warmup else search.warm_epochs)), set()).add(what(search)); original(move)
-        search._update = update
+        def note(event): seen.setdefault((search.stage, search.phase_epoch + (0 if search.warmup else search.warm_epochs)), set()).add(what(search))
+        search.events.listen(note, "update")
         search.run()
         return seen
     for (_, epoch), tau in watch("gdas", lambda s: s.net.tau).items(): assert list(tau) == pytest.approx([10 - (10 - .1) * epoch / 6])
@@ -315,21 +316,21 @@ def test_temperature_drop_out_and_regulariser_by_the_published_formulas(splits):
     search = runs.make_search(preset("smoke", "beta-darts", **small), splits)
     search.run("epoch"); search.run("epoch")
     alpha = torch.zeros_like(search.net.alpha)
-    torch.testing.assert_close(search._decay(alpha), torch.tensor(50 * 2 / 7 * math.log(7)))
+    torch.testing.assert_close(sum(of_alpha(search, alpha)), torch.tensor(50 * 2 / 7 * math.log(7)))
 
 
 def test_rates_fall_at_the_beginning_of_an_epoch(splits):
     "In 64-bit numbers 29/50 of 50 is a little less than 29."
     search = runs.make_search(preset("smoke", "darts-v1", **{"data.subset": 100, "search.length": 50}), splits)
     search.step()
-    search.phase_epoch = 29
-    assert search.clock * 50 < 29 and search.turn == 29
+    search.state.phase_epoch = 29
+    assert search.clock.share * 50 < 29 and search.clock.turn == 29
 
 
 def test_smoothing_is_for_the_weights_only(splits, monkeypatch):
     search, seen = runs.make_search(preset("smoke", "proxylessnas", **{"data.subset": 100, "search.batch": 40, "search.length": 1, "rules.weights_only": 0., "rules.arch_every": 1}), splits), []
     original = F.cross_entropy
-    monkeypatch.setattr("mgdarts.search.loop.F.cross_entropy", lambda *a, **k: seen.append(k.get("label_smoothing", 0.)) or original(*a, **k))
+    monkeypatch.setattr("mgdarts.search.step.F.cross_entropy", lambda *a, **k: seen.append(k.get("label_smoothing", 0.)) or original(*a, **k))
     search.step()
     assert seen[:3] == [0., 0., .1] # alpha's loss; what is reported; the weights' loss
 
@@ -338,15 +339,15 @@ def test_the_second_head_of_gold_nas(splits):
     "Its loss has a weight of 0.4, its weights learn, it follows what is pruned, and it is not counted."
     search = runs.make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.max_epochs": 3, "search.lambda_step": .05, "search.target_m": .007}), splits)
     plain = runs.make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.target_m": .007, "rules.aux": 0.}), splits)
-    search._open(); plain._open()
+    open_stage(search); open_stage(plain)
     net = search.net
     assert isinstance(net.aux, AuxHead) and plain.net.aux is None and net.count().params == plain.net.count().params
-    x, y = search._batch()
+    x, y = fetch(search)
     net.train(); plain.net.train()
     also = []
     with torch.no_grad():
         logits = net(x, also)
-        loss, other = search._forward(x, y)[0], plain._forward(x, y)[0]
+        loss, other = loss_of(search, x, y)[0], loss_of(plain, x, y)[0]
     torch.testing.assert_close(loss - other, .4 * F.cross_entropy(also[0], y))
     assert any(p is net.aux.reads for g in search.optimizer.param_groups if g["name"] == "weights" for p in g["params"])
     before = net.aux.classifier.weight.clone()

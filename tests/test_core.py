@@ -19,6 +19,7 @@ from mgdarts.net.supernet import SuperNet
 from mgdarts.search.prune import Sizes, candidates, chance_weaker, choose, commit, evenly
 from mgdarts.search.regrow import potential, quotas, regrow
 from mgdarts.search.loop import Search
+from mgdarts.search.step import fetch, loss_of
 from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, is_conv
 from mgdarts.space.space import count_supernet
 from mgdarts.net.supernet import SuperNet
@@ -169,7 +170,7 @@ def test_size_loss_operation_by_operation(seed):
             z = sum(torch.sigmoid(alpha[c, e, o]).item() for e, o in units)
             for e, o in units:
                 want += math.log(1 + len(units) * torch.sigmoid(alpha[c, e, o]).item() / z) * (0.5 + 2 * cost[c, e, o].item())
-    assert size_loss(alpha, live, cost, 0.5, 2.0).item() == pytest.approx(want, rel=1e-9)
+    assert size_loss(alpha, live, NetSpec.node_sizes, cost, 0.5, 2.0).item() == pytest.approx(want, rel=1e-9)
 
 
 @pytest.mark.parametrize("what", ["params", "macs"])
@@ -224,7 +225,7 @@ def test_lambda_looks_at_the_cells_of_its_stage():
             assert 0 < e.data["r_size_stage"] < e.data["r_size"]
     assert {e.stage for e in heard} == {"stage 1", "stage 2", "stage 3", "fine-tune"}
     search.lam.value = 1.0
-    search._forward(*search._batch())[0].backward()
+    loss_of(search, *fetch(search))[0].backward()
     assert bool((search.net.alpha.grad[:2].abs().sum((1, 2)) > 0).all())
 
 

@@ -94,10 +94,10 @@ def test_the_first_tensor_that_goes_bad_is_named(tmp_path, capsys):
 
 
 def test_out_of_memory_says_what_is_needed(tmp_path, capsys, monkeypatch):
-    def full(self, loss):
+    def full(*_):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr("mgdarts.search.loop.Search._backward", full)
+    monkeypatch.setattr("mgdarts.search.step.loss_of", full)
     assert main(["search", "--preset", "smoke", *SETS, "--out", str(tmp_path / "run")]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
     assert len(said) == 1 and "GB" in said[0] and "search.batch" in said[0]

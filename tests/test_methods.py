@@ -9,12 +9,15 @@ from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
 from mgdarts.runs import cli
 from mgdarts.runs import run as runs
-from mgdarts.base.options import InputError, Rules, configure
-from mgdarts.methods.registry import preset
+from mgdarts.base.options import DECISIONS, PRESSURES, REGISTRIES, InputError, Method, Rules, Search, configure, refuse_unhandled
 from mgdarts.base.data import load_data
-from mgdarts.methods.registry import METHODS
-from mgdarts.net.relax import RELAXATIONS
-from mgdarts.space.darts import INPUTS, NODE_EDGES, STATES, is_conv
+from mgdarts.methods.registry import METHODS, add_method, parts_of, preset
+from mgdarts.methods.dass import Scores
+from mgdarts.methods.unroll import ahead
+from mgdarts.search.decide import final_strength
+from mgdarts.search.rules import Final, Pressure
+from mgdarts.search.stages import decide
+from mgdarts.space.darts import INPUTS, NODE_EDGES, STATES
 
 TINY = {"data.subset": 100, "search.batch": 40, "search.length": 3, "search.max_epochs": 2, "search.warmup": 1, "search.prune_every": 1, "train.epochs": 1, "rules.samples": 1, "rules.batches": 1, "search.lambda_step": .05}
 OWN = {"dass": {"rules.sparse": .5}, "random": {"rules.samples": 2}, "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3}}
@@ -79,7 +82,12 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas", "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
-    assert set(choices["relaxation"]) == {"sigmoid", *RELAXATIONS}
+    assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"}
+    assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample"}
+    assert set(choices["superpose"]) == {"none", "kernels", "kernels+filters"} and set(choices["init"]) == {"zero", "normal", "saliency"}
+    assert set(choices["regulariser"]) == {"size+threshold", "size", "none"}
+    optimisation = Search.__dataclass_fields__["optimisation"].metadata["choices"]
+    assert set(optimisation) == {"joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order", "none"}
     assert configure(preset("smoke"), init="saliency", beta_decay=5).rules.beta_decay == 5
 
 
@@ -99,6 +107,70 @@ def test_the_registry_and_the_knobs_agree():
 ])
 def test_rules_that_do_not_go_together(settings, says):
     with pytest.raises(InputError, match=says): preset("smoke", **settings)
+
+
+# ---------------------------------------------------------------- parts from outside
+
+@pytest.fixture
+def parts():
+    "Whatever a test adds to the registries is gone afterwards."
+    before = [(r, dict(r), dict(r.beside)) for r in REGISTRIES]
+    yield
+    for r, own, beside in before:
+        r.clear(), r.beside.clear()
+        r.update(own), r.beside.update(beside)
+    METHODS.pop("weakest", None)
+
+
+def test_a_part_and_a_method_of_ones_own(parts, splits):
+    "A few lines outside the package: a decision under a name of its own, and a method that names it."
+    @DECISIONS.add("weakest")
+    class Weakest(Final):
+        def at_end(self, search): decide(search, 1 - final_strength(search.net))
+    add_method(Method("weakest", "the weakest stay", "this test", {**METHODS["darts-v1"].settings, "rules.discretiser": "weakest", "rules.zero": False}))
+    cfg = config("weakest")
+    assert isinstance(parts_of(cfg).decision, Weakest)
+    search = runs.make_search(cfg, splits)
+    search.run()
+    alpha, live = search.net.alpha, search.net.op_live
+    assert search.finished and live.sum((1, 2)).tolist() == [8] * 3
+    for c, e, o in live.nonzero().tolist(): assert alpha[c, e, o] == alpha[c, e].min()
+    with pytest.raises(ValueError, match="already"):
+        add_method(Method("weakest", "another", "", {}))
+
+
+def test_a_pressure_beside_the_others(parts, splits):
+    @PRESSURES.also
+    class One(Pressure):
+        def of_alpha(self, alpha, live, clock): return [alpha.sum() * 0 + 1]
+    search, plain, seen = runs.make_search(config("darts-v1"), splits), None, []
+    search.events.listen(lambda e: seen.append(float(e.data["value"])), "forward")
+    search.step()
+    del PRESSURES.beside["One"]
+    plain = runs.make_search(config("darts-v1"), splits)
+    plain.events.listen(lambda e: seen.append(float(e.data["value"])), "forward")
+    plain.step()
+    assert [round(a - b, 4) for a, b in zip(seen[:2], seen[2:])] == [1, 1]
+
+
+def test_what_nobody_handles_fails_loudly(parts):
+    with pytest.raises(InputError, match="not one of its values"): preset("smoke", **{"rules.discretiser": "mine"})
+    cfg = preset("smoke", "darts-v1")
+    del DECISIONS["argmax"]
+    with pytest.raises(InputError, match="rules.discretiser=argmax is handled by no part"): parts_of(cfg)
+    del PRESSURES.beside["BetaDecay"]
+    with pytest.raises(InputError, match="rules.beta_decay is handled by no part"): refuse_unhandled(Rules(beta_decay=1.))
+    with pytest.raises(ValueError, match="already"): DECISIONS.add("thresholds")(type("Mine", (Final,), {}))
+
+
+def test_events_of_a_step(splits):
+    "They come in order, for each turn, with what they say, and only where somebody listens."
+    search, seen = runs.make_search(config("darts-v2"), splits), []
+    search.events.listen(lambda e: seen.append((e.type, e.data["images"], sorted(e.data))), "batch", "forward", "backward", "update")
+    search.step()
+    arch = [("batch", "train"), ("batch", "arch"), ("backward", "arch"), ("update", "arch")] # second order: both batches
+    assert [s[:2] for s in seen] == arch + [(type, "train") for type in ("batch", "forward", "backward", "update")]
+    assert {type: data for type, _, data in seen} == {"batch": ["images", "x", "y"], "forward": ["images", "value"], "backward": ["images"], "update": ["groups", "images"]}
 
 
 @pytest.mark.parametrize("constraint", (1, 2, 3))
@@ -125,7 +197,8 @@ def test_dass_keeps_the_share_it_is_asked_for(splits):
 
 def test_weights_stand_still_while_scores_are_learned(splits):
     search = runs.make_search(config("dass", **{"search.length": 6}), splits)
-    while not search.sparse: search.step()
+    (scored,) = (p for p in search.parts.shapes if isinstance(p, Scores))
+    while not scored.on(search.clock): search.step()
     before, scores = [c.omega.clone() for c in search.net.cells], [c.score.clone() for c in search.net.cells]
     search.step()
     assert all(torch.equal(a, c.omega) for a, c in zip(before, search.net.cells)) and not any(torch.equal(a, c.score) for a, c in zip(scores, search.net.cells))
@@ -144,7 +217,7 @@ def test_second_order_leaves_the_net_alone(splits):
     search = runs.make_search(config("darts-v2"), splits)
     search.step()
     before = {k: v.clone() for k, v in search.net.state_dict().items()}
-    search._ahead()
+    ahead(search)
     assert all(torch.equal(v, search.net.state_dict()[k]) for k, v in before.items())
     first = runs.make_search(config("darts-v1"), splits)
     first.load_state_dict({**search.state_dict(), "config": {**search.state_dict()["config"], "optimisation": "first-order"}})

@@ -21,8 +21,6 @@ from mgdarts.net.architecture import Architecture
 from mgdarts.net.sample import random_architecture, weaknas
 from mgdarts.net.derive import derive, inherited
 from mgdarts.net.supernet import SuperNet
-from mgdarts.fast.engine import make
-from mgdarts.fast.mobile import LayerPlan, fused
 from mgdarts.search.prune import candidates, choose, commit
 from mgdarts.search.loop import Search
 from mgdarts.search.stages import plan
@@ -219,7 +217,7 @@ def test_a_layer_is_the_slow_one(impl, c, training):
     def ours(discretise):
         net.discretising = discretise
         alpha, (g, w) = net.strengths()[c], net.thresholds(c)
-        return (fused(cell, LayerPlan(cell), x, alpha, cell.gates(g), cell.weights(w)) if impl == "fused" else cell(x, alpha, g, w))[0]
+        return (cell(x, alpha, cell.gates(g), cell.weights(w)) if impl == "fused" else cell.reference(x, alpha, g, w))[0]
 
     on = naive_layer(cell, net.alpha[c, 0], x, net.t_alpha[c, 0], net.t_beta[c, 0], net.t_omega[c, 0])
     torch.testing.assert_close(ours(True), on, rtol=1e-9, atol=1e-9)
@@ -285,7 +283,7 @@ def test_recomputing_changes_nothing():
     x, found = torch.randn(2, 3, 16, 16).double(), []
     for recompute in ("none", "all", "earlier"):
         net = random_net(2)
-        net.first, net.engine = 3, make(Compute(recompute=recompute))
+        net.first, net.compute = 3, Compute(recompute=recompute)
         net(x).square().mean().backward()
         found.append([p.grad for p in net.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))

@@ -229,7 +229,7 @@ def test_masks_and_regularisers(number):
         if seg.group == "omega": assert torch.equal(on[list(net.cells).index(one)][1][at].view(shape), D["state." + key][cut] == 2)
     pressure = sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
     first = 0 if number == 1 else net.spec.ends[number - 2] + 1
-    price = size_loss(net.alpha[first:n], net.op_live[first:n]) # of the stage's own cells
+    price = size_loss(net.alpha[first:n], net.op_live[first:n], net.spec.node_sizes) # of the stage's own cells
     (pressure + price).backward()
     seen.add("R_threshold", pressure, D["r_thr"])
     seen.add("R_size", price, D["r_size.live"])

@@ -7,7 +7,7 @@ from mgdarts.net.sample import random_architecture
 from mgdarts.base.options import InputError, Train
 from mgdarts.base.events import Emitter, Event, NonFiniteLoss, evaluate
 from mgdarts.space.darts import NetSpec
-from mgdarts.search.train import *
+from mgdarts.search.train import Trainer, drop_path, learning_rate
 
 
 class Toy:

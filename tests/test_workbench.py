@@ -152,8 +152,9 @@ def test_fixed_ratios(search):
 @pytest.mark.parametrize("cells, live", [(3, 1.0), (3, 0.4)])
 def test_memory_estimate(cells, live):
     from mgdarts.runs.memory import prune_to
+    from mgdarts.search.stages import open_stage
     s = runs.make_search(preset("smoke", **FAST, **{"space.channels": 12, "space.cells": cells, "data.size": 16, "search.stages": 1}))
-    s._open()
+    open_stage(s)
     prune_to(s.net, live, torch.Generator().manual_seed(0))
     view = View(s)
     exact = step_memory(s.net, s.cfg, view.batch, real=True).peak_bytes
@@ -319,10 +320,10 @@ def test_a_failed_search_says_why(tmp_path):
     s = workbench.Stepper(workbench.on_new(preset("smoke", **FAST), tmp_path / "run"))
     until(lambda: s.search is not None)
     s.wait()
-    s.search._forward = lambda *_: 1 / 0
+    s.search.events.listen(lambda e: 1 / 0, "forward")
     s.run()
     until(lambda: s.state == "failed")
-    assert "ZeroDivisionError" in workbench.status_line(s)[1] and "_optimise" in s.trace
+    assert "ZeroDivisionError" in workbench.status_line(s)[1] and "in optimise" in s.trace
     with pytest.raises(ZeroDivisionError):
         s.wait()
     s.close()

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mgdarts.fast.engine import make
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import cell
 from mgdarts.fast import kernels
@@ -32,8 +33,8 @@ from mgdarts.base.options import Compute, InputError, Search as Settings
 from mgdarts.methods.registry import preset
 from mgdarts.base.data import Split, Splits, channel_stats
 from mgdarts.base.randomness import stream
-from mgdarts.search.step import make_optimizer
-from mgdarts.search.stages import plan
+from mgdarts.search.stages import begin_joint, open_stage, plan
+from mgdarts.search.step import fetch, make_optimizer
 from mgdarts.space.darts import NetSpec
 from mgdarts.net.supernet import SuperNet
 
@@ -155,11 +156,11 @@ def losses(g: Ground):
         try:
             for device in dict.fromkeys(("cpu", g.device.type)):
                 s = runs.make_search(preset("smoke", method, device=device, **{"data.subset": 256, "search.warmup": 0}))
-                s._open()
-                values, inner = [], s._backward
-                s._backward = lambda loss, values=values, inner=inner: (values.append(loss.detach()), inner(loss))[1]
+                open_stage(s)
+                values = []
+                s.events.listen(lambda event, values=values: values.append(event.data["value"].detach()), "forward")
                 for i in range(3):
-                    with syncs(g) if i == 2 and device != "cpu" else contextlib.nullcontext({}) as where: s._optimise(9)
+                    with syncs(g) if i == 2 and device != "cpu" else contextlib.nullcontext({}) as where: s.optimise()
                 seen[device] = [float(v) for v in values]
                 if device == g.device.type: row |= {"losses": seen[device], "syncs": sum(where.values()), "where": dict(where)}
             row["difference"] = max(abs(a - b) for a, b in zip(seen["cpu"], seen[g.device.type], strict=True))
@@ -185,7 +186,7 @@ def contiguous(net):
 
 def whole_net(C: int, cells: int, live: float, size: int = 32, **how) -> SuperNet:  # how: of `Compute`
     "The last stage's net, everything in it that has not been pruned."
-    net = SuperNet(NetSpec(C, cells, 10, size), seed=0, compute=Compute(**how))
+    net = SuperNet(NetSpec(C, cells, 10, size), seed=0, engine=make(Compute(**how)))
     net.open(cells - 1, 2)
     net.discretising = True
     if live < 1: memory.prune_to(net, live, torch.Generator().manual_seed(0))
@@ -329,18 +330,18 @@ def real(g: Ground):
         try:
             cfg = preset("small", device=g.device.type, **{"space.channels": C, "space.cells": 3 if g.toy else 8, "data.autoaugment": auto, "search.batch": n, "compute.tf32": how != "fp32", "compute.amp": how == "bf16", "compute.recompute": "none", "search.target_m": 0.03 if g.toy else 0.3})
             s = runs.make_search(cfg, noise(8 * n, 8 if g.toy else 32, g.device))
-            s.stage = 1  # the next one to be opened is the last
-            s._open()
-            s._begin_joint()
-            s.epoch_step = 1  # no copy of the state, which is made once an epoch
+            s.state.stage = 1  # the next one to be opened is the last
+            open_stage(s)
+            begin_joint(s)
+            s.state.epoch_step = 1  # no copy of the state, which is made once an epoch
             count = len(s.loaders["train"])
 
             def step():
-                s.epoch_step = 1 + s.epoch_step % (count - 2)
-                s._optimise(count + 100)
+                s.state.epoch_step = 1 + s.epoch_step % (count - 2)
+                s.optimise()
 
             row["ms"] = g.ms(step, 1.0)
-            row["batch_ms"] = g.ms(s._batch, 0.3)
+            row["batch_ms"] = g.ms(lambda: fetch(s), 0.3)
             row["images_per_s"] = 1e3 * n / row["ms"]
             with syncs(g) as where: step()
             row |= {"syncs": sum(where.values()), "where": dict(where)}
@@ -398,7 +399,7 @@ def retraining(g: Ground):
 
         def step():
             t.epoch_step = 1 + t.epoch_step % (count_ - 2)
-            t._optimise(count_ + 100)
+            t.optimise()
 
         row |= {"batch": n, "ms": g.ms(step)}
         row["images_per_s"] = 1e3 * n / row["ms"]
@@ -430,7 +431,7 @@ def bits(g: Ground):
             row["same_bits"] = len(found[0]) == len(found[1]) and bool(torch.equal(*found))
             if len(found[0]) == len(found[1]): row["difference"] = float((found[0] - found[1]).abs().max())
             row["not_deterministic"] = sorted({str(x.message).split(" does not")[0][:80] for x in w if "does not have a deterministic" in str(x.message)})
-            row["step_ms"] = g.ms(lambda: s._optimise(10**6), 0.3)
+            row["step_ms"] = g.ms(s.optimise, 0.3)
             if g.left() > 15 and (strict or not g.toy): row |= resumed(g)
         except Exception as e: row["error"] = said(e)
         finally:
@@ -462,7 +463,7 @@ def resumed(g: Ground) -> dict:
 def advice(g: Ground):
     "What is said when memory runs out."
     s = runs.make_search(preset("smoke", device=g.device.type))
-    s._open()
+    open_stage(s)
     yield {"asked": "advice of a search on the device", **attempt_row(lambda: runs._memory_advice(s))}
     if g.gpu:
         total = torch.cuda.get_device_properties(0).total_memory
@@ -483,7 +484,7 @@ def stage_nets(g: Ground):
     C, L, n = (4, 3, 8) if g.toy else (24, 8, 96)
     cases = [(1, "fp32", "none"), (3, "fp32", "none"), (1, "bf16", "none"), (3, "bf16", "none"), (3, "fp32", "earlier"), (3, "bf16", "earlier")]
     for stages, how, recompute in cases[1:2] if g.toy else cases:
-        net, draw = SuperNet(NetSpec(C, L, size=8 if g.toy else 32), seed=0, compute=Compute(amp=how == "bf16", recompute=recompute)), torch.Generator().manual_seed(0)
+        net, draw = SuperNet(NetSpec(C, L, size=8 if g.toy else 32), seed=0, engine=make(Compute(amp=how == "bf16", recompute=recompute))), torch.Generator().manual_seed(0)
         for i, (name, end, head) in enumerate(plan(net.spec, stages)[:stages]):
             net.open(end, head)
             net.discretising = True
