@@ -14,7 +14,7 @@ from mgdarts.runs import export
 from mgdarts.views import plots
 from mgdarts.runs import run as runs
 from mgdarts.net.architecture import DerivedNet, random_architecture
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import InputError, preset
 from mgdarts.space.darts import NetSpec
 

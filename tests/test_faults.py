@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from mgdarts.runs import faults
+from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import InputError, preset
 from mgdarts.runs.faults import FAST, SETS
 from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_state, write_json
@@ -24,13 +25,13 @@ from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_
 
 
 def start(*args):
-    code = "import sys; from mgdarts.runs.cli import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from mgdarts.cli.main import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def searched(run):
     "What a search leaves behind that must not depend on interruptions."
-    events = [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(run / "events.jsonl")]
+    events = [{k: v for k, v in e.items() if k != "time"} for e in read_events(run / "events.jsonl")]
     net = {k: v.numpy().tobytes() for k, v in Checkpoints(run / "checkpoint").load()["net"].items()}
     return events, net, (run / "architecture.json").read_bytes(), (run / "masks.safetensors").read_bytes()
 

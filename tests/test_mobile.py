@@ -11,7 +11,7 @@ from mgdarts.net import architecture
 from mgdarts.runs import export
 from mgdarts.runs import run as runs
 from mgdarts.net.architecture import counts
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import Compute, InputError, Search as Settings, preset
 from mgdarts.search.loss import regulariser
 from mgdarts.space.mobile import Branch, MobileSpec

@@ -23,7 +23,9 @@ from mgdarts.net import cell
 from mgdarts.fast import kernels
 from mgdarts.search import loss
 from mgdarts.runs import memory
+from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
+from mgdarts.views.report import report
 from mgdarts.net import supernet
 from mgdarts.net.architecture import count, random_architecture
 from mgdarts.base.options import Compute, InputError, Search as Settings, preset
@@ -440,7 +442,7 @@ def resumed(g: Ground) -> dict:
         warnings.simplefilter("always")
         a, b, cfg = Path(folder) / "whole", Path(folder) / "cut", smoke(g)
         start = time.perf_counter()
-        whole = runs.search(cfg, a)
+        whole = runs.search(cfg, a, listeners=(report,))
         out = {"search_s": time.perf_counter() - start, "search_steps": whole["steps"], "report": (a / "report.html").exists()}
 
         def stop(event):
@@ -448,7 +450,7 @@ def resumed(g: Ground) -> dict:
 
         with contextlib.suppress(KeyboardInterrupt): runs.search(cfg, b, listeners=(stop,))
         runs.search(None, b, resume=True)
-        events = [[{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(f / "events.jsonl")] for f in (a, b)]
+        events = [[{k: v for k, v in e.items() if k != "time"} for e in read_events(f / "events.jsonl")] for f in (a, b)]
         same = [x == y for x, y in zip(*events)]
         return out | {"resume_equal": events[0] == events[1], "events": len(events[0]), "first_different": same.index(False) if False in same else None,
                       "resume_warnings": sorted({str(x.message)[:120] for x in w if "was begun with" in str(x.message)})}
@@ -458,7 +460,7 @@ def advice(g: Ground):
     "What is said when memory runs out."
     s = runs.make_search(preset("smoke", device=g.device.type))
     s._open()
-    yield {"asked": "advice of a search on the device", **attempt_row(lambda: runs._memory_advice(s))}
+    yield {"asked": "advice of a search on the device", **attempt_row(lambda: runs.memory_advice(s))}
     if g.gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 600 * 2**20 / total))  # as if the card had 600 MiB

@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from ..net import architecture as arch_files
+from ..runs.folder import begun
+from ..runs.make import net_spec
 from ..runs import run as runs
+from ..views.report import report
 from ..net.architecture import ArchCell, Architecture, Op, counts
 from ..base.options import InputError, configure, from_dict, preset as preset_config, to_dict
 from ..base.data import load_data
@@ -137,12 +140,12 @@ def do(job: Job, folder: str|Path, # of all runs
     if job.finished(folder): return
     if job.search:
         cfg = from_dict(job.search)
-        runs.search(cfg, run, runs.begun(run, cfg), quiet=quiet, prepare=MemoryWatch(run))
+        runs.search(cfg, run, begun(run, cfg), quiet=quiet, listeners=(report,), prepare=MemoryWatch(run))
         if not job.train: return
     cfg = from_dict(job.train)
-    if out.name in ("train", "random"): return runs.retrain(run, None, job.random, resume=True, quiet=quiet)
+    if out.name in ("train", "random"): return runs.retrain(run, None, job.random, resume=True, quiet=quiet, listeners=(report,))
     splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
-    if job.build: arch, state = built(runs.net_spec(cfg, splits), int(1e6 * cfg.search.target_m), **job.build, seed=cfg.seed), None
+    if job.build: arch, state = built(net_spec(cfg, splits), int(1e6 * cfg.search.target_m), **job.build, seed=cfg.seed), None
     else:
         arch = arch_files.load(run)
         state = runs.supernet_weights(run, arch) if cfg.train.weights == "supernet" or job.keep else None
