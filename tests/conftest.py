@@ -5,6 +5,7 @@ import torch
 from hypothesis import settings
 
 from mgdarts.fast import compiled
+from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
 
 # Nets this small are fastest on one thread, and tests may share the machine.
@@ -35,16 +36,15 @@ def environment():
 
 
 @pytest.fixture
-def interrupted(tmp_path, monkeypatch):
-    "A search by a configuration that is interrupted after five epochs, with a state saved after every step, and goes on: its folder."
+def interrupted(tmp_path):
+    "A search that is interrupted after five epochs, with a state saved after every step, and goes on: its folder."
     def search(cfg):
         def stop(event):
             if event.type == "epoch" and event.epoch == 4:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0, (), None))
         with pytest.raises(KeyboardInterrupt):
-            runs.search(cfg, tmp_path / "cut", listeners=(stop,))
+            runs.search(cfg, tmp_path / "cut", listeners=(stop,), save_every=0)
         runs.search(None, tmp_path / "cut", resume=True)
         return tmp_path / "cut"
     return search
@@ -53,4 +53,4 @@ def interrupted(tmp_path, monkeypatch):
 @pytest.fixture
 def events_of():
     "The events of a run, without the clock."
-    return lambda run: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(run / "events.jsonl")]
+    return lambda run: [{k: v for k, v in e.items() if k != "time"} for e in read_events(run / "events.jsonl")]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mgdarts.runs.bench import measured
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import Compute, Search as Settings
 from mgdarts.runs.memory import memory_plan, prune_to, step_memory
 from mgdarts.space.darts import INPUTS, NODE_EDGES, NetSpec, STATES

@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
 from mgdarts.methods.registry import preset
 
@@ -167,7 +168,7 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         desk.says("finished")
         page.wait_for_selector(".mg-pic .op")
         page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)")
-        events = runs.read_events(desk.folder / "runs/demo/events.jsonl")
+        events = read_events(desk.folder / "runs/demo/events.jsonl")
         epochs = {e["epoch"]: e for e in events if e["type"] == "epoch"}
         assert [y for y in desk.chart()["0 train"] if y is not None] == pytest.approx([e["ce"] for e in epochs.values()])
         desk.shot("light-finished")
@@ -361,7 +362,7 @@ def test_nothing_is_lost(lab, tmp_path):
 def test_mgdarts_lab(lab, tmp_path):
     "The workbench is there without anything being run by hand; Ctrl-C ends server, kernel and search, saved."
     folder = lab[1]
-    server = subprocess.Popen([sys.executable, "-c", "from mgdarts.runs.cli import main; raise SystemExit(main())", "lab", "--no-browser", "--json", "--port", str(free_port())], env=environment(folder), stdout=subprocess.PIPE, text=True, cwd=folder)
+    server = subprocess.Popen([sys.executable, "-c", "from mgdarts.cli.main import main; raise SystemExit(main())", "lab", "--no-browser", "--json", "--port", str(free_port())], env=environment(folder), stdout=subprocess.PIPE, text=True, cwd=folder)
     try:
         facts = json.loads(server.stdout.readline())
         with browser((facts["url"].partition("/lab")[0], folder), tmp_path) as desk:

@@ -5,12 +5,13 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from mgdarts.net import architecture
+from mgdarts.net import files as architecture
 from mgdarts.views import compare
+from mgdarts.runs.records import list_runs
 from mgdarts.runs import run as runs
 from mgdarts.net.count import counts
 from mgdarts.net.sample import random_architecture
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
 from mgdarts.space.darts import NetSpec, OPS
@@ -125,7 +126,7 @@ def test_command(folder, tmp_path, capsys):
 
 
 def test_rows_of_a_table_are_those_of_the_list(folder):
-    listed = {r["run"]: r for r in runs.list_runs(folder)}
+    listed = {r["run"]: r for r in list_runs(folder)}
     for e in compare.entries([folder / "run-0", folder / "run-1"]):
         assert listed[str(e.path)] == e.row
     assert [e.name for e in compare.entries([folder / "run-0"] * 3)] == ["run-0", "run-0 #2", "run-0 #3"]
@@ -143,4 +144,4 @@ def test_a_training_is_an_architecture_with_an_accuracy(folder):
     found, = compare.entries([folder / "run-0/train"])
     result = json.loads((folder / "run-0/train/result.json").read_text())
     assert not found.events and found.row["test_acc"] == result["test_acc_final"] and found.row["params_nonzero"] == result["params_nonzero"]
-    assert runs.list_runs(folder / "run-0") == []  # trainings are not runs of their own
+    assert list_runs(folder / "run-0") == []  # trainings are not runs of their own

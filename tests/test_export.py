@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgdarts.net import architecture
+from mgdarts.net import files as architecture
 from mgdarts.runs import export
 from mgdarts.views import plots
 from mgdarts.runs import run as runs
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.sample import random_architecture
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
 from mgdarts.space.darts import NetSpec

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from mgdarts.runs import faults
+from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
 from mgdarts.runs.faults import FAST, SETS
@@ -25,13 +26,13 @@ from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_
 
 
 def start(*args):
-    code = "import sys; from mgdarts.runs.cli import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from mgdarts.cli.main import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def searched(run):
     "What a search leaves behind that must not depend on interruptions."
-    events = [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(run / "events.jsonl")]
+    events = [{k: v for k, v in e.items() if k != "time"} for e in read_events(run / "events.jsonl")]
     net = {k: v.numpy().tobytes() for k, v in Checkpoints(run / "checkpoint").load()["net"].items()}
     return events, net, (run / "architecture.json").read_bytes(), (run / "masks.safetensors").read_bytes()
 
@@ -94,10 +95,10 @@ def test_the_first_tensor_that_goes_bad_is_named(tmp_path, capsys):
 
 
 def test_out_of_memory_says_what_is_needed(tmp_path, capsys, monkeypatch):
-    def full(*_):
+    def full(self, loss):
         raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
 
-    monkeypatch.setattr("mgdarts.search.step.loss_of", full)
+    monkeypatch.setattr("mgdarts.search.loop.Search._backward", full)
     assert main(["search", "--preset", "smoke", *SETS, "--out", str(tmp_path / "run")]) == 1
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
     assert len(said) == 1 and "GB" in said[0] and "search.batch" in said[0]

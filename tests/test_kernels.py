@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from mgdarts.fast.compiled import compiled
-from mgdarts.fast.kernels import Pair, from_phases, images_abreast, narrow, pairs, pixels, from_pixels, weighted_sum, widen
+from mgdarts.fast.kernels import (Pair, from_phases, images_abreast, narrow, pairs, pixels, from_pixels, weighted_sum,
+                                  widen)
 from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec
 from mgdarts.net.supernet import SuperNet
 from mgdarts.net.engine import Engine

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from mgdarts.net.discrete import DerivedNet
-from mgdarts.net import architecture
-from mgdarts.runs import cli
+from mgdarts.net import files as architecture
+from mgdarts.cli import main as cli
+from mgdarts.runs.make import bare_search
 from mgdarts.runs import run as runs
-from mgdarts.base.options import DECISIONS, PRESSURES, REGISTRIES, InputError, Method, Rules, Search, configure, refuse_unhandled
+from mgdarts.base.options import (DECISIONS, PRESSURES, REGISTRIES, InputError, Method, Rules, Search, configure,
+                                  refuse_unhandled)
 from mgdarts.base.data import load_data
 from mgdarts.methods.registry import METHODS, add_method, parts_of, preset
 from mgdarts.methods.dass import Scores
@@ -76,7 +78,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
     assert cli.main(["train", str(out), "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["test_acc_final"] <= 100
     assert (out / "report.html").exists()
-    runs.bare_search(out) # and its last state can be looked at
+    bare_search(out) # and its last state can be looked at
 
 
 def test_the_registry_and_the_knobs_agree():

@@ -8,11 +8,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mgdarts.net.discrete import DerivedNet
-from mgdarts.net import architecture
+from mgdarts.net import files as architecture
 from mgdarts.runs import export
 from mgdarts.runs import run as runs
 from mgdarts.net.count import counts
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import Compute, InputError, Search as Settings
 from mgdarts.methods.registry import preset
 from mgdarts.search.loss import regulariser

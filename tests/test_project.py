@@ -50,7 +50,7 @@ def test_runs_without_notebook_tools():
     code = """
 import sys
 for name in ("nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyterlab", "ipywidgets", "papermill"): sys.modules[name] = None
-import mgdarts.runs.cli, mgdarts.runs.run, mgdarts.views.plots
+import mgdarts.cli.main, mgdarts.runs.run, mgdarts.views.plots
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
@@ -70,5 +70,5 @@ def test_notebooks_are_committed_clean(path):
 
 
 def test_the_command_line_answers_before_torch_is_loaded():
-    code = "import sys; from mgdarts.runs import cli; cli.main(['count', '--channels', '4', '--cells', '3']); sys.exit('torch' in sys.modules)"
+    code = "import sys; from mgdarts.cli import main; main.main(['count', '--channels', '4', '--cells', '3']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True).returncode == 0

@@ -8,13 +8,17 @@ import torch
 
 from mgdarts.runs import frames
 from mgdarts.views import replay
+from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
+from mgdarts.views.report import advantage, report
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
-from mgdarts.runs.frames import BINS, KINDS, REPLAY_FILE, Frame, from_line, to_line
-from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, is_conv
+from mgdarts.runs.frames import BINS, REPLAY_FILE, Frame, from_line, kinds, to_line
+from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec, is_conv
 from mgdarts.space.space import GRANULARITIES
+
+KINDS = kinds(NetSpec)
 
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "search.batch": 50, "search.prune_every": 1}
 
@@ -28,7 +32,7 @@ def recorded(tmp_path_factory):
     def prepare(search):
         search.events.listen(lambda e: seen.append(slowly(search, e)), *frames.MOMENTS)
 
-    runs.search(preset("smoke", **FAST), out, prepare=prepare)
+    runs.search(preset("smoke", **FAST), out, listeners=(report,), prepare=prepare)
     return out, seen
 
 
@@ -104,15 +108,13 @@ def test_sizes_of_frames_are_those_of_the_events(recorded):
             assert f.data["ops"] == len(f.at)
 
 
-def test_a_resumed_search_has_the_same_frames(recorded, tmp_path, monkeypatch):
-    monkeypatch.setattr(runs.Saver.__init__, "__defaults__", (0.0, (), None))
-
+def test_a_resumed_search_has_the_same_frames(recorded, tmp_path):
     def stop(event):
         if event.type == "commit" and event.epoch == 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        runs.search(preset("smoke", **FAST), tmp_path / "cut", listeners=(stop,))
+        runs.search(preset("smoke", **FAST), tmp_path / "cut", listeners=(stop,), save_every=0)
     with open(tmp_path / "cut" / REPLAY_FILE, "ab") as f:
         f.write(b'{"event": 3, "type": "epo')  # cut off by a kill
     runs.search(None, tmp_path / "cut", resume=True)
@@ -120,7 +122,7 @@ def test_a_resumed_search_has_the_same_frames(recorded, tmp_path, monkeypatch):
 
 
 def test_one_frame_a_moment_and_none_twice(recorded):
-    events = runs.read_events(recorded[0] / "events.jsonl")
+    events = read_events(recorded[0] / "events.jsonl")
     numbers = [json.loads(line)["event"] for line in (recorded[0] / REPLAY_FILE).read_bytes().splitlines()]
     assert numbers == [i for i, e in enumerate(events, 1) if e["type"] in frames.MOMENTS]
     assert (recorded[0] / REPLAY_FILE).stat().st_size < 5000 * len(numbers)
@@ -244,4 +246,4 @@ def test_the_report_links_to_the_replay_and_tells_the_advantage(recorded, capsys
     assert "replay.html" not in (run / "report.html").read_text("utf-8")
     assert main(["replay", str(run)]) == 0
     assert 'href="replay.html"' in (run / "report.html").read_text("utf-8") and '<script src="plotly.min.js">' in (run / "replay.html").read_text("utf-8")
-    assert runs._advantage({"test_acc_final": 60.0}, {"test_acc_final": 50.0}, 100) == "+10.00 points (standard error 7.00)"
+    assert advantage({"test_acc_final": 60.0}, {"test_acc_final": 50.0}, 100) == "+10.00 points (standard error 7.00)"

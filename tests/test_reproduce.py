@@ -20,7 +20,7 @@ from mgdarts.paper import verdicts as judged
 from mgdarts.net.count import counts
 from mgdarts.net.files import load
 from mgdarts.paper.arms import Arm, job, run_arms
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import InputError, from_dict
 from mgdarts.base.events import RunFailed
 from mgdarts.paper.study import TARGETS, Study, make_record, measure, rebuild, seeds_of
@@ -63,7 +63,7 @@ def test_the_key_is_of_what_is_run():
 
 def test_a_killed_arm_goes_on_and_ends_the_same(done, tmp_path):
     folder, (one, _) = done
-    code = "import json, sys; from mgdarts import arms, runs; runs.Saver.__init__.__defaults__ = (0.2, (), None); arms.do(arms.Job(**json.loads(sys.argv[1])), sys.argv[2])"
+    code = "import json, sys; from functools import partial; from mgdarts.paper import arms; arms.runs.search = partial(arms.runs.search, save_every=0.2); arms.do(arms.Job(**json.loads(sys.argv[1])), sys.argv[2])"
     p = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(one)), str(tmp_path)])
     for _ in range(1200):
         if list(one.run(tmp_path).glob("checkpoint/*.pt")):
@@ -121,7 +121,7 @@ def test_an_interruption_keeps_what_is_finished(done, tmp_path):
     "SIGINT to the one who waits ends the arms, and starting again runs the rest only."
     folder, (one, two) = done
     os.symlink(one.run(folder), one.run(tmp_path))
-    code = "import json, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from mgdarts import arms; arms.run_arms([arms.Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])"
+    code = "import json, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); from mgdarts.paper import arms; arms.run_arms([arms.Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])"
     p = subprocess.Popen([sys.executable, "-c", code, json.dumps([vars(one), vars(two)]), str(tmp_path)], stderr=subprocess.DEVNULL)
     for _ in range(1200):
         if (two.run(tmp_path) / "events.jsonl").exists():

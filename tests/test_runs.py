@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from mgdarts.net.discrete import DerivedNet
-from mgdarts.net import architecture
+from mgdarts.net import files as architecture
+from mgdarts.runs.listen import read_events
+from mgdarts.runs.records import list_runs, run_row
 from mgdarts.runs import run as runs
-from mgdarts.runs.cli import main
+from mgdarts.cli.main import main
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
 from mgdarts.space.darts import NetSpec
@@ -82,7 +84,7 @@ def test_a_run_folder_is_complete(run, capsys):
     assert {"config.json", "events.jsonl", "checkpoint", "architecture.json", "masks.safetensors", "report.html", "result.json", "train", "random"} <= names
     record = json.loads((run / "config.json").read_text())
     assert record["config"]["seed"] == 0 and record["environment"]["torch"] and (record["dataset"], record["data_source"]) == ("digits", "scikit-learn")
-    events = runs.read_events(run / "events.jsonl")
+    events = read_events(run / "events.jsonl")
     assert events[-1]["type"] == "done" and all({"type", "step", "epoch", "stage", "time"} <= e.keys() for e in events)
     assert all("loss" in e for e in events if e["type"] == "epoch")
     result = json.loads((run / "result.json").read_text())
@@ -98,7 +100,7 @@ def test_a_run_folder_is_complete(run, capsys):
 
 def test_events_depend_on_the_clock_in_nothing_but_time(run, tmp_path):
     runs.search(preset("smoke", **FAST), tmp_path / "again")
-    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(p / "events.jsonl")]
+    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in read_events(p / "events.jsonl")]
     assert strip(run) == strip(tmp_path / "again")
     for name in ("architecture.json", "masks.safetensors"):
         assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
@@ -210,7 +212,7 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
     assert record["config"]["train"]["images"] == "train+val" and searched["images"]["val"] == 20 and record["images"] == {**searched["images"], "train": 200, "val": 0}
     code, out, err = call([*order, "--baseline"], capsys) # with a bar, and as a table
     assert code == 0 and "train+val" in out and "validation" not in out, err
-    events = runs.read_events(copy / "random/events.jsonl")
+    events = read_events(copy / "random/events.jsonl")
     assert [e["type"] for e in events] == ["epoch", "epoch", "result"] and not [k for e in events for k in e if "val" in k]
     assert call([*order, "--resume", "--json"], capsys)[0] == 0
     assert [t.name for t in plots.learning(events).data] == ["train", "train"]
@@ -218,7 +220,7 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
     assert "train+val" in page and "best validation epoch" not in page and "images it learns from" in page
     both = (run / "report.html").read_text("utf-8")
     assert "best validation epoch" in both and "images it learns from" not in both
-    row = next(r for r in runs.list_runs(tmp_path) if r["run"] == str(copy))
+    row = next(r for r in list_runs(tmp_path) if r["run"] == str(copy))
     assert row["test_acc"] == got["test_acc_final"] and row["random_acc"] is not None and row["val_acc"] is row["random_val_acc"] is None
     assert compare.pareto([row]).data and not compare.pareto([row], accuracy="val_acc").data
     assert compare.entries([copy, copy / "train"])[1].row["test_acc"] == got["test_acc_final"]
@@ -272,7 +274,7 @@ def test_a_run_of_before_opens_and_its_sizes_are_called_what_they_were(run, tmp_
     for name, content in (("config", record), ("result", result)): write_json(old / f"{name}.json", content)
     assert runs.read_config(old).search.threshold_init == "own" and runs.read_config(old).search.lambda_cap_fine == 0.5
     assert runs.read_config(run).search.threshold_init == "min"
-    row = runs.run_row(old, runs.load_run(old))
+    row = run_row(old, runs.load_run(old))
     assert row["status"].endswith("reached (before alignment)") and row["params"] == result["derived"]["params_nonzero"] and row["params_searched"] == result["params"]
     code, out, _ = call(["search", "--resume", "--out", old], capsys)
     assert code == 0 and "as counted" in out

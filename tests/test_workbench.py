@@ -11,7 +11,9 @@ import papermill
 import pytest
 import torch
 
-from mgdarts.net import architecture
+from mgdarts.net import files as architecture
+from mgdarts.runs.listen import read_events
+from mgdarts.runs.make import bare_search
 from mgdarts.runs import run as runs
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
@@ -175,7 +177,7 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
 
     with pytest.raises(Enough):
         runs.search(cfg, a, listeners=(stop,), prepare=prepare)
-    bare, state = runs.bare_search(a), runs.Checkpoints(a / "checkpoint").load()
+    bare, state = bare_search(a), runs.Checkpoints(a / "checkpoint").load()
     w = WhatIf(View(bare))
     files = {p: p.read_bytes() for p in a.rglob("*") if p.is_file()}
     w.move("operation", "all", 0.5)
@@ -184,11 +186,11 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
     with pytest.raises(InputError, match="exists"):
         branch(a, state, w, out)
     result = runs.search(None, out, resume=True)
-    events = runs.read_events(out / "events.jsonl")
+    events = read_events(out / "events.jsonl")
     assert events[-1]["type"] == "done" and result["params"] == events[-1]["params"] and len({(e["type"], e["step"], e["stage"], json.dumps(e)) for e in events}) == len(events)
     assert json.loads((out / "config.json").read_text())["branch"]["run"] == "a" and not replay(out).missing
     with pytest.raises(InputError, match="finished"):
-        branch(finished, runs.bare_search(finished).state_dict(), w, tmp_path / "c")
+        branch(finished, bare_search(finished).state_dict(), w, tmp_path / "c")
     assert not (tmp_path / "c").exists()
 
 
@@ -225,7 +227,7 @@ def test_a_run_that_was_clicked_through_leaves_the_same_bits(finished, tmp_path)
     t.run()
     until(lambda: t.state == "finished")
     t.close()
-    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(p / "events.jsonl")]
+    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in read_events(p / "events.jsonl")]
     assert strip(tmp_path / "clicked") == strip(finished)
     assert architecture.load(tmp_path / "clicked").cells == architecture.load(finished).cells
     assert (tmp_path / "clicked/masks.safetensors").read_bytes() == (finished / "masks.safetensors").read_bytes()
@@ -330,7 +332,7 @@ def test_a_failed_search_says_why(tmp_path):
 
 
 def test_the_core_needs_no_widgets():
-    code = "import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; import mgdarts.views.inspector, mgdarts.runs.run, mgdarts.runs.cli, mgdarts.views.pictures"
+    code = "import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; import mgdarts.views.inspector, mgdarts.runs.run, mgdarts.cli.main, mgdarts.views.pictures"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -33,9 +33,11 @@ RUNS = {m: ["--method", m] for m in METHODS} | {
 TRAINED = {"mg-darts": ["--preset", "smoke", "--set", "train.epochs=3", "--set", "train.aux_weight=0.4", "--set", "train.drop_path=0.2"],
            "mg-darts mobilenet": ["--preset", "smoke", "--set", "train.epochs=3"]}
 CLOCK = ("time", "wall_s", "seconds")
-MAIN = ("try: from mgdarts.runs.cli import main\n"
-        "except ImportError: from mgdarts.cli import main\n"
-        "main()")
+MAIN = ("import importlib\n"
+        "for name in ('mgdarts.cli.main', 'mgdarts.runs.cli', 'mgdarts.cli'):\n"
+        "    try: main = importlib.import_module(name).main\n"
+        "    except (ImportError, AttributeError): continue\n"
+        "    main()")
 
 
 def command(*args):

@@ -18,7 +18,7 @@ import torch
 
 from mgdarts.paper import arms
 from mgdarts.base import data
-from mgdarts.runs import run as runs
+from mgdarts.runs import folder as folders, run as runs
 from mgdarts.paper.arms import Job
 from mgdarts.base.options import InputError, configure, from_dict, to_dict
 from mgdarts.base.data import Split, Splits, fingerprint, load_data
@@ -94,17 +94,17 @@ class Packed:
 def made_of(commit: str):
     "Say which commit the package is: what was carried to a machine need not be what git says there."
     if not commit: return
-    real = runs.environment
+    real = folders.environment
 
     def environment(device): return {**real(device), "commit": commit, "modified": False}
 
-    runs.environment = environment
+    folders.environment = runs.environment = environment
 
 
 def work(job: Job, folder, images: str, commit: str):
     "What a process does with a job: `arms.do`, with its images from a pack."
     if images: runs.load_data = arms.load_data = Packed(Path(images))
-    if commit and runs.environment.__module__ == "mgdarts.runs.run": made_of(commit)
+    if commit and runs.environment.__module__ == "mgdarts.runs.folder": made_of(commit)
     arms.do(job, folder)
 
 

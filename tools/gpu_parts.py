@@ -19,13 +19,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from mgdarts.fast.engine import make
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import cell
 from mgdarts.fast import kernels
 from mgdarts.search import loss
 from mgdarts.runs import memory
+from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
+from mgdarts.views.report import report
 from mgdarts.net import supernet
 from mgdarts.net.count import count
 from mgdarts.net.sample import random_architecture
@@ -33,8 +34,8 @@ from mgdarts.base.options import Compute, InputError, Search as Settings
 from mgdarts.methods.registry import preset
 from mgdarts.base.data import Split, Splits, channel_stats
 from mgdarts.base.randomness import stream
-from mgdarts.search.stages import begin_joint, open_stage, plan
-from mgdarts.search.step import fetch, make_optimizer
+from mgdarts.search.step import make_optimizer
+from mgdarts.search.stages import plan
 from mgdarts.space.darts import NetSpec
 from mgdarts.net.supernet import SuperNet
 
@@ -156,11 +157,11 @@ def losses(g: Ground):
         try:
             for device in dict.fromkeys(("cpu", g.device.type)):
                 s = runs.make_search(preset("smoke", method, device=device, **{"data.subset": 256, "search.warmup": 0}))
-                open_stage(s)
-                values = []
-                s.events.listen(lambda event, values=values: values.append(event.data["value"].detach()), "forward")
+                s._open()
+                values, inner = [], s._backward
+                s._backward = lambda loss, values=values, inner=inner: (values.append(loss.detach()), inner(loss))[1]
                 for i in range(3):
-                    with syncs(g) if i == 2 and device != "cpu" else contextlib.nullcontext({}) as where: s.optimise()
+                    with syncs(g) if i == 2 and device != "cpu" else contextlib.nullcontext({}) as where: s._optimise(9)
                 seen[device] = [float(v) for v in values]
                 if device == g.device.type: row |= {"losses": seen[device], "syncs": sum(where.values()), "where": dict(where)}
             row["difference"] = max(abs(a - b) for a, b in zip(seen["cpu"], seen[g.device.type], strict=True))
@@ -330,18 +331,18 @@ def real(g: Ground):
         try:
             cfg = preset("small", device=g.device.type, **{"space.channels": C, "space.cells": 3 if g.toy else 8, "data.autoaugment": auto, "search.batch": n, "compute.tf32": how != "fp32", "compute.amp": how == "bf16", "compute.recompute": "none", "search.target_m": 0.03 if g.toy else 0.3})
             s = runs.make_search(cfg, noise(8 * n, 8 if g.toy else 32, g.device))
-            s.state.stage = 1  # the next one to be opened is the last
-            open_stage(s)
-            begin_joint(s)
-            s.state.epoch_step = 1  # no copy of the state, which is made once an epoch
+            s.stage = 1  # the next one to be opened is the last
+            s._open()
+            s._begin_joint()
+            s.epoch_step = 1  # no copy of the state, which is made once an epoch
             count = len(s.loaders["train"])
 
             def step():
-                s.state.epoch_step = 1 + s.epoch_step % (count - 2)
-                s.optimise()
+                s.epoch_step = 1 + s.epoch_step % (count - 2)
+                s._optimise(count + 100)
 
             row["ms"] = g.ms(step, 1.0)
-            row["batch_ms"] = g.ms(lambda: fetch(s), 0.3)
+            row["batch_ms"] = g.ms(s._batch, 0.3)
             row["images_per_s"] = 1e3 * n / row["ms"]
             with syncs(g) as where: step()
             row |= {"syncs": sum(where.values()), "where": dict(where)}
@@ -399,7 +400,7 @@ def retraining(g: Ground):
 
         def step():
             t.epoch_step = 1 + t.epoch_step % (count_ - 2)
-            t.optimise()
+            t._optimise(count_ + 100)
 
         row |= {"batch": n, "ms": g.ms(step)}
         row["images_per_s"] = 1e3 * n / row["ms"]
@@ -431,7 +432,7 @@ def bits(g: Ground):
             row["same_bits"] = len(found[0]) == len(found[1]) and bool(torch.equal(*found))
             if len(found[0]) == len(found[1]): row["difference"] = float((found[0] - found[1]).abs().max())
             row["not_deterministic"] = sorted({str(x.message).split(" does not")[0][:80] for x in w if "does not have a deterministic" in str(x.message)})
-            row["step_ms"] = g.ms(s.optimise, 0.3)
+            row["step_ms"] = g.ms(lambda: s._optimise(10**6), 0.3)
             if g.left() > 15 and (strict or not g.toy): row |= resumed(g)
         except Exception as e: row["error"] = said(e)
         finally:
@@ -446,7 +447,7 @@ def resumed(g: Ground) -> dict:
         warnings.simplefilter("always")
         a, b, cfg = Path(folder) / "whole", Path(folder) / "cut", smoke(g)
         start = time.perf_counter()
-        whole = runs.search(cfg, a)
+        whole = runs.search(cfg, a, listeners=(report,))
         out = {"search_s": time.perf_counter() - start, "search_steps": whole["steps"], "report": (a / "report.html").exists()}
 
         def stop(event):
@@ -454,7 +455,7 @@ def resumed(g: Ground) -> dict:
 
         with contextlib.suppress(KeyboardInterrupt): runs.search(cfg, b, listeners=(stop,))
         runs.search(None, b, resume=True)
-        events = [[{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(f / "events.jsonl")] for f in (a, b)]
+        events = [[{k: v for k, v in e.items() if k != "time"} for e in read_events(f / "events.jsonl")] for f in (a, b)]
         same = [x == y for x, y in zip(*events)]
         return out | {"resume_equal": events[0] == events[1], "events": len(events[0]), "first_different": same.index(False) if False in same else None,
                       "resume_warnings": sorted({str(x.message)[:120] for x in w if "was begun with" in str(x.message)})}
@@ -463,8 +464,8 @@ def resumed(g: Ground) -> dict:
 def advice(g: Ground):
     "What is said when memory runs out."
     s = runs.make_search(preset("smoke", device=g.device.type))
-    open_stage(s)
-    yield {"asked": "advice of a search on the device", **attempt_row(lambda: runs._memory_advice(s))}
+    s._open()
+    yield {"asked": "advice of a search on the device", **attempt_row(lambda: runs.memory_advice(s))}
     if g.gpu:
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, 600 * 2**20 / total))  # as if the card had 600 MiB

@@ -94,7 +94,7 @@ def publish_notebook(path: Path):
 
 def draw(folder: Path, figures: dict):
     from mgdarts.base.options import InputError
-    from mgdarts.runs.export import save_figure
+    from mgdarts.views.save import save_figure
     for name, figure in figures.items():
         try:
             save_figure(figure, folder / f"{name}.png")

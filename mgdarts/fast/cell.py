@@ -11,7 +11,8 @@ from torch import Tensor
 from ..net.cell import Cell, FIRST, drop_factors, round_operations
 from ..net.stored import LiveOp
 from ..space.operation import DilConv, Pool, SepConv, Skip
-from .kernels import Pair, among, from_phases, from_pixels, narrow, native, normalise, normalise_sum, pairs, pixels, pointwise, spread_index, weighted_sum, widen
+from .kernels import (Pair, among, from_phases, from_pixels, narrow, native, normalise, normalise_sum,
+                                  pairs, pixels, pointwise, spread_index, weighted_sum, widen)
 from .parts import even_odd, reduced
 
 # %% auto #0

@@ -8,7 +8,8 @@ from functools import singledispatch
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..space.layers import AuxHead, Classifier, ConvNorm, MobileHead, MobileStem, Stem, depthwise
-from .kernels import every_second, from_pixels, mixed, narrow, native, normalise, normalise_sum, pixels, spread_index
+from .kernels import (every_second, from_pixels, mixed, narrow, native, normalise, normalise_sum, pixels,
+                                  spread_index)
 
 # %% auto #0
 __all__ = ['normed', 'normed_sum', 'even_odd', 'reduced', 'run']

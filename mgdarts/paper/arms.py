@@ -9,7 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from ..net import files as arch_files
+from ..runs.folder import begun
+from ..runs.make import net_spec
 from ..runs import run as runs
+from ..views.report import report
 from ..space.found import ArchCell, Op
 from ..net.architecture import Architecture
 from ..net.count import counts
@@ -122,22 +125,15 @@ class MemoryWatch:
     "Given to `runs.search` as `prepare`; writes memory.json, peak bytes by stage, into the run folder."
     def __init__(self, run: Path): self.path = Path(run) / "memory.json"
     def __call__(self, loop):
-        seen = read_json(self.path, "a record of memory") if self.path.exists() else {}
-        def begin(event): # images are there, nothing has been computed yet
-            if loop.warmup or loop.stage_name in seen: return
-            seen[loop.stage_name] = None
+        inner, seen = loop._optimise, read_json(self.path, "a record of memory") if self.path.exists() else {}
+        def watched(steps):
+            if loop.warmup or loop.stage_name in seen: return inner(steps)
             loop.optimizer.zero_grad(set_to_none=True)
-            momentum = (v.get("momentum_buffer") for v in loop.optimizer.state.values())
-            held = tensor_bytes([*loop.net.parameters(), *loop.net.buffers(), *(v for v in momentum if v is not None), event.data["x"], event.data["y"]])
-            account = Accountant()
-            def end(event):
-                account.__exit__(None, None, None)
-                leave()
-                seen[event.stage] = held + account.peak
-                write_json(self.path, seen)
-            leave = loop.events.listen(end, "step")
-            account.__enter__()
-        loop.events.listen(begin, "batch")
+            held = tensor_bytes([*loop.net.parameters(), *loop.net.buffers(), *(v["momentum_buffer"] for v in loop.optimizer.state.values() if v.get("momentum_buffer") is not None)])
+            with Accountant() as account: inner(steps)
+            seen[loop.stage_name] = held + account.peak
+            write_json(self.path, seen)
+        loop._optimise = watched
 
 # %% ../../nbs/paper/arms.ipynb #68a1eeac
 def do(job: Job, folder: str|Path, # of all runs
@@ -147,12 +143,12 @@ def do(job: Job, folder: str|Path, # of all runs
     if job.finished(folder): return
     if job.search:
         cfg = from_dict(job.search)
-        runs.search(cfg, run, runs.begun(run, cfg), quiet=quiet, prepare=MemoryWatch(run))
+        runs.search(cfg, run, begun(run, cfg), quiet=quiet, listeners=(report,), prepare=MemoryWatch(run))
         if not job.train: return
     cfg = from_dict(job.train)
-    if out.name in ("train", "random"): return runs.retrain(run, None, job.random, resume=True, quiet=quiet)
+    if out.name in ("train", "random"): return runs.retrain(run, None, job.random, resume=True, quiet=quiet, listeners=(report,))
     splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
-    if job.build: arch, state = built(runs.net_spec(cfg, splits), int(1e6 * cfg.search.target_m), **job.build, seed=cfg.seed), None
+    if job.build: arch, state = built(net_spec(cfg, splits), int(1e6 * cfg.search.target_m), **job.build, seed=cfg.seed), None
     else:
         arch = arch_files.load(run)
         state = runs.supernet_weights(run, arch) if cfg.train.weights == "supernet" or job.keep else None

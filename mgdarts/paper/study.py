@@ -329,7 +329,7 @@ def markdown(rows: list):
 
 def draw(folder: Path, figures: dict)->list: # notes on what could not be written
     "Figures as HTML, PNG and SVG. Pages load the plotting library from the network; pictures need a Chromium."
-    from mgdarts.runs.export import save_figure
+    from mgdarts.views.save import save_figure
     notes = set()
     for name, figure in figures.items():
         for suffix in ("html", "png", "svg"):

@@ -5,23 +5,26 @@
 # %% ../../nbs/runs/estimate.ipynb #9db60fca
 from __future__ import annotations
 import shutil, time
+from dataclasses import dataclass
 from pathlib import Path
 import torch
-from ..base.options import Config, configure
 from ..base.data import Splits, load_data
-from .memory import memory_plan
+from ..base.options import Config, configure
+from .folder import device_of
 from ..net.sample import random_architecture
-from .run import device_of, make_search, make_trainer
+from .make import make_search, make_trainer
+from .memory import memory_plan
+from ..search.loop import Search
 
 # %% auto #0
-__all__ = ['FEW', 'step_seconds', 'memory_there', 'estimate', 'in_words']
+__all__ = ['FEW', 'step_seconds', 'Timed', 'memory_there', 'estimate', 'in_words']
 
 # %% ../../nbs/runs/estimate.ipynb #24731620
 FEW = 8 # images of a step that is timed on a CPU
 
 def step_seconds(loop, # a Search or Trainer, begun
                  count: int = 2)->float: # the fastest of so many, after one more
-    "What a step takes."
+    "Time a step."
     seen = []
     for _ in range(count + 1):
         start = time.perf_counter()
@@ -30,48 +33,86 @@ def step_seconds(loop, # a Search or Trainer, begun
         seen.append(time.perf_counter() - start)
     return min(seen[1:])
 
-def _timed(cfg, splits, device): # (seconds of a step of the first stage with a batch of the search, the same for the retraining, the search, images that are retrained on)
-    few = lambda batch: batch if device.type == "cuda" else min(batch, FEW)
+# %% ../../nbs/runs/estimate.ipynb #fc48ac95
+@dataclass
+class Timed:
+    "What was seen of a search and its retraining."
+    search: Search # in its first stage
+    step: float # seconds of a step of it with a whole batch
+    train_step: float # the same for the retraining
+    trained: int # images that are retrained on
+
+# %% ../../nbs/runs/estimate.ipynb #11a44049
+def _timed(cfg: Config, splits: Splits, device: torch.device)->Timed:
+    def few(batch): return batch if device.type == "cuda" else min(batch, FEW)
+    def whole(loop, batch): return step_seconds(loop) * batch / loop.loaders["train"].batch_size
     search = make_search(configure(cfg, **{"search.batch": few(cfg.search.batch), "search.warmup": 0}), splits)
     drawn = random_architecture(search.whole, int(cfg.search.target_m * 1e6))
     trainer = make_trainer(configure(cfg, **{"train.batch": few(cfg.train.batch)}), drawn, splits)
-    whole = lambda loop, batch: step_seconds(loop) * batch / loop.loaders["train"].batch_size
-    return whole(search, cfg.search.batch), whole(trainer, cfg.train.batch), search, len(trainer.loaders["train"].split)
+    return Timed(search, whole(search, cfg.search.batch), whole(trainer, cfg.train.batch),
+                 len(trainer.loaders["train"].split))
+
+# %% ../../nbs/runs/estimate.ipynb #ffe7c585
+def _stages(cfg: Config, timed: Timed, parts: list # of StepMemory
+           )->list: # a row a stage
+    "Say how long each stage takes at most: sub-nets take time by their multiply-adds."
+    search, n = timed.search, len(timed.search.loaders["train"].split.labels) # of two-level methods one half
+    rows = []
+    for (name, *_), part in zip(search.stages, parts):
+        most, warm = (cfg.search.max_epochs, cfg.search.warmup) if search.by_size else (search.length, 0)
+        epochs = most + (0 if name == "fine-tune" else warm)
+        epoch = timed.step * part.macs / parts[0].macs * (n // cfg.search.batch)
+        rows.append({"stage": name, "peak_bytes": part.peak_bytes, "epoch_s": epoch, "epochs_at_most": epochs,
+                     "hours_at_most": epoch * epochs / 3600})
+    return rows
 
 # %% ../../nbs/runs/estimate.ipynb #c18a4c69
 def memory_there(device: torch.device)->int|None: # bytes; None: not known
-    "What could be allocated."
+    "Say what could be allocated."
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
-    try: return next(1024 * int(line.split()[1]) for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError): return None
+    try: lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError: return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
+# %% ../../nbs/runs/estimate.ipynb #637c6615
+def _lacks(found: dict)->list: # of texts
+    "Say what there is too little of, and what to do."
+    asked = (("a step", "peak_bytes", "memory_bytes",
+              "lower search.batch or space.channels, or set compute.recompute=all"),
+             ("the run folder", "disk_bytes", "disk_free_bytes", "make room, or choose another --out"))
+    return [f"{what} needs about {found[need] / 1e9:.1f} GB, {found[there] / 1e9:.1f} GB are free: {remedy}"
+            for what, need, there, remedy in asked if found[there] is not None and found[need] > found[there]]
+
+# %% ../../nbs/runs/estimate.ipynb #80e973e5
 def estimate(cfg: Config, folder: str|Path = ".", # where the run folder will be
              splits: Splits|None = None # data, if it is loaded already
             )->dict: # JSON-ready
-    "What a search and its retraining need, and whether it is there. `InputError` when the data or the device are not."
+    """Say what a search and its retraining need, and whether it is there.
+
+    Times in seconds and hours, sizes in bytes. `InputError` when the data or the device are not there."""
     device = device_of(cfg)
     splits = splits or load_data(cfg.data, cfg.seed, device)
-    step, train_step, search, trained = _timed(cfg, splits, device)
-    parts = memory_plan(search.whole, cfg.search, cfg.search.batch, cfg.search.stages, cfg.space.aux_size, cfg.compute)
-    if not search.by_size: parts = [parts[0]] * len(search.stages) # the whole net, to the end
-    images = len(search.loaders["train"].split.labels) # of two-level methods one half
-    rows = []
-    for (name, *_), part in zip(search.stages, parts):
-        epochs = (cfg.search.max_epochs if search.by_size else search.length) + (0 if name == "fine-tune" else cfg.search.warmup if search.by_size else 0)
-        epoch = step * part.macs / parts[0].macs * (images // cfg.search.batch)
-        rows.append({"stage": name, "peak_bytes": part.peak_bytes, "epoch_s": epoch, "epochs_at_most": epochs, "hours_at_most": epoch * epochs / 3600})
+    timed, s = _timed(cfg, splits, device), cfg.search
+    parts = memory_plan(timed.search.whole, s, s.batch, s.stages, cfg.space.aux_size, cfg.compute)
+    if not timed.search.by_size: parts = [parts[0]] * len(timed.search.stages) # the whole net, to the end
+    rows = _stages(cfg, timed, parts)
     near = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
-    out = {"dataset": splits.label, "images": {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")} | {"retraining": trained}, "device": str(device), "stages": rows,
-           "search_hours_at_most": sum(r["hours_at_most"] for r in rows), "train_hours": train_step * max(1, trained // cfg.train.batch) * cfg.train.epochs / 3600,
-           "peak_bytes": max(p.peak_bytes for p in parts), "memory_bytes": memory_there(device), "disk_bytes": 3 * max(p.params + p.optimizer for p in parts) + 2**26, "disk_free_bytes": shutil.disk_usage(near).free}
-    out["problems"] = [f"{what} needs about {need / 1e9:.1f} GB, {there / 1e9:.1f} GB are free: {remedy}" for what, need, there, remedy in (
-        ("a step", out["peak_bytes"], out["memory_bytes"], "lower search.batch or space.channels, or set compute.recompute=all"), ("the run folder", out["disk_bytes"], out["disk_free_bytes"], "make room, or choose another --out")) if there is not None and need > there]
-    return out
+    images = {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}
+    steps = max(1, timed.trained // cfg.train.batch) * cfg.train.epochs
+    out = {"dataset": splits.label, "images": images | {"retraining": timed.trained}, "device": str(device),
+           "stages": rows, "search_hours_at_most": sum(r["hours_at_most"] for r in rows),
+           "train_hours": timed.train_step * steps / 3600, "peak_bytes": max(p.peak_bytes for p in parts),
+           "memory_bytes": memory_there(device), "disk_bytes": 3 * max(p.params + p.optimizer for p in parts) + 2**26,
+           "disk_free_bytes": shutil.disk_usage(near).free}
+    return out | {"problems": _lacks(out)}
 
+# %% ../../nbs/runs/estimate.ipynb #b94f0d83
 def in_words(found: dict # of `estimate`
             )->str:
-    "One line."
+    "Say it in a line."
     each = ", ".join(f"{r['epoch_s']:.3g}" for r in found["stages"])
     epochs = sum(r["epochs_at_most"] for r in found["stages"])
-    return (f"at most {found['search_hours_at_most']:.3g} h of search ({epochs} epochs; an epoch of each stage: {each} s), {found['train_hours']:.3g} h of retraining, "
+    return (f"at most {found['search_hours_at_most']:.3g} h of search "
+            f"({epochs} epochs; an epoch of each stage: {each} s), "
+            f"{found['train_hours']:.3g} h of retraining, "
             f"{found['peak_bytes'] / 1e9:.3g} GB of memory; {found['dataset']} on {found['device']}")

@@ -4,27 +4,27 @@
 
 # %% ../../nbs/runs/frames.ipynb #b6179203
 from __future__ import annotations
-import base64, json, math, zlib
+import base64, contextlib, json, math, zlib
 from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
-from ..space.darts import *
 from ..base.events import Event
-from ..search.prune import candidates
-from ..search.loop import Search
-from ..net.size import UNITS
 from ..base.files import Lines, read_bytes
+from ..net.size import UNITS
+from ..search.loop import Search
+from ..search.prune import candidates
 
 # %% auto #0
-__all__ = ['MOMENTS', 'KINDS', 'BINS', 'REPLAY_FILE', 'Frame', 'frame_of', 'to_line', 'from_line', 'FrameRecorder',
-           'mark_regrown', 'read_frames']
+__all__ = ['MOMENTS', 'BINS', 'REPLAY_FILE', 'HEAD', 'Frame', 'kinds', 'state_widths', 'frame_of', 'to_line', 'from_line',
+           'FrameRecorder', 'mark_regrown', 'read_frames']
 
 # %% ../../nbs/runs/frames.ipynb #89f0469f
 MOMENTS = ("epoch", "commit", "regrow") # types of events that a frame is made at
-KINDS = tuple(o for i, o in enumerate(OPS) if is_conv(i)) + ("input",) # rows of the histograms; input: preprocessing, which has filters only
-BINS = {"filter": torch.linspace(0, 1, 41), "weight": 10 ** torch.linspace(-5, 1, 49)} # edges; what lies outside is in the first or last bin
+BINS = {"filter": torch.linspace(0, 1, 41), "weight": 10 ** torch.linspace(-5, 1, 49)} # edges; the outer bins are open
 REPLAY_FILE = "replay.jsonl"
 
 @dataclass(eq=False)
@@ -35,22 +35,24 @@ class Frame:
     epoch: int # 0-based
     step: int
     stage: str
-    at: Tensor|None = None # [n] int: (cell * 14 + edge) * 7 + operation, ascending
+    at: Tensor|None = None # [n] int: (cell * edges + edge) * operations + operation, ascending
     alpha: Tensor|None = None # [n] sigma(alpha)
-    on: Tensor|None = None # [n] bool, False: under its threshold now, to be pruned at the next commit if it stays there
+    on: Tensor|None = None # [n] bool, False: under its threshold, to be pruned at the next commit if it stays there
     t_alpha: Tensor|None = None # [n] thresholds; NaN in warm-up, when there are none
     t_beta: Tensor|None = None # [n]
     t_omega: Tensor|None = None # [n]
-    t_pre: Tensor|None = None # [cells, 2] thresholds of the filters of a cell's two inputs
+    t_pre: Tensor|None = None # [cells, inputs] thresholds of the filters of a cell's inputs
     now: Tensor|None = None # [n, 5] int: `UNITS`, without what is under its threshold now
     stored: Tensor|None = None # [n, 5] int: `UNITS` as they were after the last commit
-    widths: Tensor|None = None # [cells, 6] int: live channels of the states
-    beta: Tensor|None = None # [cells, 5, 2, 40] int: filters by kind, whether on, and `BINS`
-    omega: Tensor|None = None # [cells, 5, 2, 48] int: the same of weights
+    widths: Tensor|None = None # [cells, states] int: live channels of the states
+    beta: Tensor|None = None # [cells, kinds, 2, 40] int: filters by kind, whether on, and `BINS`
+    omega: Tensor|None = None # [cells, kinds, 2, 48] int: the same of weights
     data: dict = field(default_factory=dict) # the event, from the run's record
     regrown: Tensor|None = None # [n] bool: came back after it had been pruned
+    grid: tuple = (14, 7) # edges and operations of a cell; records that do not say so are of the DARTS-like space
 
-    TENSORS = ("at", "alpha", "on", "t_alpha", "t_beta", "t_omega", "t_pre", "now", "stored", "widths", "beta", "omega")
+    TENSORS = ("at", "alpha", "on", "t_alpha", "t_beta", "t_omega", "t_pre", "now", "stored", "widths", "beta",
+               "omega")
 
     @property
     def cells(self)->int:
@@ -61,67 +63,88 @@ class Frame:
         "The moment, in words; epochs are counted as done."
         return f"epoch {self.epoch + 1}" + {"epoch": "", "commit": ", pruned", "regrow": ", regrown"}[self.type]
     def places(self)->list: # of (cell, edge, operation)
-        "Where each of the n operations is."
-        return [(i // (len(EDGES) * len(OPS)), i // len(OPS) % len(EDGES), i % len(OPS)) for i in self.at.tolist()]
+        "Say where each of the n operations is."
+        edges, ops = self.grid
+        return [(i // (edges * ops), i // ops % edges, i % ops) for i in self.at.tolist()]
 
 # %% ../../nbs/runs/frames.ipynb #52b0d646
-def _histogram(g, edges, kind, off)->Tensor: # [5, 2, bins]
+def kinds(spec)->tuple: # of names
+    "Return the rows of a space's histograms: its operations with weights, and input, which has filters only."
+    return tuple(o for o, conv in zip(spec.ops, spec.convs) if conv) + ("input",) * bool(spec.inputs)
+
+def _kind(spec, op: int # -1: preprocessing
+         )->int: # row of the histograms
+    return kinds(spec).index(spec.ops[op]) if op >= 0 else len(kinds(spec)) - 1
+
+# %% ../../nbs/runs/frames.ipynb #ef35f3e1
+def _histogram(g, edges, kind, off, kinds: int)->Tensor: # [kinds, 2, bins]
     "Count units by kind, off or on, and bin."
     n = len(edges) - 1
     bins = (torch.bucketize(g, edges, right=True) - 1).clamp(0, n - 1)
-    return torch.bincount((kind * 2 + ~off) * n + bins, minlength=len(KINDS) * 2 * n).view(len(KINDS), 2, n).int()
+    return torch.bincount((kind * 2 + ~off) * n + bins, minlength=kinds * 2 * n).view(kinds, 2, n).int()
 
+# %% ../../nbs/runs/frames.ipynb #9569dea6
+def _filters(net, cell, off: Tensor)->Tensor: # [kinds, 2, 40]
+    "Make the histogram of a cell's gates. Strided skips have filters without a threshold, and are left out."
+    kind = torch.tensor([_kind(net.spec, g.op) if g.learned else -1 for g, _ in cell.layout.gates])
+    kind = kind.repeat_interleave(torch.tensor(cell.gate_sizes))
+    learned, beta = kind >= 0, torch.sigmoid(cell.beta).cpu()
+    return _histogram(beta[learned], BINS["filter"], kind[learned], off[learned], len(kinds(net.spec)))
+
+# %% ../../nbs/runs/frames.ipynb #a8e3da6d
+def _weights(net, cell, off: Tensor)->Tensor: # [kinds, 2, 48]
+    "Make the histogram of a cell's live weights."
+    kind = torch.tensor([_kind(net.spec, s.op) if s.group == "omega" else -1 for s in cell.spec.segments])
+    kind, w = kind[cell.layout.segs["omega"].long()], cell.omega_live.cpu()
+    return _histogram(cell.omega.abs().cpu()[w], BINS["weight"], kind[w], off[w], len(kinds(net.spec)))
+
+# %% ../../nbs/runs/frames.ipynb #f15d2b0a
+def state_widths(cell)->list:
+    "Return the live channels of the states of a cell of the super-net."
+    return getattr(cell, "channels", None) or [cell.spec.cin, cell.spec.cout]
+
+def _units(count, live)->Tensor: # [n, 5] int
+    "Return the `UNITS` of each live operation, as a count says."
+    none = [0] * len(UNITS)
+    rows = [cell.by_op.get((e, o), none) for cell, ops in zip(count.cells, live) for e, o in ops.nonzero().tolist()]
+    return torch.tensor(rows, dtype=torch.int32).view(-1, len(UNITS))
+
+# %% ../../nbs/runs/frames.ipynb #3b191883
 @torch.no_grad()
 def frame_of(search: Search, # begun: with at least one cell
              event: Event|None = None, # what has just happened; None: nothing, the frame is of now
              number: int = 0 # of the event in the run's record, from 1
             )->Frame:
-    "A frame of a search."
-    net, n = search.net, len(search.net.cells)
+    "Make a frame of a search."
+    net, n, joint = search.net, len(search.net.cells), search.net.discretising
     found, whole = candidates(net), net.count()
-    off = found.off if net.discretising else torch.zeros_like(found.off)
-    count = net.count(**found.masks(off)) if net.discretising else whole
-    parts = off.split(found.sizes)
-    live = net.op_live[:n].flatten().cpu()
-    at = live.nonzero().flatten()
-    pick = lambda v: v[:n].detach().flatten().cpu()[at]
-    t = lambda v: v if net.discretising else torch.full_like(v, math.nan)
-    row = lambda c: torch.tensor([cell.by_op.get((e, o), [0] * len(UNITS)) for cell, ops in zip(c.cells, live.view(n, len(EDGES), len(OPS))) for e, o in ops.nonzero().tolist()], dtype=torch.int32).view(-1, len(UNITS))
-    kind_of = lambda op: KINDS.index(OPS[op]) if op >= 0 else len(KINDS) - 1
-    beta, omega, widths = [], [], []
-    for c, cell in enumerate(net.cells):
-        kinds = torch.tensor([kind_of(g.op) if g.learned else -1 for g, _ in cell.layout.gates]).repeat_interleave(torch.tensor(cell.gate_sizes))
-        searched = kinds >= 0 # strided skips have filters without a threshold
-        beta.append(_histogram(torch.sigmoid(cell.beta).cpu()[searched], BINS["filter"], kinds[searched], parts[1 + c][searched]))
-        of_kernel = torch.tensor([kind_of(s.op) if s.group == "omega" else -1 for s in cell.spec.segments])
-        w = cell.omega_live.cpu()
-        omega.append(_histogram(cell.omega.abs().cpu()[w], BINS["weight"], of_kernel[cell.layout.segs["omega"].long()][w], parts[1 + n + c][w]))
-        widths.append(cell.channels)
+    off = found.off if joint else torch.zeros_like(found.off)
+    count = net.count(**found.masks(off)) if joint else whole
+    parts = off.split(found.sizes) # operations, filters of each cell, weights of each
+    live = net.op_live[:n].cpu()
+    at = live.flatten().nonzero().flatten()
+    def pick(v): return v[:n].detach().flatten().cpu()[at]
+    def t(v): return v if joint else torch.full_like(v, math.nan)
     e = event or Event("epoch", search.steps, max(search.epoch - 1, 0), search.stage_name)
-    return Frame(number, e.type, e.epoch, e.step, e.stage, at.int(), pick(net.importance()), ~parts[0][at], *(t(pick(getattr(net, k))) for k in ("t_alpha", "t_beta", "t_omega")),
-                 t(net.t_pre[:n].detach().cpu().clone()), row(count), row(whole), torch.tensor(widths, dtype=torch.int32), torch.stack(beta), torch.stack(omega), e.to_dict() if event else {})
+    return Frame(number, e.type, e.epoch, e.step, e.stage, at.int(), pick(net.importance()), ~parts[0][at],
+                 *(t(pick(getattr(net, k))) for k in ("t_alpha", "t_beta", "t_omega")),
+                 t(net.t_pre[:n].detach().cpu().clone()), _units(count, live), _units(whole, live),
+                 torch.tensor([state_widths(cell) for cell in net.cells], dtype=torch.int32),
+                 torch.stack([_filters(net, cell, off) for cell, off in zip(net.cells, parts[1:])]),
+                 torch.stack([_weights(net, cell, off) for cell, off in zip(net.cells, parts[1 + n:])]),
+                 e.to_dict() if event else {}, grid=(len(net.spec.edges), len(net.spec.ops)))
 
 # %% ../../nbs/runs/frames.ipynb #89f932fb
+HEAD = ("event", "type", "epoch", "step", "stage")
+
 def to_line(f: Frame)->bytes:
-    "A frame as a line of the file."
-    from safetensors.torch import save
+    "Write a frame as a line of the file."
     small = {k: getattr(f, k) for k in Frame.TENSORS}
     block = save({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in small.items()})
-    head = {k: getattr(f, k) for k in ("event", "type", "epoch", "step", "stage")}
-    return (json.dumps(head | {"block": base64.b64encode(zlib.compress(block, 9)).decode()}) + "\n").encode()
+    packed = base64.b64encode(zlib.compress(block, 9)).decode()
+    return (json.dumps({k: getattr(f, k) for k in (*HEAD, "grid")} | {"block": packed}) + "\n").encode()
 
-def from_line(line: bytes)->Frame:
-    "The inverse. `ValueError` on what is not a frame."
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-    try:
-        d = json.loads(line)
-        if not isinstance(d, dict) or d.get("type") not in MOMENTS: raise ValueError
-        head = {k: d[k] for k in ("event", "type", "epoch", "step", "stage")}
-        found = load(_unpacked(base64.b64decode(d["block"], validate=True)))
-        return Frame(**head, **{k: found[k].float() if found[k].is_floating_point() else found[k] for k in Frame.TENSORS})
-    except (ValueError, KeyError, TypeError, zlib.error, SafetensorError): raise ValueError("not a frame") from None
-
+# %% ../../nbs/runs/frames.ipynb #058fd571
 def _unpacked(block: bytes)->bytes:
     "The inverse of `zlib.compress`, up to 64 MiB."
     z = zlib.decompressobj()
@@ -129,22 +152,37 @@ def _unpacked(block: bytes)->bytes:
     if not z.eof: raise ValueError
     return out
 
-class FrameRecorder:
-    "A listener to all recorded events that appends a frame to a file at each of `MOMENTS`. Frames of events that the search has not come to yet are cut off first."
-    def __init__(self, search: Search, path: str|Path, heard: int = 0 # events the run's record begins with
-                ):
-        self.search, self.path, self.number = search, Path(path), heard
-        kept = takewhile(lambda line: line.endswith(b"\n") and _number(line) <= heard, read_bytes(self.path, 1 << 32).splitlines(keepends=True) if self.path.exists() else ())
-        self.lines = Lines(self.path, sum(map(len, kept)))
-    def __call__(self, event: Event):
-        self.number += 1
-        if event.type in MOMENTS:
-            self.lines.write(to_line(frame_of(self.search, event, self.number)))
+# %% ../../nbs/runs/frames.ipynb #edd4aebd
+def from_line(line: bytes)->Frame:
+    "Read a frame from its line. `ValueError` on what is not a frame."
+    try:
+        d = json.loads(line)
+        if not isinstance(d, dict) or d.get("type") not in MOMENTS: raise ValueError
+        found = load(_unpacked(base64.b64decode(d["block"], validate=True)))
+        full = {k: found[k].float() if found[k].is_floating_point() else found[k] for k in Frame.TENSORS}
+        return Frame(**{k: d[k] for k in HEAD}, **full, **({"grid": tuple(d["grid"])} if "grid" in d else {}))
+    except (ValueError, KeyError, TypeError, zlib.error, SafetensorError): raise ValueError("not a frame") from None
 
+# %% ../../nbs/runs/frames.ipynb #0badf52e
 def _number(line: bytes)->float:
     "Number of a line's event; infinite where there is none."
     try: return int(json.loads(line)["event"])
     except (ValueError, KeyError, TypeError): return math.inf
+
+# %% ../../nbs/runs/frames.ipynb #db2a8c6c
+class FrameRecorder:
+    """A listener to all recorded events that appends a frame to a file at each of `MOMENTS`.
+
+    Frames of events that the search has not come to yet are cut off first."""
+    def __init__(self, search: Search, path: str|Path, heard: int = 0 # events the run's record begins with
+                ):
+        self.search, self.path, self.number = search, Path(path), heard
+        there = read_bytes(self.path, 1 << 32).splitlines(keepends=True) if self.path.exists() else ()
+        kept = takewhile(lambda line: line.endswith(b"\n") and _number(line) <= heard, there)
+        self.lines = Lines(self.path, sum(map(len, kept)))
+    def __call__(self, event: Event):
+        self.number += 1
+        if event.type in MOMENTS: self.lines.write(to_line(frame_of(self.search, event, self.number)))
 
 # %% ../../nbs/runs/frames.ipynb #c78ec1ad
 def mark_regrown(frames: list)->list: # the same
@@ -153,20 +191,25 @@ def mark_regrown(frames: list)->list: # the same
     for f in (f for f in frames if f.at is not None):
         here = f.at.tolist()
         f.regrown = torch.tensor([i in gone for i in here], dtype=torch.bool)
-        gone |= set(range(f.cells * len(EDGES) * len(OPS))) - set(here)
+        gone |= set(range(f.cells * math.prod(f.grid))) - set(here)
     return frames
 
+# %% ../../nbs/runs/frames.ipynb #a4b6d5db
+def _frames_in(path: Path)->dict: # (event, type, epoch) -> Frame
+    "Read the frames of a file; whoever misses one that is damaged sees that there is none."
+    found = {}
+    for line in read_bytes(path, 1 << 32).split(b"\n")[:-1] if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            f = from_line(line)
+            found[f.event, f.type, f.epoch] = f
+    return found
+
+# %% ../../nbs/runs/frames.ipynb #2c7fd79c
 def read_frames(folder: str|Path, # of a run
                 events: list # of the run
                )->list: # of Frame, one for each event of `MOMENTS`
-    "The frames of a run, by time."
-    found = {}
-    path = Path(folder) / REPLAY_FILE
-    for line in read_bytes(path, 1 << 32).split(b"\n")[:-1] if path.exists() else ():
-        try: f = from_line(line)
-        except ValueError: continue # damaged; whoever asked sees that there is no frame of this event
-        found[f.event, f.type, f.epoch] = f
-    out = []
+    "Read the frames of a run, by time."
+    found, out = _frames_in(Path(folder) / REPLAY_FILE), []
     for i, e in enumerate(events, 1):
         if e.get("type") not in MOMENTS: continue
         f = found.get((i, e["type"], e["epoch"])) or Frame(i, e["type"], e["epoch"], e["step"], e["stage"])

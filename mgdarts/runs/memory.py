@@ -12,12 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..base.options import Compute, Search as Settings
-from ..space.darts import *
-from ..search.loss import regulariser
+from ..net.supernet import SuperNet
+from ..net.supernet import SuperNet
 from ..search.stages import plan
-from ..net.supernet import SuperNet
-from ..fast.engine import make
-from ..net.supernet import SuperNet
+from ..search.loss import regulariser
+from ..space.darts import NetSpec
 
 # %% auto #0
 __all__ = ['Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to', 'memory_plan']
@@ -25,8 +24,12 @@ __all__ = ['Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to'
 # %% ../../nbs/runs/memory.ipynb #8929ca52
 class Accountant(TorchDispatchMode):
     "Bytes in storages that were made while it watched: now, and at the most."
-    def __init__(self): super().__init__(); self.now, self.peak, self._seen = 0, 0, set()
-    def _freed(self, key, n): self._seen.discard(key); self.now -= n
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self._seen = 0, 0, set()
+    def _freed(self, key, n):
+        self._seen.discard(key)
+        self.now -= n
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
@@ -54,41 +57,52 @@ class StepMemory:
     live_ops: int # operations of the sub-net
     macs: int # multiply-adds of its forward pass, an image
 
+# %% ../../nbs/runs/memory.ipynb #f50f7b37
 def tensor_bytes(tensors)->int:
-    "What some tensors hold."
+    "Return what some tensors hold."
     return sum(t.numel() * t.element_size() for t in tensors)
 
+# %% ../../nbs/runs/memory.ipynb #066993c8
+def _watched(net: SuperNet, cfg: Settings, batch: int)->tuple: # (peak, kept by the forward pass), bytes
+    "Do a training step's forward and backward pass, and count what they hold."
+    with Accountant() as seen:
+        x = torch.zeros((batch, net.spec.in_channels, net.spec.size, net.spec.size), device=net.alpha.device)
+        y = torch.zeros(batch, dtype=torch.long, device=net.alpha.device)
+        logits = net(x)
+        price, pressure = regulariser(net, cfg.cost, cfg.reg, cfg.mu)
+        loss = F.cross_entropy(logits, y) + .1 * (price + pressure)
+        kept = seen.now
+        loss.backward()
+    return seen.peak, kept
+
+# %% ../../nbs/runs/memory.ipynb #07169f57
+def _faked(net: SuperNet, mode: FakeTensorMode)->SuperNet:
+    "Copy a net with parameters and buffers that become fake on the way: nothing of a full device is copied."
+    with mode:
+        fakes = {id(p): torch.nn.Parameter(mode.from_tensor(p.data)) for p in net.parameters()}
+        fakes |= {id(b): mode.from_tensor(b) for b in net.buffers()}
+    return copy.deepcopy(net, fakes)
+
+# %% ../../nbs/runs/memory.ipynb #e729bc50
 def step_memory(net: SuperNet, cfg: Settings,
                 batch: int, # images
                 name: str = "step",
                 real: bool = False # run on real tensors instead
                )->StepMemory:
-    "What one training step of a net needs. The net is not changed."
+    "Say what one training step of a net needs. The net is not changed."
     live, macs = int(net.op_live[:len(net.cells)].sum()), net.count().searched.macs_dense
-    mode, device = FakeTensorMode(allow_non_fake_inputs=True), net.alpha.device
-    size, params = (batch, net.spec.in_channels, net.spec.size, net.spec.size), list(net.parameters())
-    held = tensor_bytes(net.buffers())
-    fixed = tensor_bytes(params) + held
-    def run():
-        seen = Accountant()
-        with seen:
-            x, y = torch.zeros(size, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-            logits = net(x)
-            price, pressure = regulariser(net, cfg.cost, cfg.reg, cfg.mu)
-            loss = F.cross_entropy(logits, y) + .1 * (price + pressure)
-            kept = seen.now
-            loss.backward()
-        return seen.peak, kept
-    if not real: # parameters and buffers become fake on the way, so that nothing of a full device is copied
-        with mode: fakes = {id(p): torch.nn.Parameter(mode.from_tensor(p.data)) for p in params} | {id(b): mode.from_tensor(b) for b in net.buffers()}
-        net = copy.deepcopy(net, fakes)
+    params, held = tensor_bytes(net.parameters()), tensor_bytes(net.buffers())
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if not real: net = _faked(net, mode)
     net.train()
-    with contextlib.nullcontext() if real else mode: peak, kept = run()
-    return StepMemory(name, peak + 2 * fixed - held, fixed, tensor_bytes(params), tensor_bytes(params), kept, live, macs)
+    with contextlib.nullcontext() if real else mode: peak, kept = _watched(net, cfg, batch)
+    fixed = params + held
+    return StepMemory(name, peak + 2 * fixed - held, fixed, params, params, kept, live, macs)
 
 # %% ../../nbs/runs/memory.ipynb #236178fb
-def _order(net: SuperNet, generator: torch.Generator)->tuple: # (live operations [cells, 14, 7], [k, 3] those that may go, in random order)
-    "Every node keeps one operation, whatever goes."
+def _order(net: SuperNet, generator: torch.Generator
+          )->tuple: # (live operations [cells, 14, 7], [k, 3] those that may go, in random order)
+    "Draw an order of pruning in which every node keeps one operation, whatever goes."
     ops = net.op_live[:len(net.cells)].cpu().clone()
     free = ops.clone()
     for live, may_go in zip(ops.flatten(1), free.flatten(1)):
@@ -98,41 +112,47 @@ def _order(net: SuperNet, generator: torch.Generator)->tuple: # (live operations
     free = free.nonzero()
     return ops, free[torch.randperm(len(free), generator=generator)]
 
+# %% ../../nbs/runs/memory.ipynb #dbaaaa17
 def _without(ops, gone):
     live = ops.clone()
     live[gone.unbind(1)] = False
     return live
 
+# %% ../../nbs/runs/memory.ipynb #d5618d8c
 def prune_to(net: SuperNet, live: float, # share of the operations that stays
              generator: torch.Generator):
     "Prune random operations."
     ops, free = _order(net, generator)
-    net.rebuild(_without(ops, free[:min(len(free), int(ops.sum()) - int(live * int(ops.sum())))]), [net.full_gates(c) for c in range(len(net.cells))])
+    n = int(ops.sum())
+    gone = free[:min(len(free), n - int(live * n))]
+    net.rebuild(_without(ops, gone), [net.full_gates(c) for c in range(len(net.cells))])
 
+# %% ../../nbs/runs/memory.ipynb #b8355188
 def _thin(net: SuperNet, keep: float, # share of the parameters
           back: float, # share of the pruned operations that return
           generator: torch.Generator):
     "Prune random operations until `keep` of the parameters are left, then let some return."
     ops, free = _order(net, generator)
-    gates, start = [net.full_gates(c) for c in range(len(net.cells))], net.count().params
+    gates, target = [net.full_gates(c) for c in range(len(net.cells))], keep * net.count().params
+    live = [g[c.layout.slots["gates"]] for g, c in zip(gates, net.cells)]
     lo, hi = 0, len(free) # the fewest that reach the target
     while lo < hi:
         k = (lo + hi) // 2
-        if net.count(_without(ops, free[:k]), [g[c.layout.slots["gates"]] for g, c in zip(gates, net.cells)]).params <= keep * start: hi = k
+        if net.count(_without(ops, free[:k]), live).params <= target: hi = k
         else: lo = k + 1
     net.rebuild(_without(ops, free[:lo - int(back * lo)]), gates)
 
+# %% ../../nbs/runs/memory.ipynb #c5dcd21f
 def memory_plan(spec: NetSpec, # or a MobileSpec
                 cfg: Settings,
                 batch: int, # images a step
                 stages: int = 3, # 3, or 1: the whole net at once
                 aux_size: str = "medium", compute: Compute|None = None, seed: int = 0
                )->list: # of StepMemory
-    "The memory each stage of a search needs when it starts, which is when it needs most."
-    net, g, out = SuperNet(spec, aux_size, seed=seed, engine=make(compute)), torch.Generator().manual_seed(seed), []
+    "Say what memory each stage of a search needs when it starts, which is when it needs most."
+    net, g, out = SuperNet(spec, aux_size, seed=seed, compute=compute), torch.Generator().manual_seed(seed), []
     keep = cfg.stage_keep if len(cfg.stage_keep) == stages else (cfg.stage_keep[0],) * stages
-    todo = plan(spec, stages)
-    for i, (name, end, head) in enumerate(todo):
+    for i, (name, end, head) in enumerate(plan(spec, stages)):
         if i < stages: net.open(end, head)
         net.discretising = True
         out.append(step_memory(net, cfg, batch, name))

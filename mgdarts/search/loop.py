@@ -11,7 +11,8 @@ from ..base.options import Rules, Search as Settings, need
 from ..net.supernet import SuperNet
 from .prune import SLACK, Sizes, candidates, commit
 from .rules import Clock, Parts
-from .stages import SearchState, begin_joint, clock_is_up, close_stage, fresh_net, open_stage, plan, tally
+from .stages import (SearchState, begin_joint, clock_is_up, close_stage, fresh_net, open_stage, plan,
+                                   tally)
 from .state import load_state, save_state
 from .step import optimise
 from .thresholds import mean_thresholds

@@ -10,6 +10,7 @@ from pathlib import Path
 import plotly.graph_objects as go
 from ..net import files as arch_files
 from . import plots
+from ..runs.records import is_training, list_runs, run_row
 from ..runs import run as runs
 from ..space.found import ArchCell
 from ..net.architecture import Architecture
@@ -30,7 +31,7 @@ class Entry:
     path: Path
     events: list # of the search; empty for an architecture without a run
     arch: Architecture|None # None: a search that is not finished
-    row: dict # as `runs.list_runs` gives them, as far as it is known
+    row: dict # as `list_runs` gives them, as far as it is known
 
     @property
     def drawn(self)->Architecture|None:
@@ -44,7 +45,7 @@ def entries(paths: list # run folders, architectures
     for path in map(Path, paths):
         if not path.exists(): raise InputError(f"{path} is not there: give run folders or architectures")
         data = runs.load_run(path) if (path / "config.json").exists() else None
-        if data and not runs.is_training(data): name, events, arch, row = path.resolve().name, data["events"], data["arch"], runs.run_row(path, data)
+        if data and not is_training(data): name, events, arch, row = path.resolve().name, data["events"], data["arch"], run_row(path, data)
         else:
             arch, events = arch_files.load(path), []
             size = counts(arch)
@@ -97,7 +98,7 @@ def front(points: list # of (size, accuracy)
         if points[i][1] > best: out.append(i); best = points[i][1]
     return out
 
-def pareto(rows: list, # of `runs.list_runs`
+def pareto(rows: list, # of `list_runs`
            size: str = "params_nonzero", # of `SIZES`
            accuracy: str = "test_acc" # or val_acc
           )->go.Figure:

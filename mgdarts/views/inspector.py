@@ -301,10 +301,11 @@ def branch(run: str|Path, # folder of the run
            events: int|None = None # of the run, up to that state; None: as many as the state, a saved one, is marked with
           )->Path:
     "A new run that goes on from a what-if. `InputError` if `out` is taken, or the state does not fit."
+    from mgdarts.runs.make import bare_search
     from mgdarts.runs import run as runs
     out = runs.new_folder(out)
     if state["counters"]["finished"]: raise InputError("this search is finished: take an earlier state to go on from")
-    loop = runs.bare_search(run, state)
+    loop = bare_search(run, state)
     if [len(c.omega) for c in loop.net.cells] != [len(c.omega) for c in whatif.view.net.cells]: raise InputError("the thresholds were moved on another state of the search: look at it anew")
     kept = {k: getattr(loop.net, k).detach().clone() for k in loop.net.THRESHOLDS}
     with torch.no_grad():

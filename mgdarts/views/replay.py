@@ -12,13 +12,14 @@ import torch
 from . import plots
 from ..space.found import ArchCell, Op
 from ..base.options import InputError
-from ..runs.frames import BINS, KINDS, Frame, read_frames
+from ..runs.frames import BINS, Frame, kinds, read_frames
 from .plots import GRANULARITY_COLOURS, GREY, OP_STYLES, RING, RUN_COLOURS, Look
-from ..runs.run import read_config, read_events
+from ..runs.folder import read_config
+from ..runs.listen import read_events
 from ..space.darts import *
 
 # %% auto #0
-__all__ = ['EDGE_LABELS', 'Replay', 'replay', 'histograms', 'updates', 'title', 'frame_figure', 'cell_of', 'live_look',
+__all__ = ['EDGE_LABELS', 'KINDS', 'Replay', 'replay', 'histograms', 'updates', 'title', 'frame_figure', 'cell_of', 'live_look',
            'cell_figure', 'thin', 'shown', 'animated', 'animation']
 
 # %% ../../nbs/views/replay.ipynb #8c9ec874
@@ -54,6 +55,7 @@ def replay(run: str|Path # a run folder; the search in it may still be going on
 
 # %% ../../nbs/views/replay.ipynb #bb5931e2
 EDGE_LABELS = [f"{i}→{j}" for i, j in EDGES]
+KINDS = kinds(NetSpec)
 _OP_TEXT = [f"{OP_STYLES[o][1]} on {e}" for e in EDGE_LABELS for o in OPS]
 
 def histograms(f: Frame, cell: int|None = None, # None: all

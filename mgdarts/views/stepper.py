@@ -9,7 +9,11 @@ from concurrent.futures import Future
 from pathlib import Path
 import torch
 from . import plots
+from ..base.options import root
+from ..runs.listen import read_events
+from ..runs.make import bare_search
 from ..runs import run as runs
+from .report import report
 from ..base.options import Config, InputError
 from ..base.events import Event
 from ..runs.frames import read_frames
@@ -195,19 +199,19 @@ def on_run(folder: str|Path):
     def work(stepper):
         record = folder / "events.jsonl"
         stepper.folder, stepper.size = folder, record.stat().st_size if record.exists() else 0
-        stepper.events[:] = runs.read_events(record)
+        stepper.events[:] = read_events(record)
         stepper.history[:] = past_of(read_frames(folder, stepper.events))
         stepper.regrown |= {(c, EDGES.index((a, b)), OPS.index(o)) for e in stepper.events if e["type"] == "regrow" for c, a, b, o in e["regrown"]}
         found = runs.Checkpoints(folder / "checkpoint").load()
         stepper._bare, stepper.busy = True, False
-        if found: stepper.search = runs.bare_search(folder, found)
+        if found: stepper.search = bare_search(folder, found)
         stepper.changed()
         if (folder / "result.json").exists(): return
         stepper.hold()
         kept = runs.read_bytes(folder / "events.jsonl", 1 << 32)[:found["record"]["bytes"]] if found else b""
         del stepper.events[kept.count(b"\n"):] # a resumed run repeats what came after its state
         stepper._bare = False
-        runs.search(None, folder, resume=True, prepare=stepper.attach)
+        runs.search(None, folder, resume=True, listeners=(report,), prepare=stepper.attach)
     return work
 
 def on_new(cfg: Config, out: str|Path):
@@ -215,13 +219,13 @@ def on_new(cfg: Config, out: str|Path):
     drawable(cfg.space.kind)
     def work(stepper):
         stepper.folder = Path(out)
-        runs.search(cfg, out, prepare=stepper.attach)
+        runs.search(cfg, out, listeners=(report,), prepare=stepper.attach)
     return work
 
 # %% ../../nbs/views/stepper.ipynb #32ea1234
 def short(path: Path)->str:
     "A path as a person would say it: from the project's folder where it is in there."
-    path, home = Path(path).absolute(), runs.root().absolute()
+    path, home = Path(path).absolute(), root().absolute()
     return str(path.relative_to(home) if path.is_relative_to(home) else path)
 
 def status_line(stepper: Stepper|None)->tuple: # (word, explanation)

@@ -11,13 +11,17 @@ from . import compare
 from . import pictures
 from . import plots
 from . import replay
+from ..base.options import root
+from ..runs.listen import read_events
+from ..runs.make import bare_search
+from ..runs.records import list_runs
 from ..runs import run as runs
 from ..runs.bench import rss_mb
 from ..base.options import Config, InputError, PRESETS
 from ..methods.registry import settings_of
 from ..base.data import load_data
 from ..base.events import plain
-from ..runs.export import save_figure
+from .save import save_figure
 from .inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, some_images, drawable
 from ..runs.memory import step_memory
 from ..search.loop import Search
@@ -199,7 +203,7 @@ class ComparePanel:
     def load(self):
         "Which runs there are: those beside the one that is open."
         s = self.bench.stepper
-        found = runs.list_runs(s.folder.absolute().parent if s and s.folder else None)
+        found = list_runs(s.folder.absolute().parent if s and s.folder else None)
         self.paths = {Path(r["run"]).name: r for r in found}
         self.table.rows = [[name, *(plain(r.get(k)) for k in list(self.COLUMNS)[1:])] for name, r in self.paths.items()]
         kept = [k for k in self.table.chosen if k in self.paths]
@@ -562,9 +566,9 @@ class Workbench:
         elif self.what is None or isinstance(self.what, Config): events, view = [], None
         else:
             drawable(runs.read_config(self.what).space.kind)
-            events = runs.read_events(Path(self.what) / "events.jsonl")
+            events = read_events(Path(self.what) / "events.jsonl")
             back = {(c, EDGES.index((a, b)), OPS.index(o)) for e in events if e["type"] == "regrow" for c, a, b, o in e["regrown"]}
-            view = View(runs.bare_search(self.what), back) if (Path(self.what) / "checkpoint").exists() else None
+            view = View(bare_search(self.what), back) if (Path(self.what) / "checkpoint").exists() else None
         out = {"progress": plots.progress(events)} if events or view is None else {}
         if view is not None:
             c, w = (self.selected or strongest_of(view))[0], WhatIf(view)
@@ -580,6 +584,6 @@ class Workbench:
 def demo_or_newest(folder: str|Path|None = None # None: the project's runs/
                   )->Path|None: # None: there is no run
     "What the workbench opens on when nobody says."
-    folder = Path(folder) if folder else runs.root() / "runs"
+    folder = Path(folder) if folder else root() / "runs"
     found = sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
     return folder / "demo" if (folder / "demo/config.json").exists() else found[-1].parent if found else None
