@@ -10,7 +10,6 @@ from itertools import takewhile
 from pathlib import Path
 import torch
 from torch import Tensor
-from ..space.darts import *
 from ..base.events import Event
 from ..search.prune import candidates
 from ..search.loop import Search
@@ -18,12 +17,11 @@ from ..net.size import UNITS
 from ..base.files import Lines, read_bytes
 
 # %% auto #0
-__all__ = ['MOMENTS', 'KINDS', 'BINS', 'REPLAY_FILE', 'Frame', 'frame_of', 'to_line', 'from_line', 'FrameRecorder',
-           'mark_regrown', 'read_frames']
+__all__ = ['MOMENTS', 'BINS', 'REPLAY_FILE', 'Frame', 'kinds', 'state_widths', 'frame_of', 'to_line', 'from_line',
+           'FrameRecorder', 'mark_regrown', 'read_frames']
 
 # %% ../../nbs/runs/frames.ipynb #89f0469f
 MOMENTS = ("epoch", "commit", "regrow") # types of events that a frame is made at
-KINDS = tuple(o for i, o in enumerate(OPS) if is_conv(i)) + ("input",) # rows of the histograms; input: preprocessing, which has filters only
 BINS = {"filter": torch.linspace(0, 1, 41), "weight": 10 ** torch.linspace(-5, 1, 49)} # edges; what lies outside is in the first or last bin
 REPLAY_FILE = "replay.jsonl"
 
@@ -35,20 +33,21 @@ class Frame:
     epoch: int # 0-based
     step: int
     stage: str
-    at: Tensor|None = None # [n] int: (cell * 14 + edge) * 7 + operation, ascending
+    at: Tensor|None = None # [n] int: (cell * edges + edge) * operations + operation, ascending
     alpha: Tensor|None = None # [n] sigma(alpha)
     on: Tensor|None = None # [n] bool, False: under its threshold now, to be pruned at the next commit if it stays there
     t_alpha: Tensor|None = None # [n] thresholds; NaN in warm-up, when there are none
     t_beta: Tensor|None = None # [n]
     t_omega: Tensor|None = None # [n]
-    t_pre: Tensor|None = None # [cells, 2] thresholds of the filters of a cell's two inputs
+    t_pre: Tensor|None = None # [cells, inputs] thresholds of the filters of a cell's inputs
     now: Tensor|None = None # [n, 5] int: `UNITS`, without what is under its threshold now
     stored: Tensor|None = None # [n, 5] int: `UNITS` as they were after the last commit
-    widths: Tensor|None = None # [cells, 6] int: live channels of the states
-    beta: Tensor|None = None # [cells, 5, 2, 40] int: filters by kind, whether on, and `BINS`
-    omega: Tensor|None = None # [cells, 5, 2, 48] int: the same of weights
+    widths: Tensor|None = None # [cells, states] int: live channels of the states
+    beta: Tensor|None = None # [cells, kinds, 2, 40] int: filters by kind, whether on, and `BINS`
+    omega: Tensor|None = None # [cells, kinds, 2, 48] int: the same of weights
     data: dict = field(default_factory=dict) # the event, from the run's record
     regrown: Tensor|None = None # [n] bool: came back after it had been pruned
+    grid: tuple = (14, 7) # edges and operations of a cell; records that do not say so are of the DARTS-like space
 
     TENSORS = ("at", "alpha", "on", "t_alpha", "t_beta", "t_omega", "t_pre", "now", "stored", "widths", "beta", "omega")
 
@@ -62,14 +61,23 @@ class Frame:
         return f"epoch {self.epoch + 1}" + {"epoch": "", "commit": ", pruned", "regrow": ", regrown"}[self.type]
     def places(self)->list: # of (cell, edge, operation)
         "Where each of the n operations is."
-        return [(i // (len(EDGES) * len(OPS)), i // len(OPS) % len(EDGES), i % len(OPS)) for i in self.at.tolist()]
+        edges, ops = self.grid
+        return [(i // (edges * ops), i // ops % edges, i % ops) for i in self.at.tolist()]
 
 # %% ../../nbs/runs/frames.ipynb #52b0d646
-def _histogram(g, edges, kind, off)->Tensor: # [5, 2, bins]
+def kinds(spec)->tuple:
+    "The rows of the histograms of a space: its operations with weights, and input, preprocessing, which has filters only."
+    return tuple(o for o, conv in zip(spec.ops, spec.convs) if conv) + ("input",) * bool(spec.inputs)
+
+def state_widths(cell)->list:
+    "Live channels of the states of a cell of the super-net."
+    return getattr(cell, "channels", None) or [cell.spec.cin, cell.spec.cout]
+
+def _histogram(g, edges, kind, off, kinds: int)->Tensor: # [kinds, 2, bins]
     "Count units by kind, off or on, and bin."
     n = len(edges) - 1
     bins = (torch.bucketize(g, edges, right=True) - 1).clamp(0, n - 1)
-    return torch.bincount((kind * 2 + ~off) * n + bins, minlength=len(KINDS) * 2 * n).view(len(KINDS), 2, n).int()
+    return torch.bincount((kind * 2 + ~off) * n + bins, minlength=kinds * 2 * n).view(kinds, 2, n).int()
 
 @torch.no_grad()
 def frame_of(search: Search, # begun: with at least one cell
@@ -81,25 +89,26 @@ def frame_of(search: Search, # begun: with at least one cell
     found, whole = candidates(net), net.count()
     off = found.off if net.discretising else torch.zeros_like(found.off)
     count = net.count(**found.masks(off)) if net.discretising else whole
-    parts = off.split(found.sizes)
+    parts, spec, names = off.split(found.sizes), net.spec, kinds(net.spec)
     live = net.op_live[:n].flatten().cpu()
     at = live.nonzero().flatten()
     pick = lambda v: v[:n].detach().flatten().cpu()[at]
     t = lambda v: v if net.discretising else torch.full_like(v, math.nan)
-    row = lambda c: torch.tensor([cell.by_op.get((e, o), [0] * len(UNITS)) for cell, ops in zip(c.cells, live.view(n, len(EDGES), len(OPS))) for e, o in ops.nonzero().tolist()], dtype=torch.int32).view(-1, len(UNITS))
-    kind_of = lambda op: KINDS.index(OPS[op]) if op >= 0 else len(KINDS) - 1
+    row = lambda c: torch.tensor([cell.by_op.get((e, o), [0] * len(UNITS)) for cell, ops in zip(c.cells, live.view(n, len(spec.edges), len(spec.ops))) for e, o in ops.nonzero().tolist()], dtype=torch.int32).view(-1, len(UNITS))
+    kind_of = lambda op: names.index(spec.ops[op]) if op >= 0 else len(names) - 1
     beta, omega, widths = [], [], []
     for c, cell in enumerate(net.cells):
-        kinds = torch.tensor([kind_of(g.op) if g.learned else -1 for g, _ in cell.layout.gates]).repeat_interleave(torch.tensor(cell.gate_sizes))
-        searched = kinds >= 0 # strided skips have filters without a threshold
-        beta.append(_histogram(torch.sigmoid(cell.beta).cpu()[searched], BINS["filter"], kinds[searched], parts[1 + c][searched]))
+        kind = torch.tensor([kind_of(g.op) if g.learned else -1 for g, _ in cell.layout.gates]).repeat_interleave(torch.tensor(cell.gate_sizes))
+        searched = kind >= 0 # strided skips have filters without a threshold
+        beta.append(_histogram(torch.sigmoid(cell.beta).cpu()[searched], BINS["filter"], kind[searched], parts[1 + c][searched], len(names)))
         of_kernel = torch.tensor([kind_of(s.op) if s.group == "omega" else -1 for s in cell.spec.segments])
         w = cell.omega_live.cpu()
-        omega.append(_histogram(cell.omega.abs().cpu()[w], BINS["weight"], of_kernel[cell.layout.segs["omega"].long()][w], parts[1 + n + c][w]))
-        widths.append(cell.channels)
+        omega.append(_histogram(cell.omega.abs().cpu()[w], BINS["weight"], of_kernel[cell.layout.segs["omega"].long()][w], parts[1 + n + c][w], len(names)))
+        widths.append(state_widths(cell))
     e = event or Event("epoch", search.steps, max(search.epoch - 1, 0), search.stage_name)
     return Frame(number, e.type, e.epoch, e.step, e.stage, at.int(), pick(net.importance()), ~parts[0][at], *(t(pick(getattr(net, k))) for k in ("t_alpha", "t_beta", "t_omega")),
-                 t(net.t_pre[:n].detach().cpu().clone()), row(count), row(whole), torch.tensor(widths, dtype=torch.int32), torch.stack(beta), torch.stack(omega), e.to_dict() if event else {})
+                 t(net.t_pre[:n].detach().cpu().clone()), row(count), row(whole), torch.tensor(widths, dtype=torch.int32), torch.stack(beta), torch.stack(omega), e.to_dict() if event else {},
+                 grid=(len(spec.edges), len(spec.ops)))
 
 # %% ../../nbs/runs/frames.ipynb #89f932fb
 def to_line(f: Frame)->bytes:
@@ -107,7 +116,7 @@ def to_line(f: Frame)->bytes:
     from safetensors.torch import save
     small = {k: getattr(f, k) for k in Frame.TENSORS}
     block = save({k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in small.items()})
-    head = {k: getattr(f, k) for k in ("event", "type", "epoch", "step", "stage")}
+    head = {k: getattr(f, k) for k in ("event", "type", "epoch", "step", "stage", "grid")}
     return (json.dumps(head | {"block": base64.b64encode(zlib.compress(block, 9)).decode()}) + "\n").encode()
 
 def from_line(line: bytes)->Frame:
@@ -118,6 +127,7 @@ def from_line(line: bytes)->Frame:
         d = json.loads(line)
         if not isinstance(d, dict) or d.get("type") not in MOMENTS: raise ValueError
         head = {k: d[k] for k in ("event", "type", "epoch", "step", "stage")}
+        if "grid" in d: head["grid"] = tuple(d["grid"])
         found = load(_unpacked(base64.b64decode(d["block"], validate=True)))
         return Frame(**head, **{k: found[k].float() if found[k].is_floating_point() else found[k] for k in Frame.TENSORS})
     except (ValueError, KeyError, TypeError, zlib.error, SafetensorError): raise ValueError("not a frame") from None
@@ -153,7 +163,7 @@ def mark_regrown(frames: list)->list: # the same
     for f in (f for f in frames if f.at is not None):
         here = f.at.tolist()
         f.regrown = torch.tensor([i in gone for i in here], dtype=torch.bool)
-        gone |= set(range(f.cells * len(EDGES) * len(OPS))) - set(here)
+        gone |= set(range(f.cells * math.prod(f.grid))) - set(here)
     return frames
 
 def read_frames(folder: str|Path, # of a run

@@ -346,12 +346,12 @@ def search(cfg: Config|None, # None: resume with the folder's own
         if not resume: write_json(out / "config.json", _record(cfg, loop.device, splits))
         if prepare: prepare(loop)
         recorder = Recorder(out / "events.jsonl", kept)
-        frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count) if cfg.space.kind == "darts" else None
+        frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count)
         with Progress(len(loop.stages), quiet) as bar:
             if kept: bar.stage, bar.start = loop.stage, loop.start
-            try: _run(loop, out, recorder, clock, ("stage", "start", "epoch", "commit", "regrow", "done"), (bar, *([frames] if frames else []), *listeners), ("commit", "stage"))
+            try: _run(loop, out, recorder, clock, ("stage", "start", "epoch", "commit", "regrow", "done"), (bar, frames, *listeners), ("commit", "stage"))
             finally:
-                if frames: frames.lines.close()
+                frames.lines.close()
         return _finish(cfg, out, loop, splits, clock)
 
 # %% ../../nbs/runs/run.ipynb #81dea95f
