@@ -17,7 +17,8 @@ from mgdarts.runs.make import bare_search
 from mgdarts.runs import run as runs
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
-from mgdarts.views.inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, pruned, some_images
+from mgdarts.views.inspector import View, WhatIf, accuracy, distribution, fixed_ratio, pruned, some_images
+from mgdarts.views.branch import branch
 from mgdarts.runs.memory import step_memory
 from mgdarts.search.prune import commit
 from mgdarts.views.replay import replay

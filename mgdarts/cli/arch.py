@@ -22,7 +22,7 @@ def _row(c: dict)->tuple: # of a cell, as `counts` says
 def arch_show(arch: Annotated[Path, typer.Argument(help="Architecture: its folder or architecture.json.")],
               as_json: Json = False):
     "Sizes and retention ratios of an architecture."
-    from mgdarts.net import architecture
+    from mgdarts.net import files as architecture
     a = architecture.load(arch)
     out = architecture.counts(a)
     title = (f"{a.name}: {out['params_nonzero']:,} non-zero of {out['params_deployable']:,} parameters "
@@ -38,7 +38,7 @@ def arch_import(genotype: Annotated[Path, typer.Option(help="File in the authors
                 masks: Annotated[Optional[Path], typer.Option(help="Weight masks that belong to it.")] = None,
                 classes: Annotated[int, typer.Option(help="Number of classes.")] = 10, as_json: Json = False):
     "Import a published genotype. The text is parsed, never evaluated."
-    from mgdarts.net import architecture
+    from mgdarts.net import files as architecture
     from mgdarts.net.genotype import import_genotype
     from mgdarts.runs.folder import new_folder
     folder = new_folder(out)

@@ -88,7 +88,8 @@ def replay(run: Annotated[Path, typer.Argument(help="Run folder; the search in i
            as_json: Json = False):
     "Write a recorded search as a page that plays."
     page_to_write(out, "--out")
-    from mgdarts.views.replay import animation, replay as replayed
+    from mgdarts.views.animation import animation
+    from mgdarts.views.replay import replay as replayed
     from mgdarts.views.report import write_report
     rep = replayed(run)
     if not rep.frames: raise InputError(f"{run} has no finished epoch: there is nothing to replay yet")

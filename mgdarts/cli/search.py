@@ -47,7 +47,7 @@ def announced(cfg: Config, out: Path|None): # the images
 def _missed(result: dict, size: dict, cfg: Config)->str:
     "Say how far off a size is, and what to change."
     if cfg.rules.fit: remedy = ""
-    elif cfg.rules.discretiser in PRUNING:
+    elif DECISIONS[cfg.rules.discretiser].prunes:
         remedy = "; allow more with --set max_epochs=N" + ", or a larger lambda_step" * (size["gap"] > 0)
     else: remedy = f"; {cfg.method} has no size of its own, --set rules.fit=true gives it one"
     return (f"target not reached: the derived network has {size['params']} parameters, {size['gap']:+.1%} off the "
@@ -124,7 +124,7 @@ def train(what: Annotated[Path, typer.Argument(
           seed: Seed = None, device: Device = None, save_every: SaveEvery = 60., sets: Sets = None,
           as_json: Json = False):
     "Retrain a derived architecture; the test images are read once, at the end."
-    from mgdarts.net import architecture
+    from mgdarts.net import files as architecture
     from mgdarts.runs import run as runs
     from mgdarts.runs.folder import read_config
     if not what.exists(): raise InputError(f"{what} is not there: give a run folder or an architecture")

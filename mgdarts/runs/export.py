@@ -11,7 +11,7 @@ import torch
 from torch import nn, Tensor
 from ..base.files import Checkpoints, pickled, read_json, write_whole
 from ..base.options import InputError
-from ..net import architecture
+from ..net import files as architecture
 from ..net.architecture import Architecture
 from ..net.discrete import DerivedNet
 from ..space.darts import DARTS_GRAPH, NetSpec

@@ -8,7 +8,7 @@ import builtins, contextlib, errno, hashlib, io, json, os, random, shutil, signa
 from collections import Counter
 from pathlib import Path
 import torch
-from ..net import architecture
+from ..net import files as architecture
 from . import cli
 from ..base import data
 from . import frames

@@ -70,7 +70,7 @@ class Frame:
 # %% ../../nbs/runs/frames.ipynb #52b0d646
 def kinds(spec)->tuple: # of names
     "Return the rows of a space's histograms: its operations with weights, and input, which has filters only."
-    return tuple(o for o, conv in zip(spec.ops, spec.convs) if conv) + ("input",) * bool(spec.inputs)
+    return tuple(o for o, conv in zip(spec.ops, spec.convs) if conv) + ("input",) * bool(spec.preprocessed)
 
 def _kind(spec, op: int # -1: preprocessing
          )->int: # row of the histograms
@@ -101,7 +101,7 @@ def _weights(net, cell, off: Tensor)->Tensor: # [kinds, 2, 48]
 # %% ../../nbs/runs/frames.ipynb #f15d2b0a
 def state_widths(cell)->list:
     "Return the live channels of the states of a cell of the super-net."
-    return getattr(cell, "channels", None) or [cell.spec.cin, cell.spec.cout]
+    return cell.channels
 
 def _units(count, live)->Tensor: # [n, 5] int
     "Return the `UNITS` of each live operation, as a count says."

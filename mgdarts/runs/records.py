@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from ..base.files import read_json
 from ..base.options import InputError, root
-from ..net import architecture
+from ..net import files as architecture
 from .folder import read_record
 from .listen import read_events
 

@@ -7,27 +7,32 @@ from __future__ import annotations
 import html, math
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 import plotly.graph_objects as go
 import torch
-from . import plots
+from plotly.subplots import make_subplots
+from ..base.options import Config, InputError
 from ..space.found import ArchCell, Op
-from ..base.options import InputError
+from ..runs import run as runs
 from ..runs.frames import BINS, Frame, kinds, read_frames
-from .plots import GRANULARITY_COLOURS, GREY, OP_STYLES, RING, RUN_COLOURS, Look
-from ..runs.folder import read_config
-from ..runs.listen import read_events
-from ..space.darts import *
+from .drawings import MARGIN, Look, draw_cell, quarters
+from .figures import epochs_of, millions, of, series, size_name
+from .theme import GRANULARITY_COLOURS, GREY, RING, RUN_COLOURS, empty, legend, op_legend, sign, theme
 
 # %% auto #0
-__all__ = ['EDGE_LABELS', 'KINDS', 'Replay', 'replay', 'histograms', 'updates', 'title', 'frame_figure', 'cell_of', 'live_look',
-           'cell_figure', 'thin', 'shown', 'animated', 'animation']
+__all__ = ['DECADES', 'SYMBOLS_X', 'space_of', 'Replay', 'replay', 'histograms', 'hover', 'grown', 'updates', 'title', 'Panels',
+           'columns', 'panels', 'skeleton', 'frame_figure', 'cell_of', 'cell_figure']
 
 # %% ../../nbs/views/replay.ipynb #8c9ec874
+def space_of(cfg: Config):
+    "Return the super-net that a configuration means, for images of any kind: its graph, operations and cells."
+    return runs.net_spec(cfg, SimpleNamespace(num_classes=10, size=32, in_channels=3))
+
 @dataclass
 class Replay:
     "A recorded search."
     name: str
-    cells: int # of the whole net, L
+    spec: object # of the super-net
     events: list # of the run, as dictionaries
     frames: list # of Frame, by time
     missing: str = "" # what cannot be replayed, in words
@@ -35,269 +40,299 @@ class Replay:
     def __len__(self): return len(self.frames)
     def __getitem__(self, i): return self.frames[i]
     @property
+    def cells(self)->int: return self.spec.cells
+    @property
     def labels(self)->list: return [f.label for f in self.frames]
     def at(self, epoch: int # epochs done, from 1
           )->int: # place in `frames`
-        "The last moment of an epoch. `InputError` if there is none."
+        "Return the last moment of an epoch. `InputError` if there is none."
         hits = [i for i, f in enumerate(self.frames) if f.epoch + 1 == epoch]
-        if not hits: raise InputError(f"{self.name} has no epoch {epoch}: " + (f"choose from {self.frames[0].epoch + 1} to {self.frames[-1].epoch + 1}" if self.frames else "none is done yet"))
-        return hits[-1]
-    def reduction(self, c: int)->bool: return c in {e + 1 for e in stage_ends(self.cells)[:2]}
+        if hits: return hits[-1]
+        ends = [self.frames[i].epoch + 1 for i in (0, -1)] if self.frames else []
+        there = f"choose from {ends[0]} to {ends[1]}" if ends else "none is done yet"
+        raise InputError(f"{self.name} has no epoch {epoch}: {there}")
 
 def replay(run: str|Path # a run folder; the search in it may still be going on
           )->Replay:
-    "The moments of a run. `InputError` if it is not a run folder."
-    cfg, events = read_config(run), read_events(Path(run) / "events.jsonl")
-    frames = read_frames(run, events)
+    "Read the moments of a run. `InputError` if it is not a run folder."
+    cfg, events = runs.read_config(run), runs.read_events(Path(run) / "events.jsonl")
+    frames, missing = read_frames(run, events), ""
     lost = sum(f.at is None for f in frames)
-    missing = "" if not lost else "cells and thresholds: this run kept no frames of them" if lost == len(frames) else f"cells and thresholds of {lost} of {len(frames)} moments, whose frames are missing or damaged"
-    return Replay(Path(run).resolve().name, cfg.space.cells, events, frames, missing)
+    if lost: missing = f"cells and thresholds of {lost} of {len(frames)} moments, whose frames are missing or damaged"
+    if lost == len(frames) > 0: missing = "cells and thresholds: this run kept no frames of them"
+    return Replay(Path(run).resolve().name, space_of(cfg), events, frames, missing)
 
 # %% ../../nbs/views/replay.ipynb #bb5931e2
-EDGE_LABELS = [f"{i}→{j}" for i, j in EDGES]
-KINDS = kinds(NetSpec)
-_OP_TEXT = [f"{OP_STYLES[o][1]} on {e}" for e in EDGE_LABELS for o in OPS]
+def _thresholds(f: Frame, mine, # [n] bool: operations
+                conv, # [n] bool: those of them with filters and weights
+                pre # thresholds of the inputs
+               )->dict: # granularity -> thresholds, without those that do not exist in warm-up
+    finite = {"operation": f.t_alpha[mine], "filter": torch.cat([f.t_beta[conv], pre]), "weight": f.t_omega[conv]}
+    return {g: t[t.isfinite()] for g, t in finite.items()}
 
-def histograms(f: Frame, cell: int|None = None, # None: all
-               kind: str|None = None # one of `KINDS`, or another operation; None: all
-              )->dict: # granularity -> (edges, off [bins], on [bins], thresholds)
-    "Distributions of a frame, and the thresholds that belong to them, without those that do not exist in warm-up."
-    if f.at is None: return {}
-    place = f.at.long()
-    mine = torch.ones_like(f.on)
-    if cell is not None: mine &= place // (len(EDGES) * len(OPS)) == cell
-    if kind is not None: mine &= place % len(OPS) == (OPS.index(kind) if kind in OPS else -1)
-    conv = torch.tensor([is_conv(o) for o in range(len(OPS))])[place % len(OPS)] & mine
+def _counted(f: Frame, mine)->tuple: # (off, on), [bins] each
+    "Count the strengths of operations by bin."
     edges = BINS["filter"]
-    bins = (torch.bucketize(f.alpha[mine], edges, right=True) - 1).clamp(0, len(edges) - 2)
-    split = lambda on: torch.bincount(bins[f.on[mine] == on], minlength=len(edges) - 1)
-    rows = slice(None) if cell is None else slice(cell, cell + 1)
-    cols = slice(None) if kind is None else slice(KINDS.index(kind), KINDS.index(kind) + 1) if kind in KINDS else slice(0, 0)
-    beta, omega = (h[rows, cols].sum((0, 1)) for h in (f.beta, f.omega))
-    pre = f.t_pre[rows].flatten() if kind in (None, "input") else f.t_pre[:0].flatten()
-    finite = lambda t: t[t.isfinite()]
-    return {"operation": (edges, split(False), split(True), finite(f.t_alpha[mine])), "filter": (edges, *beta, finite(torch.cat([f.t_beta[conv], pre]))), "weight": (BINS["weight"], *omega, finite(f.t_omega[conv]))}
+    bins = (torch.bucketize(f.alpha, edges, right=True) - 1).clamp(0, len(edges) - 2)
+    return tuple(torch.bincount(bins[mine & (f.on == on)], minlength=len(edges) - 1) for on in (False, True))
 
+def histograms(spec, f: Frame, cell: int|None = None, # None: all
+               kind: str|None = None # an operation, or input, the filters before them; None: all
+              )->dict: # granularity -> (edges, off [bins], on [bins], thresholds)
+    "Return the distributions of a frame, and the thresholds that belong to them."
+    if f.at is None: return {}
+    rows_of, place, (edges, ops) = kinds(spec), f.at.long(), f.grid
+    mine = torch.ones_like(f.on)
+    if cell is not None: mine &= place // (edges * ops) == cell
+    if kind is not None: mine &= place % ops == (spec.ops.index(kind) if kind in spec.ops else -1)
+    conv = torch.tensor([o in rows_of for o in spec.ops])[place % ops] & mine
+    cells = slice(None) if cell is None else slice(cell, cell + 1)
+    rows = slice(None) if kind is None else [rows_of.index(kind)] if kind in rows_of else []
+    beta, omega = (h[cells][:, rows].sum((0, 1)) for h in (f.beta, f.omega))
+    t = _thresholds(f, mine, conv, f.t_pre[cells].flatten() if kind in (None, "input") else f.t_pre[:0].flatten())
+    return {"operation": (BINS["filter"], *_counted(f, mine), t["operation"]),
+            "filter": (BINS["filter"], *beta, t["filter"]), "weight": (BINS["weight"], *omega, t["weight"])}
+
+# %% ../../nbs/views/replay.ipynb #73419121
 def _scale(g, v): # position on the axis of a granularity
     return v.clamp(min=1e-5, max=10).log10() if g == "weight" else v
 
-def _bars(g, found)->list: # updates of the traces: off, on, band, line, text
-    "One distribution as the data of its five traces."
+def _bars(g, found: tuple|None # from `histograms`
+         )->list: # updates of five traces: off, on, band, line, text
+    "Return a distribution as the data of its traces."
     if not found: return [{"y": []}, {"y": []}, {"x": [], "y": []}, {"x": [], "y": []}, {"text": [""]}]
-    edges, off, on, t = found
-    top = max(1, int((off + on).max()))
-    part = lambda v: [round(x / top, 3) for x in v.tolist()]
+    _, off, on, t = found
+    top, n, m = max(1, int((off + on).max())), int(on.sum()), int(off.sum())
+    def part(v): return [round(x / top, 3) for x in v.tolist()]
     lines = [{"x": [], "y": []}] * 2
     if len(t):
         low, mean, high = (round(float(_scale(g, v)), 4) for v in (t.quantile(.1), t.mean(), t.quantile(.9)))
         lines = [{"x": [low, low, high, high], "y": [0, 1.04, 1.04, 0]}, {"x": [mean, mean], "y": [0, 1.04]}]
-    n, m = int(on.sum()), int(off.sum())
-    return [{"y": part(off), "customdata": off.tolist()}, {"y": part(on), "customdata": on.tolist()}, *lines, {"text": [f"{n:,} {g}{'' if n == 1 else 's'}" + (f" + {m:,} under threshold" if m else "")]}]
+    text = f"{n:,} {g}{'' if n == 1 else 's'}" + (f" + {m:,} under threshold" if m else "")
+    return [{"y": part(off), "customdata": off.tolist()}, {"y": part(on), "customdata": on.tolist()}, *lines,
+            {"text": [text]}]
 
-def _add_bars(fig, g, axes: dict, legend: bool): # xaxis and yaxis
-    "The five traces of a distribution, empty."
-    edges = _scale(g, BINS["weight" if g == "weight" else "filter"])
-    middle, width = [round(v, 4) for v in ((edges[1:] + edges[:-1]) / 2).tolist()], round(float(edges[1] - edges[0]), 4)
-    hover = "%{customdata:,} " + g + "s<extra></extra>"
-    fig.add_bar(x=middle, width=width, name="under threshold", legendgroup="off", showlegend=legend, marker={"color": GREY, "line": {"width": 0}}, hovertemplate=hover, **axes)
-    fig.add_bar(x=middle, width=width, name=g, marker={"color": GRANULARITY_COLOURS[g], "line": {"width": 0}}, showlegend=False, hovertemplate=hover, **axes)
-    fig.add_scatter(mode="lines", fill="toself", fillcolor="rgba(213,94,0,.15)", line={"width": 0}, name="thresholds, 10th to 90th percentile", legendgroup="band", showlegend=legend, hoverinfo="skip", **axes)
-    fig.add_scatter(mode="lines", line={"color": RING, "width": 2}, name="mean threshold", legendgroup="mean", showlegend=legend, hoverinfo="x", **axes)
-    fig.add_scatter(x=[0], y=[1.16], mode="text", textposition="middle right", textfont={"size": 12}, showlegend=False, hoverinfo="skip", cliponaxis=False, **axes)
-    if g == "weight": fig.data[-1].x = [-5]
-
-_BARS_X = {"operation": {"title": {"text": "σ(α)"}, "range": [0, 1], "showgrid": False}, "filter": {"title": {"text": "σ(β)"}, "range": [0, 1], "showgrid": False},
-           "weight": {"title": {"text": "|ω|"}, "range": [-5, 1], "showgrid": False, "tickvals": list(range(-5, 2)), "ticktext": ["10⁻⁵", "10⁻⁴", ".001", ".01", ".1", "1", "10"]}}
-_BARS_Y = {"range": [0, 1.25], "showticklabels": False, "ticks": "", "showgrid": False, "zeroline": False}
-
-# %% ../../nbs/views/replay.ipynb #01a041a1
-def _columns(cells): return 3 if cells <= 3 else 4 if cells in (4, 7, 8) else 6
-
-def _hover(f, i, row):
-    "What an operation is, in a few words."
-    filters, filters0, kept, dense, params = row
-    text = f"σ(α) {float(f.alpha[i]):.3f}" + (f", threshold {float(f.t_alpha[i]):.3f}" if f.t_alpha[i].isfinite() else "")
+# %% ../../nbs/views/replay.ipynb #578b6387
+def hover(f: Frame, i: int # place among its operations
+         )->str:
+    "Say what an operation is, in a few words."
+    on = bool(f.on[i])
+    filters, filters0, kept, dense, _ = (f.now if on else f.stored)[i].tolist()
+    text = f"σ(α) {float(f.alpha[i]):.3f}"
+    if f.t_alpha[i].isfinite(): text += f", threshold {float(f.t_alpha[i]):.3f}"
     if filters0: text += f"<br>{filters}/{filters0} filters, {kept:,}/{dense:,} weights"
-    return text + ("" if bool(f.on[i]) else "<br>under its threshold") + ("<br>grown back" if f.regrown is not None and bool(f.regrown[i]) else "")
+    return text + ("" if on else "<br>under its threshold") + ("<br>grown back" if grown(f, i) else "")
+
+def grown(f: Frame, i: int)->bool:
+    "Say whether an operation has come back."
+    return f.regrown is not None and bool(f.regrown[i])
 
 def _matrix(f: Frame, c: int)->list: # updates of the traces of a cell: operations, rings, text
-    n = len(EDGES) * len(OPS)
+    "Return the operations of a cell as the data of its traces."
+    n, ops = math.prod(f.grid), f.grid[1]
     if c >= f.cells:
         why = "not recorded" if f.at is None else "not begun"
-        return [{"marker": {"size": [0] * n, "opacity": [0] * n}, "customdata": [why] * n}, {"x": [], "y": []}, {"text": [why]}]
+        blank = {"marker": {"size": [0] * n, "opacity": [0] * n}, "customdata": [why] * n}
+        return [blank, {"x": [], "y": []}, {"text": [why]}]
     size, opacity, text, ring = [2.5] * n, [.5] * n, ["pruned"] * n, []
     mine = ((f.at // n) == c).nonzero().flatten().tolist()
     for i in mine:
         at = int(f.at[i]) % n
-        on = bool(f.on[i])
-        size[at], opacity[at] = round(3 + 10 * float(f.alpha[i]), 1), 1 if on else .35
-        text[at] = _hover(f, i, (f.now if on else f.stored)[i].tolist())
-        if f.regrown is not None and bool(f.regrown[i]): ring.append(at)
+        size[at], opacity[at] = round(3 + 10 * float(f.alpha[i]), 1), 1 if f.on[i] else .35
+        text[at] = hover(f, i)
+        if grown(f, i): ring.append(at)
     now = f.now[mine].sum(0)
-    ratio = lambda a, b: f"{100 * int(a) / int(b):.0f} %" if int(b) else "–"
-    return [{"marker": {"size": size, "opacity": opacity}, "customdata": text}, {"x": [i % len(OPS) for i in ring], "y": [i // len(OPS) for i in ring]},
-            {"text": [f"{int(f.on[mine].sum())} of {n} · {ratio(now[0], now[1])} · {ratio(now[2], now[3])}"]}]
+    kept = [f"{100 * int(a) / int(b):.0f} %" if int(b) else "–" for a, b in (now[0:2], now[2:4])]
+    return [{"marker": {"size": size, "opacity": opacity}, "customdata": text},
+            {"x": [i % ops for i in ring], "y": [i // ops for i in ring]},
+            {"text": [f"{int(f.on[mine].sum())} of {n} · {kept[0]} · {kept[1]}"]}]
 
+# %% ../../nbs/views/replay.ipynb #296a7e2d
 def updates(rep: Replay, i: int # place in `rep.frames`
            )->list: # of (place of the trace, what is new in it)
-    "What `frame_figure` draws differently from moment to moment."
+    "Return what `frame_figure` draws differently from moment to moment."
     f = rep[i]
-    found, out = histograms(f), [{"x": [f.epoch + 1] * 2}, {"x": [f.epoch + 1] * 2}]
-    for g in GRANULARITIES: out += _bars(g, found.get(g))
+    found, out = histograms(rep.spec, f), [{"x": [f.epoch + 1] * 2}, {"x": [f.epoch + 1] * 2}]
+    for g in GRANULARITY_COLOURS: out += _bars(g, found.get(g))
     for c in range(rep.cells): out += _matrix(f, c)
     return list(enumerate(out))
 
 def title(rep: Replay, i: int)->str:
-    "A moment in a line."
-    f, d = rep[i], rep[i].data
-    parts = [f.stage, f.label]
+    "Say what a moment is, in a line."
+    d, parts = rep[i].data, [rep[i].stage, rep[i].label]
     if d.get("phase") == "warm-up": parts.append("warm-up")
-    if d.get("params") is not None: parts.append(f"{d['params'] / 1e6:.4g} M parameters" + (f" (target {d['target'] / 1e6:.4g} M)" if d.get("target") is not None else ""))
+    if d.get("params") is not None:
+        target = f" (target {d['target'] / 1e6:.4g} M)" if d.get("target") is not None else ""
+        parts.append(f"{d['params'] / 1e6:.4g} M parameters{target}")
     if d.get("val_acc") is not None: parts.append(f"validation accuracy {d['val_acc']:.1f} %")
     return html.escape(" · ".join(parts))
 
-# %% ../../nbs/views/replay.ipynb #7dac5d69
-def _skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
-             )->go.Figure:
-    "Axes and traces; `updates` has the data. The traces that change come first, in its order."
-    fig, k = go.Figure(), _columns(rep.cells)
-    rows = math.ceil(rep.cells / k)
-    tops = [0, 240, *(526 + 232 * r for r in range(rows))] # pixels
-    tall, high = 526 + 232 * rows - 40, [170, 170, *[180] * rows]
-    axes, n = {}, 0
-    def panel(name, row, left, right, **y):
-        nonlocal n
-        n += 1
-        at = "" if n == 1 else str(n)
-        fig.update_layout({f"xaxis{at}": {"domain": [left, right], "anchor": f"y{at}"}, f"yaxis{at}": {"domain": [1 - (tops[row] + high[row]) / tall, 1 - tops[row] / tall], "anchor": f"x{at}", **y}})
-        axes[name] = {"xaxis": f"x{at}", "yaxis": f"y{at}"}
-    panel("size", 0, 0, .46); panel("retention", 0, .54, 1)
-    for j, g in enumerate(GRANULARITIES): panel(g, 1, .345 * j, .345 * j + .31)
-    gap = .016
+# %% ../../nbs/views/replay.ipynb #01a041a1
+class Panels:
+    "A figure with panels at places in pixels, and the axes of each by name."
+    def __init__(self, tall: float, # pixels of all panels together
+                ):
+        self.fig, self.tall, self.axes = go.Figure(), tall, {}
+
+    def add(self, name, left: float, right: float, # shares of the width
+            top: float, high: float): # pixels
+        "Add a panel."
+        n = len(self.axes) + 1
+        x, y = (f"{a}{'' if n == 1 else n}" for a in "xy")
+        rows = [1 - (top + high) / self.tall, 1 - top / self.tall]
+        self.fig.update_layout({self.layout(x): {"domain": [left, right], "anchor": y},
+                                self.layout(y): {"domain": rows, "anchor": x}})
+        self.axes[name] = {"xaxis": x, "yaxis": y}
+    @staticmethod
+    def layout(axis: str)->str: return f"{axis[0]}axis{axis[1:]}"
+    def of(self, name)->tuple: # the x axis and the y axis of a panel
+        return tuple(self.fig.layout[self.layout(a)] for a in self.axes[name].values())
+
+def columns(cells: int)->int: return 3 if cells <= 3 else 4 if cells in (4, 7, 8) else 6
+
+def panels(spec)->Panels:
+    "Lay out the panels of a moment."
+    n, k, gap = spec.cells, columns(spec.cells), .016
+    high = 26 + 11 * len(spec.graph.edges) # of a cell; what is between two rows of them has titles
+    out = Panels(526 + (high + 52) * math.ceil(n / k) - 40)
+    out.add("size", 0, .46, 0, 170)
+    out.add("retention", .54, 1, 0, 170)
+    for j, g in enumerate(GRANULARITY_COLOURS): out.add(g, .345 * j, .345 * j + .31, 240, 170)
     wide = (1 - gap * (k - 1)) / k
-    for c in range(rep.cells): panel(c, 2 + c // k, (c % k) * (wide + gap), (c % k) * (wide + gap) + wide)
-    epochs = plots.epochs_of(rep.events)
-    million = [v / 1e6 for e in epochs for v in (e.get("params"), e.get("target")) if v is not None]
-    for name, top in (("size", 1.05 * max(million, default=1)), ("retention", 1.05)):
-        fig.add_scatter(x=[], y=[0, top], mode="lines", line={"color": GREY, "width": 3}, name="this moment", legendgroup="now", showlegend=name == "size", hoverinfo="skip", **axes[name])
-    for g in GRANULARITIES: _add_bars(fig, g, axes[g], g == "operation")
-    marks = [OP_STYLES[o] for o in OPS] * len(EDGES)
-    for c in range(rep.cells):
-        fig.add_scatter(x=list(range(len(OPS))) * len(EDGES), y=[e for e in range(len(EDGES)) for _ in OPS], mode="markers", text=_OP_TEXT, hovertemplate="<b>%{text}</b><br>%{customdata}<extra></extra>", showlegend=False,
-                        marker={"symbol": [m[3] for m in marks], "color": [m[0] for m in marks], "line": {"width": [1.5 * ("open" in m[3]) for m in marks], "color": [m[0] for m in marks]}}, **axes[c])
-        fig.add_scatter(mode="markers", marker={"symbol": "circle-open", "size": 15, "color": RING, "line": {"width": 1.5}}, name="grown back", legendgroup="back", showlegend=c == 0, hoverinfo="skip", **axes[c])
-        fig.add_scatter(x=[3], y=[-1.3], mode="text", textfont={"size": 11}, showlegend=False, hoverinfo="skip", cliponaxis=False, **axes[c])
-    # what stays
-    mode, marker = "lines+markers" if len(epochs) <= 60 else "lines", {"size": 4}
-    fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("params") is None else e["params"] / 1e6))), name=plots.size_name(epochs), line={"color": RUN_COLOURS[0], "width": 2}, mode=mode, marker=marker, hovertemplate="%{y:.4g} M", **axes["size"])
-    fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: None if e.get("target") is None else e["target"] / 1e6))), name="target", line={"color": GREY, "width": 2, "dash": "dot"}, mode="lines", hovertemplate="%{y:.4g} M", **axes["size"])
+    for c in range(n): out.add(c, (c % k) * (wide + gap), (c % k) * (wide + gap) + wide, 526 + (high + 52) * (c // k), high)
+    return out
+
+# %% ../../nbs/views/replay.ipynb #5f66b26a
+def _add_bars(fig, g, axes: dict, legend: bool): # xaxis and yaxis
+    "Add the five traces of a distribution, empty."
+    edges = _scale(g, BINS["weight" if g == "weight" else "filter"])
+    bars = {"x": [round(v, 4) for v in ((edges[1:] + edges[:-1]) / 2).tolist()],
+            "width": round(float(edges[1] - edges[0]), 4), "hovertemplate": "%{customdata:,} " + g + "s<extra></extra>"}
+    def filled(colour): return {"color": colour, "line": {"width": 0}}
+    fig.add_bar(**bars, name="under threshold", legendgroup="off", showlegend=legend, marker=filled(GREY), **axes)
+    fig.add_bar(**bars, name=g, marker=filled(GRANULARITY_COLOURS[g]), showlegend=False, **axes)
+    fig.add_scatter(mode="lines", fill="toself", fillcolor="rgba(213,94,0,.15)", line={"width": 0}, hoverinfo="skip",
+                    name="thresholds, 10th to 90th percentile", legendgroup="band", showlegend=legend, **axes)
+    fig.add_scatter(mode="lines", line={"color": RING, "width": 2}, name="mean threshold", legendgroup="mean",
+                    showlegend=legend, hoverinfo="x", **axes)
+    fig.add_scatter(x=[-5 if g == "weight" else 0], y=[1.16], mode="text", textposition="middle right",
+                    textfont={"size": 12}, showlegend=False, hoverinfo="skip", cliponaxis=False, **axes)
+
+def _add_matrix(fig, spec, axes: dict, legend_too: bool):
+    "Add the three traces of a cell, empty: operations, rings, text."
+    edges, n = spec.graph.edges, len(spec.ops)
+    looks = [legend(o) for o in spec.ops] * len(edges)
+    colours = [look.colour for look in looks]
+    fig.add_scatter(x=list(range(n)) * len(edges), y=[e for e in range(len(edges)) for _ in range(n)], mode="markers",
+                    text=[f"{legend(o).label} on {a}→{b}" for a, b in edges for o in spec.ops],
+                    hovertemplate="<b>%{text}</b><br>%{customdata}<extra></extra>", showlegend=False,
+                    marker={"symbol": [look.marker for look in looks], "color": colours,
+                            "line": {"width": [1.5 * ("open" in look.marker) for look in looks], "color": colours}}, **axes)
+    fig.add_scatter(mode="markers", name="grown back", legendgroup="back", showlegend=legend_too, hoverinfo="skip",
+                    marker={"symbol": "circle-open", "size": 15, "color": RING, "line": {"width": 1.5}}, **axes)
+    fig.add_scatter(x=[(n - 1) / 2], y=[-1.3], mode="text", textfont={"size": 11}, showlegend=False, hoverinfo="skip",
+                    cliponaxis=False, **axes)
+
+def _add_lines(fig, epochs: list, axes: dict):
+    "Add the lines that stay: size, target, retention ratios."
+    mode = "lines+markers" if len(epochs) <= 60 else "lines"
+    def line(what, name, colour, panel, hover, **more):
+        style = {"mode": mode, "marker": {"size": 4}, "line": {"color": colour, "width": 2}} | more
+        fig.add_scatter(**series(epochs, what), name=name, hovertemplate=hover, **style, **axes[panel])
+    line(lambda e: millions(e.get("params")), size_name(epochs), RUN_COLOURS[0], "size", "%{y:.4g} M")
+    line(lambda e: millions(e.get("target")), "target", GREY, "size", "%{y:.4g} M", mode="lines",
+         line={"color": GREY, "width": 2, "dash": "dot"})
     for g, colour in GRANULARITY_COLOURS.items():
-        fig.add_scatter(**dict(zip("xy", plots.series(epochs, lambda e: (e.get("retention") or {}).get(g)))), name=f"{g}s", line={"color": colour, "width": 2}, mode=mode, marker=marker, hovertemplate="%{y:.1%}", **axes["retention"])
-    for o, (colour, label, _, symbol) in OP_STYLES.items():
-        fig.add_scatter(x=[None], y=[None], mode="markers", name=label, marker={"symbol": symbol, "size": 9, "color": colour, "line": {"width": 1.5 * ("open" in symbol), "color": colour}}, **axes[0])
-    plots.theme(fig, tall + 124 + bottom, 124, "closest")
-    fig.update_layout(barmode="stack", bargap=0, margin={"b": bottom, "l": 56, "r": 16}, title={"x": 0, "xref": "container", "pad": {"l": 12, "t": 10}, "y": 1, "yanchor": "top", "yref": "container", "font": {"size": 16}}, legend={"y": 1 - 36 / (tall + 124 + bottom), "yref": "container", "font": {"size": 12}})
-    end = max((e["epoch"] + 1 for e in epochs), default=1)
-    place = lambda a: ("xaxis" + a["xaxis"][1:], "yaxis" + a["yaxis"][1:])
-    for name, label, y in (("size", "parameters (millions)", {"range": [0, 1.05 * max(million, default=1)]}), ("retention", "retention ratio", {"range": [0, 1.05]})):
-        fig.layout[place(axes[name])[0]].update(title={"text": "epochs done"}, range=[0, end * 1.01], showgrid=False, dtick=1 if end < 10 else None)
-        fig.layout[place(axes[name])[1]].update(title={"text": label}, **y)
-    for g in GRANULARITIES:
-        fig.layout[place(axes[g])[0]].update(_BARS_X[g]); fig.layout[place(axes[g])[1]].update(_BARS_Y)
-    fig.layout[place(axes["operation"])[1]].update(title={"text": "units (fullest bin: 1)"})
-    for c in range(rep.cells):
-        x, y = (fig.layout[a] for a in place(axes[c]))
-        x.update(range=[-.6, len(OPS) - .4], showticklabels=False, ticks="", showline=False, showgrid=False, zeroline=False)
-        y.update(range=[len(EDGES) - .4, -2], tickvals=list(range(len(EDGES))), ticktext=EDGE_LABELS, showticklabels=c % k == 0, tickfont={"size": 10}, ticks="", showline=False, zeroline=False, showgrid=False)
-        if c % k == 0: y.update(title={"text": "edge"})
-        fig.add_annotation(text=f"cell {c}{' (reduction)' if rep.reduction(c) else ''}", x=sum(x.domain) / 2, xref="paper", y=y.domain[1], yref="paper", yanchor="bottom", showarrow=False, font={"size": 12})
-    fig.add_annotation(text="live operations · filters kept · weights kept, of each cell", x=0, xref="paper", xanchor="left", y=1 - (tops[2] - 28) / tall, yref="paper", yanchor="bottom", showarrow=False, font={"size": 12})
+        line(lambda e: of(e, "retention", g), f"{g}s", colour, "retention", "%{y:.1%}")
+
+# %% ../../nbs/views/replay.ipynb #169a1295
+DECADES = {"range": [-5, 1], "tickvals": list(range(-5, 2)), "ticktext": ["10⁻⁵", "10⁻⁴", ".001", ".01", ".1", "1", "10"]}
+SYMBOLS_X = {"operation": ("σ(α)", {"range": [0, 1]}), "filter": ("σ(β)", {"range": [0, 1]}), "weight": ("|ω|", DECADES)}
+
+def _label(board: Panels, spec, end: int, top: float): # epochs, millions
+    "Label the axes of a moment."
+    for name, label, high in (("size", "parameters (millions)", top), ("retention", "retention ratio", 1.05)):
+        x, y = board.of(name)
+        x.update(title_text="epochs done", range=[0, end * 1.01], showgrid=False, dtick=1 if end < 10 else None)
+        y.update(title_text=label, range=[0, high])
+    for g, (label, axis) in SYMBOLS_X.items():
+        x, y = board.of(g)
+        x.update(title_text=label, showgrid=False, **axis)
+        y.update(range=[0, 1.25], showticklabels=False, ticks="", showgrid=False, zeroline=False)
+    board.of("operation")[1].update(title_text="units (fullest bin: 1)")
+    edges, k = spec.graph.edges, columns(spec.cells)
+    bare = {"ticks": "", "showline": False, "showgrid": False, "zeroline": False}
+    for c in range(spec.cells):
+        x, y = board.of(c)
+        x.update(range=[-.6, len(spec.ops) - .4], showticklabels=False, **bare)
+        y.update(range=[len(edges) - .4, -2], tickvals=list(range(len(edges))), ticktext=[f"{a}→{b}" for a, b in edges],
+                 showticklabels=c % k == 0, tickfont={"size": 10}, **bare)
+        if c % k == 0 and len(edges) > 1: y.update(title_text="edge")
+        board.fig.add_annotation(text=f"cell {c}{' (reduction)' if spec.cell[c].reduction else ''}", x=sum(x.domain) / 2,
+                                 xref="paper", y=y.domain[1], yref="paper", yanchor="bottom", showarrow=False,
+                                 font={"size": 12})
+    board.fig.add_annotation(text="live operations · filters kept · weights kept, of each cell", x=0, xref="paper",
+                             xanchor="left", y=1 - 498 / board.tall, yref="paper", yanchor="bottom", showarrow=False,
+                             font={"size": 12})
+
+def skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
+            )->go.Figure:
+    "Make axes and traces; `updates` has the data. The traces that change come first, in its order."
+    board, epochs, spec = panels(rep.spec), epochs_of(rep.events), rep.spec
+    fig, axes = board.fig, board.axes
+    sizes = [millions(v) for e in epochs for v in (e.get("params"), e.get("target")) if v is not None]
+    tops = {"size": 1.05 * max(sizes, default=1), "retention": 1.05}
+    for name, top in tops.items():
+        fig.add_scatter(x=[], y=[0, top], mode="lines", line={"color": GREY, "width": 3}, name="this moment",
+                        legendgroup="now", showlegend=name == "size", hoverinfo="skip", **axes[name])
+    for g in GRANULARITY_COLOURS: _add_bars(fig, g, axes[g], g == "operation")
+    for c in range(rep.cells): _add_matrix(fig, spec, axes[c], c == 0)
+    _add_lines(fig, epochs, axes)
+    for o in spec.ops:
+        fig.add_scatter(x=[None], y=[None], mode="markers", name=legend(o).label, marker=sign(legend(o)), **axes[0])
+    height = board.tall + 124 + bottom
+    theme(fig, height, 124, "closest")
+    fig.update_layout(barmode="stack", bargap=0, margin={"b": bottom, "l": 56, "r": 16},
+                      title={"x": 0, "xref": "container", "pad": {"l": 12, "t": 10}, "y": 1, "yanchor": "top",
+                             "yref": "container", "font": {"size": 16}},
+                      legend={"y": 1 - 36 / height, "yref": "container", "font": {"size": 12}})
+    _label(board, spec, max((e["epoch"] + 1 for e in epochs), default=1), tops["size"])
     return fig
 
 def frame_figure(rep: Replay, i: int = -1 # place in `rep.frames`
                 )->go.Figure:
-    "Charts, thresholds and cells at a moment."
-    if not rep.frames: return plots.empty("no epoch of a search has been done yet")
-    fig = _skeleton(rep)
-    for at, new in updates(rep, range(len(rep))[i]): fig.data[at].update(new)
-    return fig.update_layout(title_text=title(rep, range(len(rep))[i]))
+    "Draw charts, thresholds and cells at a moment."
+    if not rep.frames: return empty("no epoch of a search has been done yet")
+    fig, i = skeleton(rep), range(len(rep))[i]
+    for at, new in updates(rep, i): fig.data[at].update(new)
+    return fig.update_layout(title_text=title(rep, i))
 
 # %% ../../nbs/views/replay.ipynb #a775384b
-def cell_of(f: Frame, c: int)->tuple: # (ArchCell of the live operations, place of each in the frame by edge and operation)
-    "A cell of a frame in the form that discovered cells have. `InputError` if the frame has no such cell."
-    if not 0 <= c < f.cells: raise InputError(f"this moment has no cell {c}: " + ("its cells were not recorded" if not f.cells else f"choose from 0 to {f.cells - 1}"))
-    w, here = f.widths[c].tolist(), {(e, o): i for i, (cell, e, o) in enumerate(f.places()) if cell == c}
-    return ArchCell(tuple(Op(OPS[o], *EDGES[e], (w[EDGES[e][0]], w[EDGES[e][1]])) for e, o in here), tuple(w)), here
+def cell_of(spec, f: Frame, c: int)->dict: # live operation -> its place in the frame
+    "Return a cell of a frame in the form that discovered cells have. `InputError` if the frame has no such cell."
+    if not 0 <= c < f.cells:
+        there = f"choose from 0 to {f.cells - 1}" if f.cells else "its cells were not recorded"
+        raise InputError(f"this moment has no cell {c}: {there}")
+    w, out = f.widths[c].tolist(), {}
+    for i, (cell, e, o) in enumerate(f.places()):
+        src, dst = spec.graph.edges[e]
+        if cell == c: out[Op(spec.ops[o], src, dst, (w[src], w[dst]))] = i
+    return out
 
-def live_look(f: Frame, here: dict # from `cell_of`
-             ):
-    "Looks of the operations of a frame."
-    def look(op):
-        i = here[op.edge, op.index]
-        on = bool(f.on[i])
-        label = f"<b>{OP_STYLES[op.op][1]} on {EDGE_LABELS[op.edge]}</b><br>"
-        return Look(label + _hover(f, i, (f.now if on else f.stored)[i].tolist()), plots.quarters(float(f.alpha[i]), 1), dash="solid" if on else "dot", ring=f.regrown is not None and bool(f.regrown[i]))
-    return look
+def _live_look(f: Frame, op: Op, i: int)->Look:
+    text = f"<b>{legend(op.op).label} on {op.src}→{op.dst}</b><br>{hover(f, i)}"
+    return Look(text, quarters(float(f.alpha[i]), 1), dash="solid" if f.on[i] else "dot", ring=grown(f, i))
 
-def cell_figure(f: Frame, c: int)->go.Figure:
-    "A cell at a moment, as a graph."
-    cell, here = cell_of(f, c)
-    fig = plots.make_subplots(subplot_titles=[f"cell {c}, {f.label}: {len(here)} of {len(EDGES) * len(OPS)} operations"])
-    plots.draw_cell(fig, cell, c, live_look(f, here), {"row": 1, "col": 1}, small=len(here) > 40)
-    plots.op_legend(fig, {op.op for op in cell.ops})
-    if f.regrown is not None and any(f.regrown[i] for i in here.values()): fig.add_scatter(x=[None], y=[None], mode="markers", name="grown back", legendgroup="back", marker={"symbol": "circle-open", "size": 12, "color": RING, "line": {"width": 2}})
-    return plots.theme(fig, 520, 76, "closest").update_layout(margin={"l": 10, "r": 10, "b": 10})
-
-# %% ../../nbs/views/replay.ipynb #6c23acd9
-def thin(frames: list, most: int)->list: # places
-    "At most so many moments: the last, then commits and regrowths, then epochs, evenly."
-    pick = lambda where, n: [where[round(i * (len(where) - 1) / max(n - 1, 1))] for i in range(n)] if len(where) > n else where
-    marked = [i for i, f in enumerate(frames) if f.type != "epoch" or i == len(frames) - 1]
-    kept = pick(marked, most)
-    return sorted({*kept, *pick([i for i in range(len(frames)) if i not in set(marked)], most - len(kept))}) if frames else []
-
-def shown(rep: Replay, most: int|None = None # None: as many as make about 4 MB
-         )->list: # places
-    "The moments that an animation has."
-    return thin(rep.frames, most or max(20, 130_000 // (rep.cells * len(EDGES) * len(OPS))))
-
-def animated(rep: Replay, most: int|None = None # moments; None: as many as make about 4 MB
-            )->go.Figure:
-    "A figure with a slider and a button that plays."
-    if not rep.frames: return plots.empty("no epoch of a search has been done yet")
-    fig, moments = _skeleton(rep, 110), shown(rep, most)
-    kind = lambda at, new: {**new, "type": fig.data[at].type}
-    fig.frames = [go.Frame(name=str(i), data=[kind(at, new) for at, new in updates(rep, i)], traces=[at for at, _ in updates(rep, i)], layout={"title": {"text": title(rep, i)}}) for i in moments]
-    for at, new in updates(rep, moments[-1]): fig.data[at].update(new)
-    go_to = lambda **kw: {"mode": "immediate", "frame": {"duration": 250, "redraw": True}, "transition": {"duration": 0}, **kw}
-    steps = [{"method": "animate", "label": rep[i].label.removeprefix("epoch "), "args": [[str(i)], go_to(frame={"duration": 0, "redraw": True})]} for i in moments]
-    under, clear = {"x": 0, "xanchor": "left", "y": 0, "yanchor": "top"}, "rgba(0,0,0,0)"
-    fig.update_layout(title_text=title(rep, moments[-1]),
-                      sliders=[{"steps": steps, "active": len(steps) - 1, "currentvalue": {"prefix": "epoch ", "font": {"size": 13, "color": GREY}}, "pad": {"t": 14, "l": 170}, "ticklen": 0, "tickcolor": clear, "font": {"size": 1, "color": clear},
-                                "bgcolor": GREY, "bordercolor": GREY, "activebgcolor": RING, "borderwidth": 1, **under}],
-                      updatemenus=[{"type": "buttons", "direction": "left", "showactive": False, "pad": {"t": 30}, "bgcolor": clear, "bordercolor": GREY, "font": {"color": GREY}, **under, "buttons": [
-                          {"label": "▶ play", "method": "animate", "args": [None, go_to(fromcurrent=True)]}, {"label": "❚❚ pause", "method": "animate", "args": [[None], go_to(frame={"duration": 0, "redraw": False})]}]}])
-    return fig
-
-# plotly's sliders and buttons answer to the mouse only
-_KEYS = """<p>Keys: space plays and pauses, ← and → go from moment to moment, Home and End to the first and the last.</p><script>(() => {
-const g = document.getElementById("figure-0"), s = () => g.layout.sliders[0]; let timer = null;
-const stop = () => { clearInterval(timer); timer = null; };
-const go = i => { if (i < 0 || i >= s().steps.length) return stop(); const [to, how] = s().steps[i].args; Plotly.animate(g, to, how).catch(() => {}); };
-document.addEventListener("keydown", e => {
-  const at = s().active, to = {ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: s().steps.length - 1}[e.key];
-  if (e.key !== " " && to === undefined || e.ctrlKey || e.altKey || e.metaKey) return;
-  e.preventDefault();
-  if (timer || to !== undefined) stop(); else timer = setInterval(() => go(s().active + 1), 400);
-  if (to !== undefined) go(Math.max(0, Math.min(s().steps.length - 1, to)));
-}); })()</script>"""
-
-def animation(run: str|Path|Replay, path: str|Path, # the page to write, .html
-              plotlyjs: str = "inline", # or directory (plotly.min.js beside the page), or cdn
-              most: int|None = None # moments; None: as many as make about 4 MB
-             )->Path:
-    "Write a search as a page that plays."
-    rep = run if isinstance(run, Replay) else replay(run)
-    facts = {"moments": len(rep), "cells": rep.cells} | ({"moments shown": n} if (n := len(shown(rep, most))) < len(rep) else {})
-    page = plots.report(f"Replay of {rep.name}", facts, {"Epoch by epoch": animated(rep, most)}, {}, [f"Not in this record: {rep.missing}."] if rep.missing else [], plotlyjs)
-    return plots.write_report(path, page.replace("</main>", _KEYS + "</main>") if rep.frames else page)
+def cell_figure(rep: Replay, i: int, c: int # place in `rep.frames`, cell
+               )->go.Figure:
+    "Draw a cell at a moment as a graph."
+    f, spec = rep[i], rep.spec
+    here, simple = cell_of(spec, f, c), len(spec.graph.edges) == 1
+    fig = make_subplots(subplot_titles=[f"cell {c}, {f.label}: {len(here)} of {math.prod(f.grid)} operations"])
+    draw_cell(fig, ArchCell(tuple(here), tuple(f.widths[c].tolist())), spec.graph, c,
+              {op: _live_look(f, op, k) for op, k in here.items()}, {"row": 1, "col": 1}, small=len(here) > 40)
+    op_legend(fig, [o for o in spec.ops if any(op.op == o for op in here)])
+    if any(grown(f, k) for k in here.values()):
+        fig.add_scatter(x=[None], y=[None], mode="markers", name="grown back", legendgroup="back",
+                        marker={"symbol": "circle-open", "size": 12, "color": RING, "line": {"width": 2}})
+    return theme(fig, 320 if simple else 520, 76, "closest").update_layout(margin=MARGIN)

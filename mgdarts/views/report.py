@@ -9,7 +9,7 @@ from ..base.events import Event
 from ..base.options import InputError
 from ..net.count import counts
 from ..runs.records import load_run, size_kind
-from ..space.mobile import KERNELS
+from ..net.architecture import Architecture
 from . import plots
 
 # %% auto #0
@@ -63,11 +63,11 @@ def _cells(size: dict)->list:
              "operations": c["ops"], "convolutions": c["convs"], "parameters": c["params"]} for c in size["cells"]]
 
 # %% ../../nbs/views/report.ipynb #806553a8
-def _blocks(size: dict)->list:
-    "Say of each layer which kernels are left, and how much of each granularity."
-    def filters(c, k): return next((f"{mid} filters" for kernel, mid, _ in c["blocks"] if kernel == k), "")
+def _blocks(arch: Architecture, size: dict)->list:
+    "Say of each layer which blocks are left, and how much of each granularity."
+    def filters(c, name): return next((f"{op.widths[1]} filters" for op in arch.cells[c["index"]].ops if op.op == name), "")
     def left(c): return {f"{g}s left": v if v is None else f"{v:.1%}" for g, v in c["retention"].items() if g != "conv"}
-    return [{"layer": c["index"], **{f"{k}x{k}": filters(c, k) for k in KERNELS}, **left(c)} for c in size["cells"]]
+    return [{"layer": c["index"], **{name: filters(c, name) for name in arch.spec.ops}, **left(c)} for c in size["cells"]]
 
 # %% ../../nbs/views/report.ipynb #96a1a933
 def _drift(drift: dict)->list:
@@ -91,7 +91,7 @@ def tables_of(data: dict # from `load_run`
     if arch:
         size = counts(arch)
         out["Derived network"] = _cells(size)
-        if arch.spec.kind != "darts": out["Derived blocks"] = _blocks(size)
+        if arch.spec.cell[0].fixed: out["Derived blocks"] = _blocks(arch, size)
     if done: out["Retraining (test accuracy, percent; the test images were read once, at the end)"] = [
         _training(k, t) for k, t in done.items()]
     return out

@@ -22,7 +22,8 @@ from ..methods.registry import settings_of
 from ..base.data import load_data
 from ..base.events import plain
 from .save import save_figure
-from .inspector import View, WhatIf, accuracy, branch, distribution, fixed_ratio, some_images, drawable
+from .inspector import View, WhatIf, accuracy, distribution, fixed_ratio, some_images
+from .branch import branch
 from ..runs.memory import step_memory
 from ..search.loop import Search
 from ..space.darts import *
@@ -565,7 +566,6 @@ class Workbench:
         elif isinstance(self.what, Search): events, view = [], View(self.what) if self.what.stage >= 0 else None
         elif self.what is None or isinstance(self.what, Config): events, view = [], None
         else:
-            drawable(runs.read_config(self.what).space.kind)
             events = read_events(Path(self.what) / "events.jsonl")
             back = {(c, EDGES.index((a, b)), OPS.index(o)) for e in events if e["type"] == "regrow" for c, a, b, o in e["regrown"]}
             view = View(bare_search(self.what), back) if (Path(self.what) / "checkpoint").exists() else None
