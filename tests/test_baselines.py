@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mgdarts.runs.make import make_search
 from mgdarts.fast.engine import make
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import architecture
@@ -235,7 +236,7 @@ def test_preprocessing_after_a_reduction_is_one_of_all_channels(partial):
 
 
 def test_edges_start_with_noise_too():
-    search = runs.make_search(preset("smoke", "pc-darts", **{"data.subset": 100, "search.batch": 40}))
+    search = make_search(preset("smoke", "pc-darts", **{"data.subset": 100, "search.batch": 40}))
     net = search.net
     for p in (net.alpha, net.zero, net.edge):
         kinds = p.detach()[sorted(set(net.spec.kinds))]
@@ -245,7 +246,7 @@ def test_edges_start_with_noise_too():
 
 def test_states_of_another_preprocessing_are_refused():
     def make(method): # as the configuration of an old run is read
-        return runs.make_search(preset("smoke", method, **{"data.subset": 100, "search.batch": 40, "search.length": 3, "rules.pool_norm": False, "search.threshold_init": "own", "search.lambda_cap_fine": .5}))
+        return make_search(preset("smoke", method, **{"data.subset": 100, "search.batch": 40, "search.length": 3, "rules.pool_norm": False, "search.threshold_init": "own", "search.lambda_cap_fine": .5}))
     def old(search):
         state = search.state_dict()
         return {**state, "version": 1, "rules": {k: v for k, v in state["rules"].items() if k not in ("pool_norm", "aux")},
@@ -303,7 +304,7 @@ def splits():
 def test_temperature_drop_out_and_regulariser_by_the_published_formulas(splits):
     small = {"data.subset": 100, "search.batch": 40, "search.length": 7}
     def watch(method, what, **more):
-        search, seen = runs.make_search(preset("smoke", method, **{**small, **more}), splits), {}
+        search, seen = make_search(preset("smoke", method, **{**small, **more}), splits), {}
         def note(event): seen.setdefault((search.stage, search.phase_epoch + (0 if search.warmup else search.warm_epochs)), set()).add(what(search))
         search.events.listen(note, "update")
         search.run()
@@ -313,7 +314,7 @@ def test_temperature_drop_out_and_regulariser_by_the_published_formulas(splits):
     assert {stage for stage, _ in stages} == {0, 1, 2} and len(stages) == 30
     for (stage, epoch), p in stages.items(): # ten epochs a stage, four of them for the weights only
         assert list(p) == pytest.approx([(.1, .4, .7)[stage] * ((10 - epoch - 1) / 10 if epoch < 4 else math.exp(-.2 * (epoch - 4)))])
-    search = runs.make_search(preset("smoke", "beta-darts", **small), splits)
+    search = make_search(preset("smoke", "beta-darts", **small), splits)
     search.run("epoch"); search.run("epoch")
     alpha = torch.zeros_like(search.net.alpha)
     torch.testing.assert_close(sum(of_alpha(search, alpha)), torch.tensor(50 * 2 / 7 * math.log(7)))
@@ -321,14 +322,14 @@ def test_temperature_drop_out_and_regulariser_by_the_published_formulas(splits):
 
 def test_rates_fall_at_the_beginning_of_an_epoch(splits):
     "In 64-bit numbers 29/50 of 50 is a little less than 29."
-    search = runs.make_search(preset("smoke", "darts-v1", **{"data.subset": 100, "search.length": 50}), splits)
+    search = make_search(preset("smoke", "darts-v1", **{"data.subset": 100, "search.length": 50}), splits)
     search.step()
     search.state.phase_epoch = 29
     assert search.clock.share * 50 < 29 and search.clock.turn == 29
 
 
 def test_smoothing_is_for_the_weights_only(splits, monkeypatch):
-    search, seen = runs.make_search(preset("smoke", "proxylessnas", **{"data.subset": 100, "search.batch": 40, "search.length": 1, "rules.weights_only": 0., "rules.arch_every": 1}), splits), []
+    search, seen = make_search(preset("smoke", "proxylessnas", **{"data.subset": 100, "search.batch": 40, "search.length": 1, "rules.weights_only": 0., "rules.arch_every": 1}), splits), []
     original = F.cross_entropy
     monkeypatch.setattr("mgdarts.search.step.F.cross_entropy", lambda *a, **k: seen.append(k.get("label_smoothing", 0.)) or original(*a, **k))
     search.step()
@@ -337,8 +338,8 @@ def test_smoothing_is_for_the_weights_only(splits, monkeypatch):
 
 def test_the_second_head_of_gold_nas(splits):
     "Its loss has a weight of 0.4, its weights learn, it follows what is pruned, and it is not counted."
-    search = runs.make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.max_epochs": 3, "search.lambda_step": .05, "search.target_m": .007}), splits)
-    plain = runs.make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.target_m": .007, "rules.aux": 0.}), splits)
+    search = make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.max_epochs": 3, "search.lambda_step": .05, "search.target_m": .007}), splits)
+    plain = make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.target_m": .007, "rules.aux": 0.}), splits)
     open_stage(search); open_stage(plain)
     net = search.net
     assert isinstance(net.aux, AuxHead) and plain.net.aux is None and net.count().params == plain.net.count().params

@@ -18,6 +18,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from mgdarts.base.files import Checkpoints
 from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
 from mgdarts.methods.registry import preset
@@ -352,7 +353,7 @@ def test_nothing_is_lost(lab, tmp_path):
         desk.press("stop")
         desk.says("stopped")
         folder = Path(desk.ask("str(workbench.stepper.folder)"))
-        assert runs.Checkpoints(folder / "checkpoint").load()["counters"]["steps"] == desk.ask("workbench.stepper.search.steps")
+        assert Checkpoints(folder / "checkpoint").load()["counters"]["steps"] == desk.ask("workbench.stepper.search.steps")
         desk.press("run")
         desk.says("running")
         desk.press("stop")
@@ -379,7 +380,7 @@ def test_mgdarts_lab(lab, tmp_path):
             run, kernel = desk.ask("[str(workbench.stepper.folder), __import__('os').getpid()]")
             server.send_signal(signal.SIGINT)
             assert server.wait(120) == 0
-            assert runs.Checkpoints(Path(run) / "checkpoint").load()["counters"]["steps"] >= 2
+            assert Checkpoints(Path(run) / "checkpoint").load()["counters"]["steps"] >= 2
             with pytest.raises(ProcessLookupError):
                 os.kill(kernel, 0)
     finally:

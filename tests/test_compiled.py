@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from mgdarts.runs.folder import read_record
 from mgdarts.fast import compiled
 from mgdarts.fast import kernels
 from mgdarts.runs import run as runs
@@ -88,7 +89,7 @@ def test_a_search_is_the_same_search_with_both(tmp_path, monkeypatch):
     first = begin(tmp_path / "compiled")
     monkeypatch.setattr(compiled, "library", lambda: None)
     assert begin(tmp_path / "torch") == pytest.approx(first, rel=1e-3)
-    assert runs.read_record(tmp_path / "torch")["environment"]["kernels"] == "torch"
+    assert read_record(tmp_path / "torch")["environment"]["kernels"] == "torch"
     with pytest.warns(UserWarning, match="kernels compiled, now torch: it goes on"): runs.search(cfg, tmp_path / "compiled", resume=True)
 
 

@@ -3,6 +3,7 @@ import gzip, hashlib, os, pickle, shutil
 from pathlib import Path
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
+from mgdarts.runs.folder import read_record
 from mgdarts.base import folders, sources
 from mgdarts.base.augment import Augment, autoaugment, crop_flip, cutout, normalise
 from mgdarts.base.batches import Loader, epoch_order, eval_batches, train_batch
@@ -111,7 +112,7 @@ def test_a_dataset_from_outside(tmp_path, monkeypatch):
     exec(OUTSIDE, {})
     few = {"data.subset": 1.0, "search.warmup": 0, "search.max_epochs": 2, "search.prune_every": 1, "train.epochs": 3, "train.batch": 16}
     result = runs.search(preset("smoke", **{"data.name": "stripes", **few}), tmp_path / "run")
-    record, trained = runs.read_record(tmp_path / "run"), runs.retrain(tmp_path / "run")
+    record, trained = read_record(tmp_path / "run"), runs.retrain(tmp_path / "run")
     assert result["run"] and (record["dataset"], record["data_source"]) == ("stripes", "made") and record["images"]["test"] == 60
     assert trained["test_acc_final"] > 90  # colour and direction are plain to see
     refused("did you mean 'stripes'.*known: .*, stripes", Data(name="stripe"))

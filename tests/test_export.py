@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgdarts.base.files import Checkpoints
 from mgdarts.net import files as architecture
 from mgdarts.runs import export
 from mgdarts.views import plots
@@ -134,7 +135,7 @@ def test_trained_weights_go_along(run, tmp_path, capsys):
     assert main(["arch", "export", str(run), "--format", "torch", "--weights", "train", "--out", str(tmp_path / "net.pt")]) == 2
     assert "no finished training" in capsys.readouterr().err
     runs.retrain(run)
-    saved = runs.Checkpoints(run / "train/checkpoint").load()["net"]
+    saved = Checkpoints(run / "train/checkpoint").load()["net"]
     for source, name in ((run, "net"), (run / "train", "same")):
         assert main(["arch", "export", str(source), "--format", "torch", "--out", str(tmp_path / f"{name}.pt"), "--json"]) == 0
         done = json.loads(capsys.readouterr().out)

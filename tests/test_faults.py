@@ -14,6 +14,7 @@ import papermill
 import pytest
 import torch
 
+from mgdarts.runs.listen import Saver
 from mgdarts.runs import faults
 from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
@@ -26,7 +27,7 @@ from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_
 
 
 def start(*args):
-    code = "import sys; from mgdarts.cli.main import main; from mgdarts import runs; runs.Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
+    code = "import sys; from mgdarts.cli.main import main; from mgdarts import runs; Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

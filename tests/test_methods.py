@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from mgdarts.runs.make import make_search
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import files as architecture
 from mgdarts.cli import main as cli
@@ -40,17 +41,17 @@ def bits(search):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_search_goes_on_to_the_same_bits(method, splits):
-    whole, heard = runs.make_search(config(method), splits), []
+    whole, heard = make_search(config(method), splits), []
     whole.events.listen(lambda e: heard.append(e.to_dict()), "stage", "epoch", "commit", "regrow", "done")
     whole.run()
     assert heard[-1]["type"] == "done" and whole.finished
-    first, events = runs.make_search(config(method), splits), []
+    first, events = make_search(config(method), splits), []
     first.events.listen(lambda e: events.append(e.to_dict()), "stage", "epoch", "commit", "regrow", "done")
     while first.steps < .6 * whole.steps: first.step()
     file = io.BytesIO()
     torch.save(first.state_dict(), file)
     file.seek(0)
-    second = runs.make_search(config(method), splits)
+    second = make_search(config(method), splits)
     second.load_state_dict(torch.load(file, weights_only=True))
     second.events.listen(lambda e: events.append(e.to_dict()), "stage", "epoch", "commit", "regrow", "done")
     second.run()
@@ -132,7 +133,7 @@ def test_a_part_and_a_method_of_ones_own(parts, splits):
     add_method(Method("weakest", "the weakest stay", "this test", {**METHODS["darts-v1"].settings, "rules.discretiser": "weakest", "rules.zero": False}))
     cfg = config("weakest")
     assert isinstance(parts_of(cfg).decision, Weakest)
-    search = runs.make_search(cfg, splits)
+    search = make_search(cfg, splits)
     search.run()
     alpha, live = search.net.alpha, search.net.op_live
     assert search.finished and live.sum((1, 2)).tolist() == [8] * 3
@@ -145,11 +146,11 @@ def test_a_pressure_beside_the_others(parts, splits):
     @PRESSURES.also
     class One(Pressure):
         def of_alpha(self, alpha, live, clock): return [alpha.sum() * 0 + 1]
-    search, plain, seen = runs.make_search(config("darts-v1"), splits), None, []
+    search, plain, seen = make_search(config("darts-v1"), splits), None, []
     search.events.listen(lambda e: seen.append(float(e.data["value"])), "forward")
     search.step()
     del PRESSURES.beside["One"]
-    plain = runs.make_search(config("darts-v1"), splits)
+    plain = make_search(config("darts-v1"), splits)
     plain.events.listen(lambda e: seen.append(float(e.data["value"])), "forward")
     plain.step()
     assert [round(a - b, 4) for a, b in zip(seen[:2], seen[2:])] == [1, 1]
@@ -167,7 +168,7 @@ def test_what_nobody_handles_fails_loudly(parts):
 
 def test_events_of_a_step(splits):
     "They come in order, for each turn, with what they say, and only where somebody listens."
-    search, seen = runs.make_search(config("darts-v2"), splits), []
+    search, seen = make_search(config("darts-v2"), splits), []
     search.events.listen(lambda e: seen.append((e.type, e.data["images"], sorted(e.data))), "batch", "forward", "backward", "update")
     search.step()
     arch = [("batch", "train"), ("batch", "arch"), ("backward", "arch"), ("update", "arch")] # second order: both batches
@@ -180,7 +181,7 @@ def test_events_of_a_step(splits):
 def test_the_three_spaces(method, constraint, splits):
     "Table VI: space 1 has two edges a node and cells that are alike, space 2 cells that are alike, space 3 neither; free connections end at the target."
     own = {"search.stages": 1, "search.regrow": 0, "search.granularities": "operation", "search.stage_keep": 0.5, "search.max_epochs": 3} if method == "mg-darts" else {}
-    search = runs.make_search(config(method, **own, **{"space.constraint": constraint, "search.target_m": .015 if method != "mg-darts" else .03}), splits)
+    search = make_search(config(method, **own, **{"space.constraint": constraint, "search.target_m": .015 if method != "mg-darts" else .03}), splits)
     search.run()
     live = search.net.op_live.cpu()
     if constraint < 3: assert live[1].equal(live[2]) # the reduction cells
@@ -191,14 +192,14 @@ def test_the_three_spaces(method, constraint, splits):
 
 
 def test_dass_keeps_the_share_it_is_asked_for(splits):
-    search = runs.make_search(config("dass", **{"rules.keep": .6}), splits)
+    search = make_search(config("dass", **{"rules.keep": .6}), splits)
     search.run()
     kept = [m for c in search.net.cells for m in c.omega_live.split(c.sizes["omega"])]
     assert all(int(m.sum()) == -(-len(m) * 6 // 10) for m in kept)
 
 
 def test_weights_stand_still_while_scores_are_learned(splits):
-    search = runs.make_search(config("dass", **{"search.length": 6}), splits)
+    search = make_search(config("dass", **{"search.length": 6}), splits)
     (scored,) = (p for p in search.parts.shapes if isinstance(p, Scores))
     while not scored.on(search.clock): search.step()
     before, scores = [c.omega.clone() for c in search.net.cells], [c.score.clone() for c in search.net.cells]
@@ -209,18 +210,18 @@ def test_weights_stand_still_while_scores_are_learned(splits):
 @pytest.mark.parametrize("method", ("pc-darts", "gdas", "tanglenas", "p-darts", "fixed-rate"))
 def test_the_workbench_sees_any_method(method, splits):
     from mgdarts.views.inspector import View
-    search = runs.make_search(config(method), splits)
+    search = make_search(config(method), splits)
     search.run("epoch")
     view = View(search)
     assert torch.equal(view.strength, search.net.importance()[:len(search.net.cells)]) and view.now.count.params == search.net.count().params
 
 
 def test_second_order_leaves_the_net_alone(splits):
-    search = runs.make_search(config("darts-v2"), splits)
+    search = make_search(config("darts-v2"), splits)
     search.step()
     before = {k: v.clone() for k, v in search.net.state_dict().items()}
     ahead(search)
     assert all(torch.equal(v, search.net.state_dict()[k]) for k, v in before.items())
-    first = runs.make_search(config("darts-v1"), splits)
+    first = make_search(config("darts-v1"), splits)
     first.load_state_dict({**search.state_dict(), "config": {**search.state_dict()["config"], "optimisation": "first-order"}})
     assert first.net.alpha.grad is None or not torch.equal(first.net.alpha.grad, search.net.alpha.grad)

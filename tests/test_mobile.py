@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mgdarts.runs.make import supernet_weights
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import files as architecture
 from mgdarts.runs import export
@@ -368,7 +369,7 @@ def test_search_derive_retrain_report(run, capsys):
     page = (run / "report.html").read_text("utf-8")
     assert "MobileNet-like" in page and "Derived blocks" in page
     arch = architecture.load(run)
-    result = runs.train(preset("smoke", **FAST, **{"train.weights": "supernet"}), arch, run / "inherited", init_state=runs.supernet_weights(run, arch))
+    result = runs.train(preset("smoke", **FAST, **{"train.weights": "supernet"}), arch, run / "inherited", init_state=supernet_weights(run, arch))
     assert result["epochs"] == 2
     assert main(["compare", str(run), str(run / "random"), "--json"]) == 0
 

@@ -9,6 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from mgdarts.runs.make import make_search, make_trainer, supernet_weights
+from mgdarts.base.files import Checkpoints
+from mgdarts.runs.folder import read_config, read_record
+from mgdarts.runs.records import load_run
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import files as architecture
 from mgdarts.runs.listen import read_events
@@ -113,12 +117,12 @@ def test_an_interrupted_run_resumes_to_the_same_events(run, interrupted, events_
 
 def test_training_from_the_super_nets_weights(run):
     cfg = preset("smoke", **FAST, **{"train.weights": "supernet"})
-    result = runs.train(cfg, architecture.load(run), run / "inherited", init_state=runs.supernet_weights(run, architecture.load(run)))
+    result = runs.train(cfg, architecture.load(run), run / "inherited", init_state=supernet_weights(run, architecture.load(run)))
     assert result["epochs"] == 2
 
 
 def test_a_damaged_checkpoint_is_passed_over(tmp_path):
-    kept = runs.Checkpoints(tmp_path)
+    kept = Checkpoints(tmp_path)
     for i in range(4):
         kept.save({"i": i})
     assert len(kept.files()) == 2 and kept.load()["i"] == 3
@@ -178,7 +182,7 @@ def test_a_non_finite_loss_ends_with_1_and_a_saved_state(tmp_path, capsys):
     code, out, err = call(["search", "--preset", "smoke", *SETS, "--set", "lr_weights=10", "--set", "search.clip=1e30", "--set", "lr_arch=100", "--out", tmp_path / "run"], capsys)
     lines = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
     assert code == 1 and len(lines) == 1 and "finite" in lines[0]
-    assert runs.Checkpoints(tmp_path / "run/checkpoint").load()["version"] == 2
+    assert Checkpoints(tmp_path / "run/checkpoint").load()["version"] == 2
 
 
 def test_the_command_is_installed():
@@ -208,7 +212,7 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
     assert code == 0, err
     got = json.loads(out)
     assert got["trained_on"] == "train+val" and not [k for k in got if "val" in k]
-    record, searched = runs.read_record(copy / "train"), runs.read_record(copy)
+    record, searched = read_record(copy / "train"), read_record(copy)
     assert record["config"]["train"]["images"] == "train+val" and searched["images"]["val"] == 20 and record["images"] == {**searched["images"], "train": 200, "val": 0}
     code, out, err = call([*order, "--baseline"], capsys) # with a bar, and as a table
     assert code == 0 and "train+val" in out and "validation" not in out, err
@@ -241,9 +245,9 @@ def test_a_retraining_without_cutout_has_none(run):
     from mgdarts.base.data import load_data
     cfg = preset("smoke", **FAST, **{"data.cutout": 4})
     splits = load_data(cfg.data, 0)
-    augment = lambda **k: runs.make_trainer(preset("smoke", **FAST, **{"data.cutout": 4}, **k), architecture.load(run), splits).loaders["train"].augment
+    augment = lambda **k: make_trainer(preset("smoke", **FAST, **{"data.cutout": 4}, **k), architecture.load(run), splits).loaders["train"].augment
     assert augment().cutout == 4 and augment(**{"train.cutout": False}).cutout == 0
-    search = runs.make_search(preset("smoke", **FAST, **{"data.cutout": 4, "train.cutout": False}), splits)
+    search = make_search(preset("smoke", **FAST, **{"data.cutout": 4, "train.cutout": False}), splits)
     assert search.loaders["train"].augment.cutout == 4
 
 
@@ -272,9 +276,9 @@ def test_a_run_of_before_opens_and_its_sizes_are_called_what_they_were(run, tmp_
     for name in ("gap", "drift"): del result[name]
     result["params"] = result.pop("params_searched")
     for name, content in (("config", record), ("result", result)): write_json(old / f"{name}.json", content)
-    assert runs.read_config(old).search.threshold_init == "own" and runs.read_config(old).search.lambda_cap_fine == 0.5
-    assert runs.read_config(run).search.threshold_init == "min"
-    row = run_row(old, runs.load_run(old))
+    assert read_config(old).search.threshold_init == "own" and read_config(old).search.lambda_cap_fine == 0.5
+    assert read_config(run).search.threshold_init == "min"
+    row = run_row(old, load_run(old))
     assert row["status"].endswith("reached (before alignment)") and row["params"] == result["derived"]["params_nonzero"] and row["params_searched"] == result["params"]
     code, out, _ = call(["search", "--resume", "--out", old], capsys)
     assert code == 0 and "as counted" in out

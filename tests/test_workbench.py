@@ -11,6 +11,9 @@ import papermill
 import pytest
 import torch
 
+from mgdarts.runs.make import make_search
+from mgdarts.base.events import Event
+from mgdarts.base.files import Checkpoints
 from mgdarts.net import files as architecture
 from mgdarts.runs.listen import read_events
 from mgdarts.runs.make import bare_search
@@ -41,7 +44,7 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def search():
-    s = runs.make_search(preset("smoke", **FAST))
+    s = make_search(preset("smoke", **FAST))
     s.run("stage")
     s.run("stage")
     while s.warmup or s.phase_epoch < 2:
@@ -76,7 +79,7 @@ def test_questions_leave_the_search_as_it_was(search):
 
 
 def test_a_view_stays_when_the_search_goes_on(search):
-    other = runs.make_search(preset("smoke", **FAST))
+    other = make_search(preset("smoke", **FAST))
     other.load_state_dict(search.state_dict())
     view = View(other)
     params, strength = view.count.params, view.strength.clone()
@@ -90,7 +93,7 @@ def test_an_outcome_is_what_a_commit_does(search, granularity, which, to):
     w = WhatIf(View(search))
     w.move(granularity, which, to)
     result = w.outcome()
-    other = runs.make_search(preset("smoke", **FAST))
+    other = make_search(preset("smoke", **FAST))
     other.load_state_dict(search.state_dict())
     with torch.no_grad():
         for k, v in w.thresholds().items():
@@ -156,7 +159,7 @@ def test_fixed_ratios(search):
 def test_memory_estimate(cells, live):
     from mgdarts.runs.memory import prune_to
     from mgdarts.search.stages import open_stage
-    s = runs.make_search(preset("smoke", **FAST, **{"space.channels": 12, "space.cells": cells, "data.size": 16, "search.stages": 1}))
+    s = make_search(preset("smoke", **FAST, **{"space.channels": 12, "space.cells": cells, "data.size": 16, "search.stages": 1}))
     open_stage(s)
     prune_to(s.net, live, torch.Generator().manual_seed(0))
     view = View(s)
@@ -174,11 +177,11 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
 
     cfg, a = preset("smoke", **FAST), tmp_path / "a"
     def prepare(s):
-        s.events.listen(lambda e: s.events.emit(runs.Event("save", 0, 0, "")), "rest")
+        s.events.listen(lambda e: s.events.emit(Event("save", 0, 0, "")), "rest")
 
     with pytest.raises(Enough):
         runs.search(cfg, a, listeners=(stop,), prepare=prepare)
-    bare, state = bare_search(a), runs.Checkpoints(a / "checkpoint").load()
+    bare, state = bare_search(a), Checkpoints(a / "checkpoint").load()
     w = WhatIf(View(bare))
     files = {p: p.read_bytes() for p in a.rglob("*") if p.is_file()}
     w.move("operation", "all", 0.5)
@@ -295,7 +298,7 @@ def test_the_workbench(finished, tmp_path, monkeypatch):
         bench = again
         bench.do("stop")
         until(lambda: bench.stepper.state == "stopped")
-        assert runs.Checkpoints(tmp_path / "live/checkpoint").load()["counters"]["steps"] == steps + 1
+        assert Checkpoints(tmp_path / "live/checkpoint").load()["counters"]["steps"] == steps + 1
         bench.do("step")
         until(lambda: bench.stepper.search is not None and bench.stepper.search.steps == steps + 2)
         until(lambda: bench.view is not None)

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from mgdarts.runs.make import make_search, make_trainer
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import cell
 from mgdarts.fast import kernels
@@ -156,7 +157,7 @@ def losses(g: Ground):
         row, seen = {"method": method}, {}
         try:
             for device in dict.fromkeys(("cpu", g.device.type)):
-                s = runs.make_search(preset("smoke", method, device=device, **{"data.subset": 256, "search.warmup": 0}))
+                s = make_search(preset("smoke", method, device=device, **{"data.subset": 256, "search.warmup": 0}))
                 s._open()
                 values, inner = [], s._backward
                 s._backward = lambda loss, values=values, inner=inner: (values.append(loss.detach()), inner(loss))[1]
@@ -330,7 +331,7 @@ def real(g: Ground):
         row, n = {"C": C, "how": how, "autoaugment": auto}, 16 if g.toy else 96
         try:
             cfg = preset("small", device=g.device.type, **{"space.channels": C, "space.cells": 3 if g.toy else 8, "data.autoaugment": auto, "search.batch": n, "compute.tf32": how != "fp32", "compute.amp": how == "bf16", "compute.recompute": "none", "search.target_m": 0.03 if g.toy else 0.3})
-            s = runs.make_search(cfg, noise(8 * n, 8 if g.toy else 32, g.device))
+            s = make_search(cfg, noise(8 * n, 8 if g.toy else 32, g.device))
             s.stage = 1  # the next one to be opened is the last
             s._open()
             s._begin_joint()
@@ -394,7 +395,7 @@ def retraining(g: Ground):
     row = {"how": "trainer"}
     try:
         cfg = preset("small", device=g.device.type, **{"train.batch": n, "compute.tf32": True})
-        t = runs.make_trainer(cfg, arch, noise(8 * n, spec.size, g.device))
+        t = make_trainer(cfg, arch, noise(8 * n, spec.size, g.device))
         t.epoch, t.epoch_step = 300, 1  # drop path is at half its strength
         count_ = len(t.loaders["train"])
 
@@ -426,7 +427,7 @@ def bits(g: Ground):
             with warnings.catch_warnings(record=True) as w:
                 warnings.simplefilter("always")
                 for _ in range(2):
-                    s = runs.make_search(smoke(g, **{"search.warmup": 0}))
+                    s = make_search(smoke(g, **{"search.warmup": 0}))
                     for _ in range(3 if g.toy else 12): s.step()
                     found.append(torch.cat([p.detach().flatten() for p in s.net.parameters()]).cpu())
             row["same_bits"] = len(found[0]) == len(found[1]) and bool(torch.equal(*found))
@@ -463,7 +464,7 @@ def resumed(g: Ground) -> dict:
 
 def advice(g: Ground):
     "What is said when memory runs out."
-    s = runs.make_search(preset("smoke", device=g.device.type))
+    s = make_search(preset("smoke", device=g.device.type))
     s._open()
     yield {"asked": "advice of a search on the device", **attempt_row(lambda: runs.memory_advice(s))}
     if g.gpu:

@@ -8,6 +8,8 @@ import dataclasses, hashlib, json, math, multiprocessing, os, queue, signal, sta
 from dataclasses import dataclass, field
 from pathlib import Path
 import torch
+from ..runs.folder import device_of
+from ..runs.make import supernet_weights
 from ..net import files as arch_files
 from ..runs.folder import begun
 from ..runs.make import net_spec
@@ -147,11 +149,11 @@ def do(job: Job, folder: str|Path, # of all runs
         if not job.train: return
     cfg = from_dict(job.train)
     if out.name in ("train", "random"): return runs.retrain(run, None, job.random, resume=True, quiet=quiet, listeners=(report,))
-    splits = load_data(cfg.data, cfg.seed, runs.device_of(cfg))
+    splits = load_data(cfg.data, cfg.seed, device_of(cfg))
     if job.build: arch, state = built(net_spec(cfg, splits), int(1e6 * cfg.search.target_m), **job.build, seed=cfg.seed), None
     else:
         arch = arch_files.load(run)
-        state = runs.supernet_weights(run, arch) if cfg.train.weights == "supernet" or job.keep else None
+        state = supernet_weights(run, arch) if cfg.train.weights == "supernet" or job.keep else None
         if job.keep: arch = masked(arch, {k: state[f"{'.'.join(('cells', k.split('.')[0][1:], 'ops', k.split('.')[1][1:], k.split('.')[2]))}"].abs() for k in arch.mask_shapes()}, job.keep)
         if (arch.classes, arch.size, arch.in_channels) != (splits.num_classes, splits.size, splits.in_channels): arch, state = dataclasses.replace(arch, classes=splits.num_classes, size=splits.size, in_channels=splits.in_channels), None
         if cfg.train.weights == "scratch": state = None

@@ -7,6 +7,8 @@ from __future__ import annotations
 import dataclasses, statistics, sys, time
 from dataclasses import asdict
 from pathlib import Path
+from ..runs.records import load_run
+from ..runs.folder import device_of, environment, read_record
 from ..net import files as arch_files
 from . import data as paper
 from ..runs import run as runs
@@ -98,7 +100,7 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
     "What an arm's files say. `InputError` when they are damaged or missing."
     run, out, row = job.run(folder), job.training(folder), {"label": job.label, "seed": job.seed}
     if job.search:
-        data = runs.load_run(run)
+        data = load_run(run)
         r = data["result"]
         if r is None: raise InputError(f"{run.name} is not finished")
         row |= {"reached": r["reached"], "gap": r.get("gap"), "searched_m": r.get("params_searched", r["params"]) / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
@@ -107,7 +109,7 @@ def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
             row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
             if row["memory_mb"]: row["peak_mb"] = max(row["memory_mb"].values())
     if job.train:
-        record, r = runs.read_record(out), read_json(out / "result.json", "a result")
+        record, r = read_record(out), read_json(out / "result.json", "a result")
         row |= {"acc": r["test_acc_final"], "acc_best_val": r.get("test_acc_best_val"), "val_acc": r.get("val_acc_final"), "trained_on": r.get("trained_on", "train"), "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
                 "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": seconds(r, record), "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"], "data_source": record.get("data_source", "")}
         if job.keep: row["ratio_weight"] = job.keep
@@ -195,7 +197,7 @@ def make_record(item: str, jobs: list, folder: str|Path, # of all runs
         except InputError as e: failures.append({"label": j.label, "seed": j.seed, "why": str(e)})
     labels = list(dict.fromkeys(r["dataset"] for r in rows))
     return {"item": item, "title": TARGETS[item], "scale": "paper" if jobs and all(scale_of(j.train or j.search) == "paper" for j in jobs) else "scaled down", "dataset": "; ".join(labels), "parameters": parameters,
-            "seeds": sorted({j.seed for j in jobs}), "environment": runs.environment(runs.device_of(from_dict(jobs[0].train or jobs[0].search))), "wall_s": round(wall_s, 1),
+            "seeds": sorted({j.seed for j in jobs}), "environment": environment(device_of(from_dict(jobs[0].train or jobs[0].search))), "wall_s": round(wall_s, 1),
             "arms": [{**asdict(at(j, "")), "run": j.key(), "training": j.training(Path("runs")).name if j.train else None} for j in jobs], "rows": rows, "failed": failures,
             "values": summary(rows), "extra": EXTRA[item](rows) if item in EXTRA else {}, "paper": paper_rows(item)}
 
@@ -309,7 +311,7 @@ class Ran(Asked):
     def events(self, label: str, seed: int|None = None)->list: # of the search
         "What a search has recorded; None: with the first seed."
         j = next(j for j in jobs_in(self.record) if j.label == label and seed in (None, j.seed))
-        return runs.load_run(j.run(self.folder))["events"]
+        return load_run(j.run(self.folder))["events"]
     def searched(self, label: str)->bool:
         "Whether the files of an arm's search with the first seed are here."
         j = next((j for j in jobs_in(self.record) if j.label == label), None)

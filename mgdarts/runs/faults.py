@@ -8,6 +8,9 @@ import builtins, contextlib, errno, hashlib, io, json, os, random, shutil, signa
 from collections import Counter
 from pathlib import Path
 import torch
+from .listen import Recorder, Saver, read_events
+from .records import load_run
+from .folder import environment
 from ..net import files as architecture
 from . import cli
 from ..base import data
@@ -44,7 +47,7 @@ def call(args: list,
                 os.dup2(err.fileno(), 2); os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 signal.signal(signal.SIGALRM, signal.SIG_DFL)
                 for name in ("FORCE_COLOR", "CLICOLOR_FORCE"): os.environ.pop(name, None) # a notebook's: no progress bar into a file
-                runs.Saver.__init__.__defaults__ = (.3, (), None) # seconds between two states
+                Saver.__init__.__defaults__ = (.3, (), None) # seconds between two states
                 if prepare: prepare()
                 code = cli.main([str(a) for a in args])
                 if after: after()
@@ -76,7 +79,7 @@ def bits(run: Path)->dict:
     for name, part in (("search", run), ("retraining", run / "train")):
         strip = lambda d: {k: v for k, v in d.items() if k not in ("record", "run", "wall_s", "cpu_s", "events")} # paths and clocks
         text = _text(strip(store.Checkpoints(part / "checkpoint").load()))
-        out[name] = ([{k: v for k, v in e.items() if k != "time"} for e in runs.read_events(part / "events.jsonl")], text,
+        out[name] = ([{k: v for k, v in e.items() if k != "time"} for e in read_events(part / "events.jsonl")], text,
                      strip(store.read_json(part / "result.json", "a result")), [(part / n).read_bytes() for n in (architecture.JSON_FILE, architecture.MASK_FILE, *([frames.REPLAY_FILE] if part == run else []))])
     return out
 
@@ -84,7 +87,7 @@ def bits(run: Path)->dict:
 PARTS = { # name -> (owner of the function, its name, which calls count)
     "search": (search, "optimise", lambda s: not s.fine_tuning), "fine-tuning": (search, "optimise", lambda s: s.fine_tuning), "validation": (search.Search, "validate", None),
     "commit": (search, "commit_masks", None), "compaction": (supernet.SuperNet, "rebuild", None), "regrowing": (stages, "regrow", None), "opening a stage": (stages, "make_optimizer", None),
-    "checkpoint": (store.Checkpoints, "save", None), "force to disk": (os, "fsync", None), "rename": (os, "replace", None), "event": (runs.Recorder, "__call__", None),
+    "checkpoint": (store.Checkpoints, "save", None), "force to disk": (os, "fsync", None), "rename": (os, "replace", None), "event": (Recorder, "__call__", None),
     "derivation and report": (runs, "_finish", None), "retraining": (train, "optimise", None), "test": (train, "finish", None)}
 
 def _wrap(part, before=lambda: None, after=lambda seconds: None):
@@ -210,7 +213,7 @@ def _newest(folder: Path):
     return _text(state)
 
 def _resumed(path, kept): # the events as a resumed run takes them
-    runs.Recorder(path, kept).close()
+    Recorder(path, kept).close()
     return path.read_bytes()
 
 def _replayed(run): # frames that were damaged are told
@@ -231,7 +234,7 @@ def kinds(run: Path, # a finished run
     gene = read_genotypes(GENOTYPE)["NET"]
     torch.save([[[torch.ones(4, 1, 3, 3), torch.ones(4, 4, 1, 1)] * 2 for _ in c] for c in gene], folder / "masks.pt")
     def imported(): return import_genotype(folder / "genotype.txt", folder / "masks.pt", channels=4)
-    whole, kept = lambda: runs.load_run(run), store.Checkpoints(run / "train/checkpoint").load()["record"]
+    whole, kept = lambda: load_run(run), store.Checkpoints(run / "train/checkpoint").load()["record"]
     return {"config.json": (run / "config.json", whole, True), "result.json": (run / "result.json", whole, True), "events.jsonl, finished": (run / "events.jsonl", whole, True),
             "events.jsonl, to go on with": (run / "train/events.jsonl", lambda: _resumed(run / "train/events.jsonl", kept), True), "checkpoint, search": (store.Checkpoints(run / "checkpoint").files()[-1], lambda: _newest(run / "checkpoint"), True),
             "checkpoint, retraining": (store.Checkpoints(run / "train/checkpoint").files()[-1], lambda: _newest(run / "train/checkpoint"), True),
@@ -498,7 +501,7 @@ def suite(kills: int = 50, # at least so many
             if error: lost.append(f"wrong input, {row[0]}: {error}")
         bad = sum(line.startswith("wrong input") for line in lost)
         rows.append({"fault": "wrong input", "where": "commands, files and folders from strangers", "tried": len(table), "survived": len(table) - bad, "lost": bad})
-    return {"rows": rows, "lost": lost, "inputs": table, "kills": sum(killed.values()), "runs_killed": n, "kinds_of_files": len([r for r in rows if r["fault"].startswith("file")]), "seconds": round(time.time() - begin, 1), "workers": workers, "environment": runs.environment(torch.device("cpu"))}
+    return {"rows": rows, "lost": lost, "inputs": table, "kills": sum(killed.values()), "runs_killed": n, "kinds_of_files": len([r for r in rows if r["fault"].startswith("file")]), "seconds": round(time.time() - begin, 1), "workers": workers, "environment": environment(torch.device("cpu"))}
 
 def main(out: str = "", # folder for record.json
          kills: int = 50, failures: int = 24, places: int = 200, workers: int = 0):

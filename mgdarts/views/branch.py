@@ -6,6 +6,9 @@
 from __future__ import annotations
 from pathlib import Path
 import torch
+from ..runs.listen import Recorder, mark
+from ..runs.folder import environment, new_folder, read_record
+from ..runs.make import bare_search
 from ..base.files import Checkpoints, lock, read_bytes, write_json
 from ..base.options import InputError
 from ..runs import run as runs
@@ -44,7 +47,7 @@ def _begin(run: Path, out: Path, search: Search, done: Commit, lines: bytes):
     "Write the record of a new run: the lines of another one, its frames, and the commit; then the state."
     (out / "events.jsonl").write_bytes(lines)
     if (run / REPLAY_FILE).exists(): (out / REPLAY_FILE).write_bytes(read_bytes(run / REPLAY_FILE, 1 << 32))
-    recorder = runs.Recorder(out / "events.jsonl", runs.mark(lines))
+    recorder = Recorder(out / "events.jsonl", mark(lines))
     frames = FrameRecorder(search, out / REPLAY_FILE, recorder.count) # those of later events are cut off
     for listener in (recorder, frames): search.events.listen(listener, "commit")
     search._emit("commit", None, max(search.epoch - (search.epoch_step == 0), 0), pruned=done.pruned,
@@ -62,14 +65,14 @@ def branch(run: str|Path, # folder of the run
            events: int|None = None # of the run, up to that state; None: as many as a saved state is marked with
           )->Path:
     "Make a run that goes on from a what-if. `InputError` if `out` is taken, or the state does not fit."
-    run, out = Path(run), runs.new_folder(out)
+    run, out = Path(run), new_folder(out)
     if state["counters"]["finished"]:
         raise InputError("this search is finished: take an earlier state to go on from")
-    search = runs.bare_search(run, state)
+    search = bare_search(run, state)
     if [len(c.omega) for c in search.net.cells] != [len(c.omega) for c in whatif.view.net.cells]:
         raise InputError("the thresholds were moved on another state of the search: look at it anew")
-    record, done = runs.read_record(run), commit_moved(search, whatif)
-    record |= {"environment": runs.environment(search.device), "branch": origin(run, search, done, whatif)}
+    record, done = read_record(run), commit_moved(search, whatif)
+    record |= {"environment": environment(search.device), "branch": origin(run, search, done, whatif)}
     lines = read_bytes(run / "events.jsonl", 1 << 32)
     if events is None: lines = lines[:state["record"]["bytes"]]
     else: lines = b"".join(lines.splitlines(keepends=True)[:events])

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from ..runs.records import is_training, list_runs, load_run, run_row
+from ..runs.folder import read_record
 from ..base.options import InputError
 from ..net import files as arch_files
 from ..net.architecture import Architecture
@@ -31,7 +33,7 @@ class Entry:
     path: Path
     events: list # of the search; empty for an architecture without a run
     arch: Architecture|None # None: a search that is not finished
-    row: dict # as `runs.list_runs` gives them, as far as it is known
+    row: dict # as `list_runs` gives them, as far as it is known
 
 def _without_search(path: Path, data: dict|None # records of a training; None: there are none
                    )->Entry:
@@ -51,9 +53,9 @@ def entries(paths: list # run folders, architectures
     out = []
     for path in map(Path, paths):
         if not path.exists(): raise InputError(f"{path} is not there: give run folders or architectures")
-        data = runs.load_run(path) if (path / "config.json").exists() else None
-        if data is None or runs.is_training(data): e = _without_search(path, data)
-        else: e = Entry(path.resolve().name, path, data["events"], data["arch"], runs.run_row(path, data))
+        data = load_run(path) if (path / "config.json").exists() else None
+        if data is None or is_training(data): e = _without_search(path, data)
+        else: e = Entry(path.resolve().name, path, data["events"], data["arch"], run_row(path, data))
         taken = sum(e.name == other.name.split(" #")[0] for other in out)
         if taken: e.name += f" #{taken + 1}"
         out.append(e)
@@ -69,7 +71,7 @@ def _flat(d: dict, at: str = "")->dict: # name with dots -> value
 def settings(found: list # of Entry
             )->list: # of (key, a value for each)
     "List the settings in which runs differ; `None` where there is no such setting."
-    told = [_flat(runs.read_record(e.path)["config"]) if (e.path / "config.json").exists() else {} for e in found]
+    told = [_flat(read_record(e.path)["config"]) if (e.path / "config.json").exists() else {} for e in found]
     keys = dict.fromkeys(k for t in told for k in t)
     return [(k, *(t.get(k) for t in told)) for k in keys if len({json.dumps(t.get(k)) for t in told if t}) > 1]
 
@@ -130,7 +132,7 @@ def _points(rows: list, size: str, accuracy: str)->dict: # (kind, label) -> poin
             if None not in at: groups.setdefault((kind, label), []).append((at[0] / 1e6, at[1], r))
     return dict(sorted(groups.items(), key=lambda g: g[0][0] == "random"))
 
-def pareto(rows: list, # of `runs.list_runs`
+def pareto(rows: list, # of `list_runs`
            size: str = "params_nonzero", # of `SIZES`
            accuracy: str = "test_acc" # or val_acc
           )->go.Figure:

@@ -11,6 +11,9 @@ from types import SimpleNamespace
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
+from ..runs.make import net_spec
+from ..runs.folder import read_config
+from ..runs.listen import read_events
 from ..base.options import Config, InputError
 from ..space.found import ArchCell, Op
 from ..runs import run as runs
@@ -26,7 +29,7 @@ __all__ = ['DECADES', 'SYMBOLS_X', 'space_of', 'Replay', 'replay', 'histograms',
 # %% ../../nbs/views/replay.ipynb #8c9ec874
 def space_of(cfg: Config):
     "Return the super-net that a configuration means, for images of any kind: its graph, operations and cells."
-    return runs.net_spec(cfg, SimpleNamespace(num_classes=10, size=32, in_channels=3))
+    return net_spec(cfg, SimpleNamespace(num_classes=10, size=32, in_channels=3))
 
 @dataclass
 class Replay:
@@ -55,7 +58,7 @@ class Replay:
 def replay(run: str|Path # a run folder; the search in it may still be going on
           )->Replay:
     "Read the moments of a run. `InputError` if it is not a run folder."
-    cfg, events = runs.read_config(run), runs.read_events(Path(run) / "events.jsonl")
+    cfg, events = read_config(run), read_events(Path(run) / "events.jsonl")
     frames, missing = read_frames(run, events), ""
     lost = sum(f.at is None for f in frames)
     if lost: missing = f"cells and thresholds of {lost} of {len(frames)} moments, whose frames are missing or damaged"

@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 import torch
+from ..runs.listen import read_events
+from ..runs.folder import read_config
+from ..runs.make import bare_search
 from ..base.events import Event
 from ..base.files import Checkpoints, read_bytes
 from ..base.options import Config, InputError
@@ -63,7 +66,7 @@ def past_of(frames: list # of a recorded search
 
 def recorded(folder: Path)->Diary:
     "Begin a diary with the record of a run."
-    events, spec = runs.read_events(folder / "events.jsonl"), space_of(runs.read_config(folder))
+    events, spec = read_events(folder / "events.jsonl"), space_of(read_config(folder))
     return Diary(events, regrown_in(spec, events), past_of(read_frames(folder, events)))
 
 # %% ../../nbs/views/stepper.ipynb #d1363cd8
@@ -229,12 +232,12 @@ def bytes_of(folder: Path)->int:
 def on_run(folder: str|Path):
     "Work on a run folder: to look at, and to go on with where it is not finished. `InputError` if it is none."
     folder = Path(folder)
-    runs.read_config(folder) # not a run: say so at once
+    read_config(folder) # not a run: say so at once
     def work(s):
         s.folder, s.seen, s.diary = folder, bytes_of(folder), recorded(folder)
         found = Checkpoints(folder / "checkpoint").load()
         s.looking, s.busy = True, False
-        if found: s.search = runs.bare_search(folder, found)
+        if found: s.search = bare_search(folder, found)
         s.changed()
         if (folder / "result.json").exists(): return
         hold(s)

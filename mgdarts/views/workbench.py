@@ -7,6 +7,7 @@ from __future__ import annotations
 import html, math, os, re, threading, time, traceback
 from pathlib import Path
 import ipywidgets as ui, torch
+from ..runs.folder import free_name, new_folder, read_config
 from . import compare
 from . import pictures
 from . import plots
@@ -276,8 +277,8 @@ class Workbench:
         else:
             if old and old.stepper: old.stepper.close()
             if isinstance(what, Search): self.stepper = Stepper(on_search(what), self._wake.set)
-            elif isinstance(what, Config): self._begin(on_new(what, runs.free_name(what)), what)
-            elif what is not None: self._begin(on_run(what), runs.read_config(what))
+            elif isinstance(what, Config): self._begin(on_new(what, free_name(what)), what)
+            elif what is not None: self._begin(on_run(what), read_config(what))
         self._search = what if isinstance(what, Search) else None
         self._build()
         Workbench._open[self.key] = self
@@ -382,14 +383,14 @@ class Workbench:
         self._later("thresholds")
     def start(self, cfg: Config, out: str|Path|None = None):
         "A new search; the one that is open stops, saved."
-        out = runs.new_folder(out) if out else runs.free_name(cfg)
+        out = new_folder(out) if out else free_name(cfg)
         with self.lock: self._begin(on_new(cfg, out), cfg)
         self.stepper.run()
         self.say(f"a new search: {out.name}")
     def open(self, run: str|Path):
         "Another run; the one that is open stops, saved."
         work = on_run(run)
-        with self.lock: self._begin(work, runs.read_config(run))
+        with self.lock: self._begin(work, read_config(run))
         self.say(f"{Path(run).name} is open")
 
     # longer answers, each in a thread of its own
@@ -465,7 +466,7 @@ class Workbench:
         if s is None or s.folder is None: return self.say("not done: a search without a run folder cannot be copied; start it from here, or with runs.search")
         def do():
             if name and not re.fullmatch(r"[\w.-]+", name): raise InputError(f"{name!r} is not a name: use letters, digits, dots, dashes")
-            out = s.folder.parent / name if name else runs.free_name(self.config)
+            out = s.folder.parent / name if name else free_name(self.config)
             state, view, events = s.ask(lambda search: (search.state_dict(), View(search, s.regrown), len(s.events))).result(600)
             branch(s.folder, state, self.whatif.at(view), out, events)
             self.open(out)
