@@ -1,4 +1,4 @@
-"What is exported computes the same as here, where mgdarts cannot be imported; and what cannot be written is refused in one line."
+"What is exported computes the same where mgdarts cannot be imported; what cannot be written is refused in one line."
 import json
 import os
 import subprocess
@@ -10,18 +10,21 @@ import pytest
 import torch
 
 from mgdarts.base.files import Checkpoints
+from mgdarts.base.options import InputError
+from mgdarts.cli.main import main
+from mgdarts.methods.registry import preset
 from mgdarts.net import files as architecture
-from mgdarts.runs import export
-from mgdarts.views import plots
-from mgdarts.runs import run as runs
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.sample import random_architecture
-from mgdarts.cli.main import main
-from mgdarts.base.options import InputError
-from mgdarts.methods.registry import preset
+from mgdarts.runs import export, run as runs
 from mgdarts.space.darts import NetSpec
+from mgdarts.views import plots
+from mgdarts.views.save import save_figure
 
-SPECS = {"cifar": (NetSpec(8, 6, size=16), 60_000), "odd sides, one channel": (NetSpec(6, 3, 7, 15, 1), 30_000), "imagenet": (NetSpec(8, 3, 5, 72), 50_000)}
+SPECS = {"cifar": (NetSpec(8, 6, size=16), 60_000), "odd sides, one channel": (NetSpec(6, 3, 7, 15, 1), 30_000),
+         "imagenet": (NetSpec(8, 3, 5, 72), 50_000)}
+SMALL = {"data.subset": 200, "search.warmup": 0, "search.max_epochs": 1, "search.prune_every": 1, "search.batch": 50,
+         "train.epochs": 1, "train.aux_weight": 0.4}
 
 
 def masked(spec, target, seed=0):
@@ -31,7 +34,7 @@ def masked(spec, target, seed=0):
 
 @torch.no_grad()
 def lively(arch):
-    "Our network after a look at random images, so that running statistics and affine weights are not those of a fresh one."
+    "Our network after a look at random images: running statistics and affine weights are not those of a fresh one."
     torch.manual_seed(1)
     net = DerivedNet(arch)
     for name, p in net.named_parameters():
@@ -53,7 +56,8 @@ from net import Net
 given = torch.load(sys.argv[1] + "/given.pt", weights_only=True)
 net = Net().eval()
 net.load_state_dict(given["state"])
-torch.save({"y": net(given["x"]).detach(), "loaded": sorted(m for m in sys.modules if m.split(".")[0] == "mgdarts")}, sys.argv[1] + "/out.pt")
+loaded = sorted(m for m in sys.modules if m.split(".")[0] == "mgdarts")
+torch.save({"y": net(given["x"]).detach(), "loaded": loaded}, sys.argv[1] + "/out.pt")
 """
 
 
@@ -62,7 +66,8 @@ def test_the_python_file_computes_the_same_without_this_package(which, tmp_path)
     arch = masked(*SPECS[which])
     architecture.save(arch, tmp_path / "A")
     done = export.export_arch(tmp_path / "A", "python", tmp_path / "net.py")
-    assert done["files"] == [str(tmp_path / "net.py")] and "import mgdarts" not in (tmp_path / "net.py").read_text("utf-8")
+    assert done["files"] == [str(tmp_path / "net.py")]
+    assert "import mgdarts" not in (tmp_path / "net.py").read_text("utf-8")
     net, x = lively(arch), torch.randn(4, arch.in_channels, arch.size, arch.size)
     with torch.no_grad():
         want = net(x)[0]
@@ -116,7 +121,8 @@ def test_the_onnx_graph_computes_the_same_for_any_batch(tmp_path):
     arch = masked(NetSpec(4, 3, 5, 9), 9_000)
     architecture.save(arch, tmp_path / "A")
     done = export.export_arch(tmp_path / "A", "onnx", tmp_path / "net.onnx")
-    assert [p.name for p in tmp_path.glob("net*")] == ["net.onnx"] and done["bytes"] == (tmp_path / "net.onnx").stat().st_size
+    assert [p.name for p in tmp_path.glob("net*")] == ["net.onnx"]
+    assert done["bytes"] == (tmp_path / "net.onnx").stat().st_size
     net, run = DerivedNet(arch).eval(), runtime(tmp_path / "net.onnx")
     for n in (1, 3):
         x = torch.randn(n, 3, 9, 9)
@@ -127,26 +133,30 @@ def test_the_onnx_graph_computes_the_same_for_any_batch(tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("export") / "run"
-    runs.search(preset("smoke", **{"data.subset": 200, "search.warmup": 0, "search.max_epochs": 1, "search.prune_every": 1, "search.batch": 50, "train.epochs": 1, "train.aux_weight": 0.4}), out)
+    runs.search(preset("smoke", **SMALL), out)
     return out
 
 
 def test_trained_weights_go_along(run, tmp_path, capsys):
-    assert main(["arch", "export", str(run), "--format", "torch", "--weights", "train", "--out", str(tmp_path / "net.pt")]) == 2
+    def out(name): return ["--out", str(tmp_path / name)]
+    assert main(["arch", "export", str(run), "--format", "torch", "--weights", "train", *out("net.pt")]) == 2
     assert "no finished training" in capsys.readouterr().err
     runs.retrain(run)
     saved = Checkpoints(run / "train/checkpoint").load()["net"]
     for source, name in ((run, "net"), (run / "train", "same")):
-        assert main(["arch", "export", str(source), "--format", "torch", "--out", str(tmp_path / f"{name}.pt"), "--json"]) == 0
+        assert main(["arch", "export", str(source), "--format", "torch", *out(f"{name}.pt"), "--json"]) == 0
         done = json.loads(capsys.readouterr().out)
-        assert done["weights"] == "train" and done["max_difference"] < 1e-5 and sorted(map(os.path.basename, done["files"])) == [f"{name}.pt", f"{name}.py"]
+        assert done["weights"] == "train" and done["max_difference"] < 1e-5
+        assert sorted(map(os.path.basename, done["files"])) == [f"{name}.pt", f"{name}.py"]
         state = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-        assert state.keys() == {k for k in saved if not k.startswith("aux.")} and all(v.equal(saved[k]) for k, v in state.items())
+        assert state.keys() == {k for k in saved if not k.startswith("aux.")}
+        assert all(v.equal(saved[k]) for k, v in state.items())
     arch = architecture.load(run)
     export.plain_net(arch).load_state_dict(state)
-    assert main(["arch", "export", str(run), "--format", "python", "--weights", "none", "--out", str(tmp_path / "bare.py"), "--json"]) == 0
+    assert main(["arch", "export", str(run), "--weights", "none", *out("bare.py"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["weights"] == "none" and not (tmp_path / "bare.pt").exists()
-    assert main(["arch", "export", str(run), "--format", "python", "--out", str(tmp_path / "full.py")]) == 0 and (tmp_path / "full.pt").exists()
+    assert main(["arch", "export", str(run), "--format", "python", *out("full.py")]) == 0
+    assert (tmp_path / "full.pt").exists()
 
 
 def test_json_can_be_read_back(run, tmp_path):
@@ -154,8 +164,10 @@ def test_json_can_be_read_back(run, tmp_path):
     assert architecture.load(tmp_path / "found.json") == architecture.load(run)
 
 
-@pytest.mark.parametrize("args, word", [(["--format", "tflite", "--out", "x.tflite"], "tflite"), (["--out", "x.onnx"], ".py"), (["--out", "no/x.py"], "no folder"), (["--weights", "best", "--out", "x.py"], "best"),
-                                        (["--format", "json", "--weights", "train", "--out", "x.json"], "json"), (["--out", "there.py"], "exists")])
+@pytest.mark.parametrize("args, word", [
+    (["--format", "tflite", "--out", "x.tflite"], "tflite"), (["--out", "x.onnx"], ".py"),
+    (["--out", "no/x.py"], "no folder"), (["--weights", "best", "--out", "x.py"], "best"),
+    (["--format", "json", "--weights", "train", "--out", "x.json"], "json"), (["--out", "there.py"], "exists")])
 def test_bad_input(run, args, word, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("there.py").write_text("mine")
@@ -170,27 +182,27 @@ def test_missing_packages_are_named(run, tmp_path, monkeypatch, capsys):
     assert "mgdarts[export]" in capsys.readouterr().err and not list(tmp_path.iterdir())
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="kaleido"):
-        export.save_figure(plots.empty("x"), tmp_path / "x.png")
+        save_figure(plots.empty("x"), tmp_path / "x.png")
 
 
 def test_figures_as_files(tmp_path, monkeypatch):
     fig = plots.empty("nothing yet")
-    page = export.save_figure(fig, tmp_path / "a.html")
+    page = save_figure(fig, tmp_path / "a.html")
     assert page.stat().st_size > 4e6 and "nothing yet" in page.read_text("utf-8")
     for bad in ("a.bmp", "a", "no/a.png"):
         with pytest.raises(InputError):
-            export.save_figure(fig, tmp_path / bad)
+            save_figure(fig, tmp_path / bad)
     pytest.importorskip("kaleido", reason="the extra 'export' is not installed")
     try:
-        svg = export.save_figure(fig, tmp_path / "a.svg")
+        svg = save_figure(fig, tmp_path / "a.svg")
     except InputError as e:
         assert "Chromium" in str(e)
         pytest.skip("there is no Chromium to draw pictures with")
     assert svg.read_text("utf-8").startswith("<svg") and "nothing yet" in svg.read_text("utf-8")
-    assert export.save_figure(fig, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert save_figure(fig, tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert fig.layout.paper_bgcolor == "rgba(0,0,0,0)"  # the figure itself keeps its look
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "none"))
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="Chromium"):
-        export.save_figure(fig, tmp_path / "b.png")
+        save_figure(fig, tmp_path / "b.png")
     assert not (tmp_path / "b.png").exists()

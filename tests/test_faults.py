@@ -13,22 +13,16 @@ import nbformat
 import papermill
 import pytest
 import torch
+from faults.inputs import Row, refuse
+from faults.process import FAST, OFTEN, SETS
+from faults.rot import Kind, rot
 
-from mgdarts.runs.listen import Saver
-from mgdarts.runs import faults
-from mgdarts.runs.listen import read_events
-from mgdarts.runs import run as runs
-from mgdarts.cli.main import main
-from mgdarts.base.options import InputError
-from mgdarts.methods.registry import preset
-from mgdarts.runs.faults import FAST, SETS
 from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_state, write_json
-
-
-
-def start(*args):
-    code = "import sys; from mgdarts.cli.main import main; from mgdarts import runs; Saver.__init__.__defaults__ = (0.3, (), None); sys.exit(main(sys.argv[1:]))"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+from mgdarts.base.options import InputError
+from mgdarts.cli.main import main
+from mgdarts.methods.registry import preset
+from mgdarts.runs import run as runs
+from mgdarts.runs.listen import read_events
 
 
 def searched(run):
@@ -36,6 +30,11 @@ def searched(run):
     events = [{k: v for k, v in e.items() if k != "time"} for e in read_events(run / "events.jsonl")]
     net = {k: v.numpy().tobytes() for k, v in Checkpoints(run / "checkpoint").load()["net"].items()}
     return events, net, (run / "architecture.json").read_bytes(), (run / "masks.safetensors").read_bytes()
+
+
+def said(capsys):
+    "The lines that are for the user."
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +45,15 @@ def whole(tmp_path_factory):
 
 
 def test_some_of_the_fault_suite(tmp_path):
-    "Kills, failing system calls, rotten files and wrong inputs, through the notebook that shows them; `make faults` does more of each."
+    "Kills, failing system calls, rotten files and wrong inputs, through the notebook; `make faults` does more of each."
     notebook = Path(__file__).resolve().parent.parent / "nbs/runs/fault_suite.ipynb"
-    papermill.execute_notebook(notebook, tmp_path / "out.ipynb", {"out": str(tmp_path), "kills": 2, "failures": 3, "places": 6}, kernel_name="python3", progress_bar=False)
+    some = {"out": str(tmp_path), "kills": 2, "failures": 3, "places": 6}
+    papermill.execute_notebook(notebook, tmp_path / "out.ipynb", some, kernel_name="python3", progress_bar=False)
     record = read_json(tmp_path / "record.json", "a record of faults")
-    assert record["lost"] == [] and record["kills"] >= 2 and record["kinds_of_files"] >= 10 and len(record["inputs"]) >= 80
-    shown = "".join(str(o.get("data", {}).get("text/markdown", "")) for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", []))
+    assert record["lost"] == [] and record["kills"] >= 2 and record["kinds_of_files"] >= 10
+    assert len(record["inputs"]) >= 80
+    outputs = [o for c in nbformat.read(tmp_path / "out.ipynb", 4).cells for o in c.get("outputs", [])]
+    shown = "".join(str(o.get("data", {}).get("text/markdown", "")) for o in outputs)
     assert "| wrong input |" in shown and "did you mean" in shown
 
 
@@ -59,25 +61,37 @@ def test_the_suite_notices_what_is_lost(tmp_path):
     "A reader that overlooks damage is found out."
     file = tmp_path / "a.json"
     write_json(file, {"accuracy": 91.25})
-    assert faults.rot("json", file, lambda: read_json(file, "it"), True, 20)[2] == []
+    assert rot("json", Kind(file, lambda: read_json(file, "it")), 20)[2] == []
     file.write_text('{"accuracy": 91.25}')
-    assert faults.rot("json", file, lambda: file.read_bytes(), True, 20)[2]
-    assert faults.refuse(("fine", ["count"], 2, "never"), tmp_path)[1]
+    assert rot("json", Kind(file, file.read_bytes), 20)[2]
+    assert refuse(Row("fine", ["count"], "never"), tmp_path)[1]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_ends_the_run(whole, tmp_path, number, code):
-    p = start("search", "--preset", "smoke", *SETS, "--out", tmp_path / "run")
+    order = ["search", "--preset", "smoke", *SETS, *OFTEN, "--out", str(tmp_path / "run")]
+    p = subprocess.Popen([sys.executable, "-m", "mgdarts", *order], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                         text=True)
     for _ in range(600):
         if (tmp_path / "run/checkpoint").exists():
             break
         time.sleep(0.05)
     p.send_signal(number)
     _, err = p.communicate()
-    said = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
-    assert p.returncode == code and len(said) == 1 and "--resume" in said[0], (p.returncode, err)
+    lines = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
+    assert p.returncode == code and len(lines) == 1 and "--resume" in lines[0], (p.returncode, err)
     runs.search(None, tmp_path / "run", resume=True)
     assert searched(tmp_path / "run") == searched(whole)
+
+
+def test_a_state_is_saved_as_often_as_is_asked(tmp_path):
+    saved, cfg = [], preset("smoke", **FAST)
+
+    def count(search):
+        search.events.listen(lambda e: saved.append(len(Checkpoints(tmp_path / "run/checkpoint").files())), "rest")
+
+    runs.search(cfg, tmp_path / "run", prepare=count, save_every=0)
+    assert saved[:4] == [0, 1, 2, 2]  # those who listened first see what the saver has done after the step before
 
 
 def test_a_folder_belongs_to_one_process(whole, tmp_path, capsys):
@@ -87,25 +101,29 @@ def test_a_folder_belongs_to_one_process(whole, tmp_path, capsys):
     assert "another process" in capsys.readouterr().err
 
 
+WILD = ["lr_weights=10", "search.clip=1e30", "lr_arch=100", "search.momentum=0.999"]
+
+
 def test_the_first_tensor_that_goes_bad_is_named(tmp_path, capsys):
-    code = main(["search", "--preset", "smoke", *SETS, "--set", "lr_weights=10", "--set", "search.clip=1e30", "--set", "lr_arch=100", "--set", "search.momentum=0.999", "--out", str(tmp_path / "run")])
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
-    assert code == 1 and len(said) == 1 and "epoch" in said[0] and "step" in said[0] and ("gradient" in said[0] or "loss" in said[0] or "cells." in said[0])
+    wild = [x for s in WILD for x in ("--set", s)]
+    code = main(["search", "--preset", "smoke", *SETS, *wild, "--out", str(tmp_path / "run")])
+    (line,) = said(capsys)
+    assert code == 1 and "epoch" in line and "step" in line and any(w in line for w in ("gradient", "loss", "cells."))
     state = Checkpoints(tmp_path / "run/checkpoint").load()
     assert all(v.isfinite().all() for v in state["net"].values() if v.is_floating_point())  # the state before it
 
 
 def test_out_of_memory_says_what_is_needed(tmp_path, capsys, monkeypatch):
-    def full(self, loss):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes.")
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory")
 
-    monkeypatch.setattr("mgdarts.search.loop.Search._backward", full)
+    monkeypatch.setattr(torch.optim.SGD, "step", full)
     assert main(["search", "--preset", "smoke", *SETS, "--out", str(tmp_path / "run")]) == 1
-    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mgdarts: ")]
-    assert len(said) == 1 and "GB" in said[0] and "search.batch" in said[0]
+    (line,) = said(capsys)
+    assert "GB" in line and "search.batch" in line
 
 
-def test_a_full_disk_leaves_the_state_before(whole, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
     kept = Checkpoints(tmp_path)
     kept.save({"i": 1})
 
@@ -128,7 +146,8 @@ def test_no_damage_to_a_state_goes_unnoticed():
                 found = unpack_state(bad)
             except (ValueError, InputError):
                 continue
-            assert found["n"] == 3 and torch.equal(found["net"]["w"], state["net"]["w"])  # nothing but the version's number is not summed
+            # nothing but the version's number is not summed
+            assert found["n"] == 3 and torch.equal(found["net"]["w"], state["net"]["w"])
 
 
 def test_a_state_from_the_future_and_one_that_would_run_code_are_refused(tmp_path):

@@ -9,20 +9,26 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgdarts.runs.make import make_search, make_trainer, supernet_weights
-from mgdarts.base.files import Checkpoints
-from mgdarts.runs.folder import read_config, read_record
-from mgdarts.runs.records import load_run
-from mgdarts.net.discrete import DerivedNet
-from mgdarts.net import files as architecture
-from mgdarts.runs.listen import read_events
-from mgdarts.runs.records import list_runs, run_row
-from mgdarts.runs import run as runs
-from mgdarts.cli.main import main
+from mgdarts import __version__
+from mgdarts.base.augment import Augment
+from mgdarts.base.data import load_data
+from mgdarts.base.files import Checkpoints, read_json, write_json
 from mgdarts.base.options import InputError
-from mgdarts.methods.registry import preset
+from mgdarts.cli.main import main
+from mgdarts.methods.registry import METHODS, preset
+from mgdarts.net import files as architecture
+from mgdarts.net.count import counts
+from mgdarts.net.discrete import DerivedNet
+from mgdarts.net.supernet import SuperNet
+from mgdarts.runs import estimate, run as runs
+from mgdarts.runs.folder import read_config, read_record
+from mgdarts.runs.listen import read_events
+from mgdarts.runs.make import make_search, make_trainer, supernet_weights
+from mgdarts.runs.records import list_runs, load_run, run_row
 from mgdarts.space.darts import NetSpec
-from mgdarts.base.files import read_json, write_json
+from mgdarts.space.space import count_supernet
+from mgdarts.views import compare, plots
+from mgdarts.views.report import report, write_report
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
@@ -38,24 +44,24 @@ def call(args, capsys):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "one"
-    runs.search(preset("smoke", **FAST), out)
+    runs.search(preset("smoke", **FAST), out, listeners=(report,))
     runs.retrain(out)
-    runs.retrain(out, baseline=True)
+    runs.retrain(out, baseline=True, listeners=(report,))
     return out
 
 
 def test_count(capsys):
     code, out, _ = call(["count", "--channels", 16, "--cells", 8, "--json"], capsys)
     small = json.loads(out)
-    assert code == 0 and small["main"] == 1987194 and small["ops"] == 784 and small["stages"] == [97536, 438784, 1446912]
+    assert code == 0 and small["main"] == 1987194 and small["ops"] == 784
+    assert small["stages"] == [97536, 438784, 1446912]
     _, out, _ = call(["count", "--channels", 44, "--cells", 14, "--json"], capsys)
     large = json.loads(out)
-    assert large["main"] == 21003982 and [sum(large["aux"][k]) for k in ("small", "medium", "large")] == [692500, 2695700, 3236372]
+    assert large["main"] == 21003982
+    assert [sum(large["aux"][k]) for k in ("small", "medium", "large")] == [692500, 2695700, 3236372]
 
 
 def test_counts_agree_with_built_super_nets():
-    from mgdarts.space.space import count_supernet
-    from mgdarts.net.supernet import SuperNet
     for C, L in ((16, 8), (44, 14)):
         spec = NetSpec(C, L)
         want = count_supernet(spec)
@@ -66,34 +72,40 @@ def test_counts_agree_with_built_super_nets():
                 assert sum(p.numel() for p in net.head.parameters()) == want["aux"][size][stage]
         net.open(L - 1, 2)
         arch = {id(net.alpha)} | {id(getattr(net, t)) for t in net.THRESHOLDS} | {id(c.beta) for c in net.cells}
-        assert sum(p.numel() for p in net.parameters() if id(p) not in arch) == want["main"] == net.count().searched.params
+        weights = sum(p.numel() for p in net.parameters() if id(p) not in arch)
+        assert weights == want["main"] == net.count().searched.params
 
 
-@pytest.mark.skipif(not (SHARED / "data/published").exists(), reason="the published architecture is not beside the repository")
+@pytest.mark.skipif(not (SHARED / "data/published").exists(), reason="the published architecture is not there")
 def test_import_of_the_published_architecture(tmp_path, capsys):
     published = SHARED / "data/published"
-    code, _, err = call(["arch", "import", "--genotype", published / "genotype_small.txt", "--masks", published / "mask_cifar10_darts_small.npy", "--channels", 24, "--out", tmp_path / "A"], capsys)
+    given = ["--genotype", published / "genotype_small.txt", "--masks", published / "mask_cifar10_darts_small.npy"]
+    code, _, err = call(["arch", "import", *given, "--channels", 24, "--out", tmp_path / "A"], capsys)
     assert code == 0, err
     code, out, _ = call(["arch", "show", tmp_path / "A", "--json"], capsys)
     got = json.loads(out)
-    assert (got["params_total"], got["params_deployable"], got["params_nonzero"], got["ops"]) == (1143644, 704082, 697142, 184)
+    sizes = {"params_total": 1143644, "params_deployable": 704082, "params_nonzero": 697142, "ops": 184}
+    assert {k: got[k] for k in sizes} == sizes
     assert got["macs"] == pytest.approx(137.4e6, rel=1e-3)
-    net = architecture.DerivedNet(architecture.load(tmp_path / "A"), aux=True)
+    net = DerivedNet(architecture.load(tmp_path / "A"), aux=True)
     assert sum(p.numel() for p in net.parameters()) == 1143644
     assert net(torch.randn(2, 3, 32, 32))[0].shape == (2, 10)
 
 
 def test_a_run_folder_is_complete(run, capsys):
     names = {p.name for p in run.iterdir()}
-    assert {"config.json", "events.jsonl", "checkpoint", "architecture.json", "masks.safetensors", "report.html", "result.json", "train", "random"} <= names
+    assert {"config.json", "events.jsonl", "checkpoint", "architecture.json", "masks.safetensors", "report.html",
+            "result.json", "train", "random"} <= names
     record = json.loads((run / "config.json").read_text())
-    assert record["config"]["seed"] == 0 and record["environment"]["torch"] and (record["dataset"], record["data_source"]) == ("digits", "scikit-learn")
+    assert record["config"]["seed"] == 0 and record["environment"]["torch"]
+    assert (record["dataset"], record["data_source"]) == ("digits", "scikit-learn")
     events = read_events(run / "events.jsonl")
-    assert events[-1]["type"] == "done" and all({"type", "step", "epoch", "stage", "time"} <= e.keys() for e in events)
+    assert events[-1]["type"] == "done"
+    assert all({"type", "step", "epoch", "stage", "time"} <= e.keys() for e in events)
     assert all("loss" in e for e in events if e["type"] == "epoch")
     result = json.loads((run / "result.json").read_text())
     arch = architecture.load(run)
-    assert architecture.counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"]
+    assert counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"]
     a, b = (json.loads((run / k / "result.json").read_text())["params_nonzero"] for k in ("train", "random"))
     assert b <= a and b > 0.95 * a
     code, out, _ = call(["runs", run.parent, "--json"], capsys)
@@ -102,10 +114,9 @@ def test_a_run_folder_is_complete(run, capsys):
     assert "digits (scikit-learn)" in page and "http://" not in page.replace("http://www.w3.org", "")
 
 
-def test_events_depend_on_the_clock_in_nothing_but_time(run, tmp_path):
+def test_events_depend_on_the_clock_in_nothing_but_time(run, tmp_path, events_of):
     runs.search(preset("smoke", **FAST), tmp_path / "again")
-    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in read_events(p / "events.jsonl")]
-    assert strip(run) == strip(tmp_path / "again")
+    assert events_of(run) == events_of(tmp_path / "again")
     for name in ("architecture.json", "masks.safetensors"):
         assert (run / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
@@ -117,7 +128,8 @@ def test_an_interrupted_run_resumes_to_the_same_events(run, interrupted, events_
 
 def test_training_from_the_super_nets_weights(run):
     cfg = preset("smoke", **FAST, **{"train.weights": "supernet"})
-    result = runs.train(cfg, architecture.load(run), run / "inherited", init_state=supernet_weights(run, architecture.load(run)))
+    arch = architecture.load(run)
+    result = runs.train(cfg, arch, run / "inherited", init_state=supernet_weights(run, arch))
     assert result["epochs"] == 2
 
 
@@ -170,16 +182,19 @@ def test_bad_input(args, word, run, tmp_path, capsys, monkeypatch):
     (tmp_path / "half/train/a").mkdir(parents=True)
     (tmp_path / "text").write_text("hello")
     if "cifar10" in args:  # what no network looks like
-        monkeypatch.setattr("torchvision.datasets.CIFAR10.download", lambda self: (_ for _ in ()).throw(RuntimeError("no network")), raising=False)
+        def offline(self): raise RuntimeError("no network")
+        monkeypatch.setattr("torchvision.datasets.CIFAR10.download", offline, raising=False)
     before = sorted(p for p in tmp_path.rglob("*") if "cifar" not in p.name)
     args = [a.format(tmp=tmp_path, run=run) for a in args]
     code, out, err = call(args, capsys)
-    assert code == 2 and out == "" and err.count("\n") == 1 and err.startswith("mgdarts: ") and word in err, (code, out, err)
+    assert code == 2 and out == "", (code, out, err)
+    assert err.count("\n") == 1 and err.startswith("mgdarts: ") and word in err, err
     assert sorted(p for p in tmp_path.rglob("*") if "cifar" not in p.name) == before
 
 
 def test_a_non_finite_loss_ends_with_1_and_a_saved_state(tmp_path, capsys):
-    code, out, err = call(["search", "--preset", "smoke", *SETS, "--set", "lr_weights=10", "--set", "search.clip=1e30", "--set", "lr_arch=100", "--out", tmp_path / "run"], capsys)
+    wild = [x for s in ("lr_weights=10", "search.clip=1e30", "lr_arch=100") for x in ("--set", s)]
+    code, _, err = call(["search", "--preset", "smoke", *SETS, *wild, "--out", tmp_path / "run"], capsys)
     lines = [line for line in err.splitlines() if line.startswith("mgdarts: ")]
     assert code == 1 and len(lines) == 1 and "finite" in lines[0]
     assert Checkpoints(tmp_path / "run/checkpoint").load()["version"] == 2
@@ -201,9 +216,6 @@ def test_data_for_another_architecture_is_refused(run):
 
 
 def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, capsys):
-    import shutil
-    from mgdarts.views import compare
-    from mgdarts.views import plots
     copy = tmp_path / "all"
     shutil.copytree(run, copy)
     for k in ("train", "random"): shutil.rmtree(copy / k)
@@ -213,11 +225,13 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
     got = json.loads(out)
     assert got["trained_on"] == "train+val" and not [k for k in got if "val" in k]
     record, searched = read_record(copy / "train"), read_record(copy)
-    assert record["config"]["train"]["images"] == "train+val" and searched["images"]["val"] == 20 and record["images"] == {**searched["images"], "train": 200, "val": 0}
+    assert record["config"]["train"]["images"] == "train+val" and searched["images"]["val"] == 20
+    assert record["images"] == {**searched["images"], "train": 200, "val": 0}
     code, out, err = call([*order, "--baseline"], capsys) # with a bar, and as a table
     assert code == 0 and "train+val" in out and "validation" not in out, err
     events = read_events(copy / "random/events.jsonl")
-    assert [e["type"] for e in events] == ["epoch", "epoch", "result"] and not [k for e in events for k in e if "val" in k]
+    assert [e["type"] for e in events] == ["epoch", "epoch", "result"]
+    assert not [k for e in events for k in e if "val" in k]
     assert call([*order, "--resume", "--json"], capsys)[0] == 0
     assert [t.name for t in plots.learning(events).data] == ["train", "train"]
     page = (copy / "report.html").read_text("utf-8")
@@ -225,45 +239,52 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
     both = (run / "report.html").read_text("utf-8")
     assert "best validation epoch" in both and "images it learns from" not in both
     row = next(r for r in list_runs(tmp_path) if r["run"] == str(copy))
-    assert row["test_acc"] == got["test_acc_final"] and row["random_acc"] is not None and row["val_acc"] is row["random_val_acc"] is None
+    assert row["test_acc"] == got["test_acc_final"] and row["random_acc"] is not None
+    assert row["val_acc"] is row["random_val_acc"] is None
     assert compare.pareto([row]).data and not compare.pareto([row], accuracy="val_acc").data
     assert compare.entries([copy, copy / "train"])[1].row["test_acc"] == got["test_acc_final"]
     assert call(["compare", copy, run, "--figure", tmp_path / "c.html"], capsys)[0] == 0
 
 
 def test_presets_search_and_retrain_as_the_paper_does():
-    from mgdarts.base.augment import Augment
     for name in ("imagenet", "mobilenet"):
         cfg = preset(name)
-        assert Augment.of(cfg.data).at(224) == Augment(28, True, 112, True, "imagenet") and not cfg.train.autoaugment and not cfg.train.cutout
-    assert {name: preset(name).train.images for name in ("smoke", "cpu", "small", "large", "imagenet", "mobilenet")} == {"smoke": "train", "cpu": "train", **dict.fromkeys(("small", "large", "imagenet", "mobilenet"), "train+val")}
-    assert preset("large").search.target_m == 2.2 and preset("cpu").data.name == preset("cpu", kind="mobilenet").data.name == "cifar10"
+        assert Augment.of(cfg.data).at(224) == Augment(28, True, 112, True, "imagenet")
+        assert not cfg.train.autoaugment and not cfg.train.cutout
+    long = dict.fromkeys(("small", "large", "imagenet", "mobilenet"), "train+val")
+    images = {"smoke": "train", "cpu": "train", **long}
+    assert {name: preset(name).train.images for name in images} == images
+    assert preset("large").search.target_m == 2.2
+    assert preset("cpu").data.name == preset("cpu", kind="mobilenet").data.name == "cifar10"
     assert preset("small").data.policy == "cifar10" and preset("small").train.cutout
 
 
 def test_a_retraining_without_cutout_has_none(run):
-    from mgdarts.base.data import load_data
-    cfg = preset("smoke", **FAST, **{"data.cutout": 4})
-    splits = load_data(cfg.data, 0)
-    augment = lambda **k: make_trainer(preset("smoke", **FAST, **{"data.cutout": 4}, **k), architecture.load(run), splits).loaders["train"].augment
-    assert augment().cutout == 4 and augment(**{"train.cutout": False}).cutout == 0
-    search = make_search(preset("smoke", **FAST, **{"data.cutout": 4, "train.cutout": False}), splits)
-    assert search.loaders["train"].augment.cutout == 4
+    def cfg(**more): return preset("smoke", **FAST, **{"data.cutout": 4}, **more)
+    splits = load_data(cfg().data, 0)
+    def cutout(loop): return loop.loaders["train"].augment.cutout
+    def trainer(**more): return make_trainer(cfg(**more), architecture.load(run), splits)
+    assert cutout(trainer()) == 4 and cutout(trainer(**{"train.cutout": False})) == 0
+    assert cutout(make_search(cfg(**{"train.cutout": False}), splits)) == 4
 
 
 @pytest.mark.parametrize("kind", ["darts", "mobilenet"])
 def test_a_dry_run_says_what_is_needed_and_writes_nothing(kind, tmp_path, capsys, monkeypatch):
-    from mgdarts.runs import estimate
-    order = ["search", "--preset", "smoke", "--dry-run", "--json", "--out", str(tmp_path / "run"), "--set", f"space.kind={kind}", "--set", "data.subset=200"]
+    order = ["search", "--preset", "smoke", "--dry-run", "--json", "--out", str(tmp_path / "run"),
+             "--set", f"space.kind={kind}", "--set", "data.subset=200"]
     assert main(order) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["search_hours_at_most"] == pytest.approx(sum(s["epoch_s"] * s["epochs_at_most"] for s in found["stages"]) / 3600)
-    assert found["search_hours_at_most"] > 0 and found["train_hours"] > 0 and found["images"] == {"train": 180, "val": 20, "test": 359, "retraining": 180}
-    assert found["peak_bytes"] == max(s["peak_bytes"] for s in found["stages"]) and not found["problems"] and not list(tmp_path.iterdir())
+    seconds = sum(s["epoch_s"] * s["epochs_at_most"] for s in found["stages"])
+    assert found["search_hours_at_most"] == pytest.approx(seconds / 3600)
+    assert found["search_hours_at_most"] > 0 and found["train_hours"] > 0
+    assert found["images"] == {"train": 180, "val": 20, "test": 359, "retraining": 180}
+    assert found["peak_bytes"] == max(s["peak_bytes"] for s in found["stages"])
+    assert not found["problems"] and not list(tmp_path.iterdir())
     monkeypatch.setattr(estimate, "memory_there", lambda device: 1000)
     assert main(order) == 2
     said = capsys.readouterr()
-    assert said.err.count("\n") == 1 and "a step needs about" in said.err and len(json.loads(said.out)["problems"]) == 1
+    assert said.err.count("\n") == 1 and "a step needs about" in said.err
+    assert len(json.loads(said.out)["problems"]) == 1
     assert main([*order, "--set", "data.name=nowhere"]) == 2
 
 
@@ -276,10 +297,45 @@ def test_a_run_of_before_opens_and_its_sizes_are_called_what_they_were(run, tmp_
     for name in ("gap", "drift"): del result[name]
     result["params"] = result.pop("params_searched")
     for name, content in (("config", record), ("result", result)): write_json(old / f"{name}.json", content)
-    assert read_config(old).search.threshold_init == "own" and read_config(old).search.lambda_cap_fine == 0.5
+    before = read_config(old).search
+    assert before.threshold_init == "own" and before.lambda_cap_fine == 0.5
     assert read_config(run).search.threshold_init == "min"
     row = run_row(old, load_run(old))
-    assert row["status"].endswith("reached (before alignment)") and row["params"] == result["derived"]["params_nonzero"] and row["params_searched"] == result["params"]
+    assert row["status"].endswith("reached (before alignment)")
+    assert row["params"] == result["derived"]["params_nonzero"] and row["params_searched"] == result["params"]
     code, out, _ = call(["search", "--resume", "--out", old], capsys)
     assert code == 0 and "as counted" in out
-    assert "before alignment" in runs.write_report(old).read_text("utf-8")
+    assert "before alignment" in write_report(old).read_text("utf-8")
+
+
+def test_what_there_is(capsys):
+    code, out, _ = call(["methods", "--json"], capsys)
+    found = {m["name"]: m for m in json.loads(out)["methods"]}
+    assert code == 0 and list(found) == list(METHODS) and found["mg-darts"]["settings"] == {}
+    code, out, _ = call(["knobs", "--json"], capsys)
+    every = {k["name"]: k for k in json.loads(out)["knobs"]}
+    assert code == 0 and every["search.lambda_step"]["default"] == 1e-5 and every["search.cost"]["choices"]
+    code, out, _ = call(["knobs", "LAMBDA", "--json"], capsys)
+    some = json.loads(out)["knobs"]
+    assert code == 0 and {"search.lambda_step", "search.lambda_cap"} <= {k["name"] for k in some} < set(every)
+    assert call(["methods"], capsys)[0] == call(["knobs", "warmup"], capsys)[0] == 0
+    code, out, err = call(["knobs", "lamda"], capsys)
+    assert code == 2 and out == "" and err.count("\n") == 1
+    assert call(["--version"], capsys)[1] == f"mgdarts {__version__}\n"
+    assert json.loads(call(["--version", "--json"], capsys)[1]) == {"version": __version__}
+
+
+def test_the_package_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "mgdarts", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"mgdarts {__version__}\n")
+
+
+def test_a_report_is_written_once_results_are_there(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    page = copy / "report.html"
+    page.unlink()
+    runs.search(None, copy, resume=True, listeners=(report,))  # the run was killed just before
+    written = page.stat().st_mtime_ns
+    runs.search(None, copy, resume=True, listeners=(report,))
+    assert page.stat().st_mtime_ns == written

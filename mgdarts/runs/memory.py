@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..base.options import Compute, Search as Settings
 from ..net.supernet import SuperNet
-from ..net.supernet import SuperNet
 from ..search.stages import plan
 from ..search.loss import regulariser
 from ..space.darts import NetSpec
