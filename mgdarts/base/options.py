@@ -96,7 +96,7 @@ REGISTRIES = (DECISIONS, STRENGTHS, STARTS, SHAPES, SCHEDULES, PRESSURES) # as t
 # %% ../../nbs/base/options.ipynb #f3b107e7
 @dataclass
 class Space:
-    "The super-net: `cells` cells of `channels` filters (DARTS-like), or layers as wide as `width` says (MobileNet-like)."
+    "The super-net: cells of `channels` filters (DARTS-like), or layers as wide as `width` says (MobileNet-like)."
     kind: str = knob("darts", "search space: DARTS-like, or MobileNet-like (Table III)", choices=("darts", "mobilenet"))
     channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction; darts only",
         2, 512)

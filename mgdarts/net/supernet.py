@@ -38,7 +38,8 @@ class SuperNet(nn.Module):
         refuse_unhandled(self.rules)
         strengths, shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.shapes, self.parts = strengths[0], shapes, strengths + shapes
-        shape, brought = (spec.cells, len(spec.edges), len(spec.ops)), {k: v for p in self.parts for k, v in p.brings(spec).items()}
+        shape = (spec.cells, len(spec.edges), len(spec.ops))
+        brought = {k: v for p in self.parts for k, v in p.brings(spec).items()}
         for name, size in brought.items(): setattr(self, name, nn.Parameter(torch.zeros(size)))
         self.strong = ("alpha", *brought) # names of the parameters that have a strength
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether scores are in force, drop-out on skips
@@ -111,7 +112,7 @@ class SuperNet(nn.Module):
         return next((w for p in self.parts if (w := p.edges(self)) is not None), None)
     @torch.no_grad()
     def importance(self)->Tensor: # [all cells, edges, operations]
-        "How strong operations are for those who look on or decide: what they are on average, of cells that do not exist yet sigma(alpha)."
+        "How strong operations are on average, for those who look on or decide."
         return self.strength.importance(self)
     def strengths(self)->Tensor: # [cells, edges * operations]
         "M_alpha(sigma(alpha)) of the cells that exist (Eq. 1), or what the method has in its place."
