@@ -31,6 +31,7 @@ def by_share(net: SuperNet, low: float, high: float, n: int, # the two bounds, a
     others = [None] * (len(found) - 1)
     return bounded(net, found, [1. if more else bound] + others, [1.] + others)
 
+# %% ../../nbs/methods/bounds.ipynb #97363bca
 @DECISIONS.add("share")
 @dataclass(frozen=True)
 class ByShare(Pruning):
@@ -62,6 +63,7 @@ def by_rank(net: SuperNet, ops: int, filters: int, # how many go
     others = [None] * (len(found) - len(bounds))
     return bounded(net, found, bounds + others, scales + others)
 
+# %% ../../nbs/methods/bounds.ipynb #482b60f6
 @DECISIONS.add("rate")
 @dataclass(frozen=True)
 class ByRate(Pruning):
@@ -87,7 +89,8 @@ class AuxiliaryHead(Pressure):
         return [self.aux * F.cross_entropy(h, y, label_smoothing=smoothing) for h in heads]
     def check(self, cfg):
         need(cfg.space.kind == "darts",
-             "the MobileNet-like space is searched without a further auxiliary head: set rules.aux=0, or space.kind=darts")
+             "the MobileNet-like space is searched without a further auxiliary head: set rules.aux=0, or "
+             "space.kind=darts")
         need(cfg.search.optimisation not in ("second-order", "none"), "rules.aux has no loss to weigh in with "
              f"search.optimisation={cfg.search.optimisation}: set rules.aux=0")
 

@@ -23,6 +23,7 @@ def keep_scored(cell, keep: float # share of the weights of each kernel
     "Mask all but the most important weights of each kernel for good."
     cell.omega_live = top(cell.score, cell.kernel_sizes, keep) > 0
 
+# %% ../../nbs/methods/dass.ipynb #7b839d99
 @torch.no_grad()
 def fit_scored(net: SuperNet, target: float # parameters, plain number
               )->float: # the share

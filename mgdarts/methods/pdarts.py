@@ -74,6 +74,7 @@ def fewer_skips(strength: Tensor, graph: Graph, # [cells, edges, operations], 0 
             strength[c, strength[c, :, skip].masked_fill(~kept, float("inf")).argmin(), skip] = 0
     return strongest_two(strength, graph)
 
+# %% ../../nbs/methods/pdarts.ipynb #fc47a9bb
 @DECISIONS.also
 @dataclass(frozen=True)
 class FewerSkips(Decision):

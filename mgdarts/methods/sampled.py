@@ -89,7 +89,9 @@ class Sample(Trial):
         else:
             by = by_strength(net, per_cell(spec, strength))
             ops = by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]
-        def accuracy(net): return evaluate([net], islice(search.loaders["val"].eval(), self.batches), search.device)[0][0]
+        def accuracy(net):
+            batches = islice(search.loaders["val"].eval(), self.batches)
+            return evaluate([net], batches, search.device)[0][0]
         trial["found"].append(ops)
         trial["scores"].append(score_among(net, ops, accuracy))
 

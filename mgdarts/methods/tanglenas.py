@@ -34,6 +34,7 @@ def tangled(ops: tuple # names of the operations of an edge
     "Which operations are parts of which."
     return [(ops.index(small), ops.index(large)) for small, large in TANGLED]
 
+# %% ../../nbs/methods/tanglenas.ipynb #6620acc1
 def superposed(w: Tensor, # [cells, edges, operations] weights of the operations
                live: Tensor, # the same, bool
                pairs: list # from `tangled`

@@ -35,7 +35,8 @@ def unrolled(net: nn.Module,
     def zero(g, k): return torch.zeros_like(own[k]) if g is None else g
     w = {k: own[k] for k in weights}
     step = grads(w, train, weights, False)
-    ahead = {k: w[k] - rate * (momentum * (buffers or {}).get(k, 0.) + zero(step[k], k) + decay * w[k]) for k in weights}
+    v = buffers or {}
+    ahead = {k: w[k] - rate * (momentum * v.get(k, 0.) + zero(step[k], k) + decay * w[k]) for k in weights}
     both = grads(ahead, val, [*weights, *strengths], True)
     d = {k: zero(both[k], k) for k in weights}
     eps = .01 / torch.stack([v.square().sum() for v in d.values()]).sum().sqrt().clamp(min=1e-12)
@@ -52,6 +53,7 @@ class SecondOrder(TwoLevel):
         ahead(search)
         return True
 
+# %% ../../nbs/methods/unroll.ipynb #e33b9952
 def ahead(search):
     "Put the gradient of the strengths for weights that have taken one step in its place."
     net, cfg = search.net, search.cfg
@@ -61,11 +63,13 @@ def ahead(search):
     moving = ((names[id(p)], search.optimizer.state.get(p, {}).get("momentum_buffer")) for p in sgd["params"])
     def loss(f, x, y, regularised, values):
         smoothing = 0. if regularised else cfg.label_smoothing
-        return sum(of_alpha(search, values["alpha"]) if regularised else (), F.cross_entropy(f(x), y, label_smoothing=smoothing))
+        ce = F.cross_entropy(f(x), y, label_smoothing=smoothing)
+        return sum(of_alpha(search, values["alpha"]), ce) if regularised else ce
     found = unrolled(net, loss, fetch(search), fetch(search, "arch"), of["weights"], of["strengths"], sgd["lr"],
                      cfg.momentum, cfg.weight_decay, {k: v for k, v in moving if v is not None})
     net.zero_grad(set_to_none=True)
     for name, g in found.items(): net.get_parameter(name).grad = g
 
+# %% ../../nbs/methods/unroll.ipynb #9c694c53
 DARTS_V2 = Method("darts-v2", "the same, with alpha's gradient through one step of the weights",
                   "Liu, Simonyan, Yang: DARTS, ICLR 2019", {**TWO_LEVEL, "search.optimisation": "second-order"})

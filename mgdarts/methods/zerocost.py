@@ -36,6 +36,7 @@ def plan_round(kinds: int, graph: Graph, g: torch.Generator)->list: # of [kind o
     nodes = [[k, "node", n] for k in range(kinds) for n in graph.nodes]
     return [group[i] for group in (edges, nodes) for i in torch.randperm(len(group), generator=g).tolist()]
 
+# %% ../../nbs/methods/zerocost.ipynb #1da32032
 def decide_edge(ops: Tensor, # [kinds, edges, operations] bool
                 k: int, e: int, score # ops -> number
                )->Tensor: # the same, with one operation on the edge
@@ -49,6 +50,7 @@ def decide_edge(ops: Tensor, # [kinds, edges, operations] bool
     if here: out[k, e, min(here, key=lambda o: score(without(o))) if len(here) > 1 else here[0]] = True
     return out
 
+# %% ../../nbs/methods/zerocost.ipynb #623e3d38
 def decide_node(ops: Tensor, k: int, into: tuple, # the edges into the node
                 score)->Tensor:
     "Give up the edges into a node that are missed least, until two are left."
@@ -56,7 +58,8 @@ def decide_node(ops: Tensor, k: int, into: tuple, # the edges into the node
         out = ops.clone()
         out[k, e] = False
         return out
-    while len(here := [e for e in into if ops[k, e].any()]) > 2: ops = without(max(here, key=lambda e: score(without(e))))
+    while len(here := [e for e in into if ops[k, e].any()]) > 2:
+        ops = without(max(here, key=lambda e: score(without(e))))
     return ops
 
 # %% ../../nbs/methods/zerocost.ipynb #9a5093c0
@@ -65,7 +68,7 @@ def decide_node(ops: Tensor, k: int, into: tuple, # the edges into the node
 class Perturbation(Trial):
     "Trial and error with a score that needs no training."
     def one(self, search, whole, trial):
-        "A decision on an edge or a node of a candidate; once there are all candidates, the score of one, on other images."
+        "A decision on an edge or a node of a candidate; once there are all, the score of one, on other images."
         found, scores, todo, graph = trial["found"], trial["scores"], trial["todo"], search.spec.graph
         i, images = len(found), search.loaders["train"]
         def jacobian(ops, of):
@@ -100,6 +103,7 @@ def standardise(saliency: Tensor, # [...]
     off = (saliency - mean) * live
     return off / (off.square().sum(dim, keepdim=True) / n).sqrt().clamp(min=1e-12)
 
+# %% ../../nbs/methods/zerocost.ipynb #100999aa
 @STARTS.add("saliency")
 @dataclass(frozen=True)
 class Saliency(Start):

@@ -67,8 +67,8 @@ class Relaxation(Strength):
         "What the operations of the cells that exist weigh; cells of a kind have one draw."
         first, kind = net.first_of_kind, net.kind
         a, live = net.alpha[first], net.op_live[first]
-        if self.zero:
-            a, live = torch.cat([a, net.zero[first][..., None]], -1), torch.cat([live, torch.ones_like(live[..., :1])], -1)
+        if self.zero: a = torch.cat([a, net.zero[first][..., None]], -1)
+        if self.zero: live = torch.cat([live, torch.ones_like(live[..., :1])], -1)
         w = weights(a, live) if weights else self.weights(a, live, net.noise if net.training else None, net.tau)
         return w[..., :net.alpha.shape[-1]][kind]
     def masked(self, net)->Tensor: # [cells, edges, operations]
@@ -99,6 +99,7 @@ class Sigmoid(Relaxation):
         return discretise(g, net.t_alpha[:n].flatten(), one, live, keep).view(n, *shape)
     def importance(self, net): return torch.sigmoid(net.alpha.detach())
 
+# %% ../../nbs/net/relax.ipynb #3fee0f6d
 @STRENGTHS.add("softmax")
 @dataclass(frozen=True)
 class Softmax(Relaxation):
@@ -156,8 +157,8 @@ class Shape(Part):
         need(self.whole or cfg.train.weights == "scratch",
              "the super-net's kernels are not those of the derived network here: set train.weights=scratch")
         need(self.whole or not DECISIONS[cfg.rules.discretiser].prunes, f"rules.discretiser={cfg.rules.discretiser} "
-             "prunes as it goes, and superposed kernels and partial channels are only cut into operations in the end: set "
-             "rules.superpose=none and rules.partial=1, or another rules.discretiser")
+             "prunes as it goes, and superposed kernels and partial channels are only cut into operations in the end: "
+             "set rules.superpose=none and rules.partial=1, or another rules.discretiser")
 
 # %% ../../nbs/net/relax.ipynb #6d273f43
 @SHAPES.add("none")

@@ -53,6 +53,7 @@ def by_strength(net: SuperNet,
     _, found = units_by_share(net, strength)
     return bounded(net, found, [1.] + [None] * (len(found) - 1))
 
+# %% ../../nbs/search/decide.ipynb #6a92b6f8
 @torch.no_grad()
 def all_but(net: SuperNet,
             keep: Tensor # [cells, edges, operations] bool
@@ -63,6 +64,7 @@ def all_but(net: SuperNet,
     nothing = [None] * (len(found) - 1)
     return bounded(net, [(name, g, live, keep.flatten()), *found[1:]], [float("inf")] + nothing)
 
+# %% ../../nbs/search/decide.ipynb #69c54480
 @torch.no_grad()
 def final_strength(net: SuperNet)->Tensor: # [cells, edges, operations], on the CPU
     "How strong operations are at the end: on average, where they live, times what their edge weighs."

@@ -45,8 +45,8 @@ def commit_masks(search, ce: float, price: float, # means over the epoch of CE a
     done = commit(net, s.target, optimizers, s.rebuilds, found, wait=not parts.decision.coarse, sizes=sizes)
     tally(search, done, before)
     lam = search.lam.update(done.pruned["operation"], ce, price) if parts.pressure.controls else 0.
-    search.emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params, target=s.target,
-                lambda_before=before, **{"lambda": lam}, **done.after.summary())
+    search.emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params,
+                target=s.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
 
 # %% ../../nbs/search/loop.ipynb #90ee67bd
 def end_epoch(search):
@@ -67,6 +67,7 @@ def end_epoch(search):
         if search.clock.share >= 1 - 1e-9: clock_is_up(search)
     elif not warm: prune_if_due(search, ce, own, epoch)
 
+# %% ../../nbs/search/loop.ipynb #0490708e
 def prune_if_due(search, ce: float, price: float, epoch: int):
     "A commit every few epochs; a stage ends at its target, or after so many epochs without it."
     s, cfg = search.state, search.cfg
@@ -155,6 +156,7 @@ def clock_of(search)->Clock:
     s, steps = search.state, len(search.loaders["train"])
     return Clock(s.stage, s.warmup, s.phase_epoch, s.epoch_step, steps, s.steps, search.length, search.warm_epochs)
 
+# %% ../../nbs/search/loop.ipynb #e01da049
 def validate(search)->tuple: # accuracy in percent, mean cross-entropy
     "The current sub-net on the validation split, with the masks as they are."
     (found,) = evaluate([search.net], search.loaders["val"].eval(), search.device)
@@ -174,6 +176,7 @@ def step(search):
     if s.epoch_step == steps and not s.finished: end_epoch(search)
     if search.events.wants("rest"): search.emit("rest")
 
+# %% ../../nbs/search/loop.ipynb #c591c285
 def run(search, until: str = "end")->bool: # whether the search is finished
     "Steps up to the next of something, or to the end."
     need(until in search.UNTIL, f"run until {until!r}: choose from {', '.join(search.UNTIL)}")

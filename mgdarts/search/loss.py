@@ -35,6 +35,7 @@ def size_by_cell(alpha: Tensor, # [cells, edges, operations]
         parts.append(torch.log1p(n * x / z.clamp(min=1e-12)))
     return (torch.cat(parts, 1).view_as(g) * live * price).sum((1, 2))
 
+# %% ../../nbs/search/loss.ipynb #c8e9aa26
 def size_loss(alpha: Tensor, live: Tensor, nodes: tuple, cost: Tensor|None = None, reg: float = 1.0,
               mu: float = 0.0)->Tensor: # scalar
     "The same over all nodes of some cells."
@@ -62,7 +63,7 @@ def cost(cell: Cell,
     lay, n, share = cell.layout, cell.layout.ops.numel(), filter_shares(cell, t_gate)
     w = cell.omega_live.to(share)
     if t_weight is not None: w = w * step(cell.omega.abs() - _spread(t_weight[cell.conv], cell.conv_len, w))
-    of_unit = torch.full((lay.spec.units,), len(share)) # where a unit's share is; without a gate of its own it counts fully
+    of_unit = torch.full((lay.spec.units,), len(share)) # where a unit's share is; without a gate it counts fully
     of_unit[cell.index.gate_unit[lay.slots["gates"]]] = torch.arange(len(share))
     of_unit[:lay.spec.ungated] = len(share)
     shares, out, device = torch.cat([share, share.new_ones(1)]), share.new_zeros(n + 1), share.device
@@ -78,6 +79,7 @@ def cost(cell: Cell,
         out = out.index_add(0, gate_op.repeat_interleave(cell.gate_n, output_size=len(share)), 2 * share)
     return out[:n].view_as(lay.ops) / 1e6
 
+# %% ../../nbs/search/loss.ipynb #658f6572
 @lru_cache(maxsize=64)
 def average_cost(spec, # a NetSpec or MobileSpec
                  what: str = "params" # or "macs"
@@ -97,6 +99,7 @@ def live_thresholds(net: SuperNet)->dict: # name -> bool, like the parameter's f
     out = {"t_alpha": ops, "t_beta": conv, "t_omega": conv, "t_pre": torch.ones_like(net.t_pre[:n], dtype=torch.bool)}
     return {k: v if searched[k] in net.granularities else torch.zeros_like(v) for k, v in out.items()}
 
+# %% ../../nbs/search/loss.ipynb #6105644d
 def prices(net: SuperNet,
            what: str = "params", # resource of R_size: params or macs
            reg: float = 1.0,
@@ -109,6 +112,7 @@ def prices(net: SuperNet,
         costs = costs / average_cost(net.spec, what)
     return size_by_cell(net.alpha[:n], net.op_live[:n], net.spec.node_sizes, costs, reg, mu)
 
+# %% ../../nbs/search/loss.ipynb #bfd3d21f
 def pressure(net: SuperNet)->Tensor: # scalar
     "R_thr of the current sub-net."
     n = len(net.cells)
@@ -153,6 +157,7 @@ class Size(Pressure):
     controls = True
     def prices(self, net): return prices(net, self.cost, self.reg, self.mu)
 
+# %% ../../nbs/search/loss.ipynb #523f4a85
 @PRESSURES.add("size+threshold")
 @dataclass(frozen=True)
 class SizeAndThreshold(Size):

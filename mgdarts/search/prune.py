@@ -35,16 +35,20 @@ class Candidates:
     @cached_property
     def rank(self)->Tensor: # [m] int32
         "How many of those that are off are less important than each: by |g| / t, by place where that is equal."
-        ratio = torch.cat([g[o] / t[o].clamp(min=1e-12) for (g, t, _), o in zip(self.values, self.off.split(self.sizes))])
-        order = ratio.float().view(torch.int32).argsort(stable=True) # the bits of numbers from 0 up are in their order, and whole numbers are sorted faster
-        return torch.empty(len(order), dtype=torch.int32).index_copy_(0, order, torch.arange(len(order), dtype=torch.int32))
+        off = self.off.split(self.sizes)
+        ratio = torch.cat([g[o] / t[o].clamp(min=1e-12) for (g, t, _), o in zip(self.values, off)])
+        # the bits of numbers from 0 up are in their order, and whole numbers are sorted faster
+        order = ratio.float().view(torch.int32).argsort(stable=True)
+        places = torch.arange(len(order), dtype=torch.int32)
+        return torch.empty_like(places).index_copy_(0, order, places)
 
     def masks(self, off: Tensor # [n] bool: units to leave out
              )->dict: # what `SuperNet.count` takes
         "Keep-masks in the form of the net."
         parts = (~off).split(self.sizes)
         n = (len(parts) - 1) // 2
-        return {"ops": self.tied(parts[0].view_as(self.live) & self.live), "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
+        ops = self.tied(parts[0].view_as(self.live) & self.live)
+        return {"ops": ops, "gates": list(parts[1:1 + n]), "weights": list(parts[1 + n:])}
     def tied(self, ops: Tensor # [cells, 14, 7] bool
             )->Tensor: # the same
         "One of a kind takes all with it, where cells of a kind are alike."
@@ -57,13 +61,16 @@ class Candidates:
 
     def auc(self, off: Tensor # [n] bool: units that go
            )->dict: # granularity -> the chance, None where nothing goes or nothing stays
-        "The chance that a unit that goes is weaker than one that stays, by |g|: 1 where the weakest go, 1/2 where strength does not matter."
+        """The chance that a unit that goes is weaker than one that stays, by |g|: 1 where the weakest go, 1/2 where
+        strength does not matter."""
         parts, out = list(zip(self.names, self.values, off.split(self.sizes))), {}
         for name in dict.fromkeys(self.names):
-            gone, kept = (torch.cat([g[live & (o if goes else ~o)] for k, (g, _, live), o in parts if k == name]) for goes in (True, False))
+            mine = [(g, live, o) for k, (g, _, live), o in parts if k == name]
+            gone, kept = (torch.cat([g[live & (o == goes)] for g, live, o in mine]) for goes in (True, False))
             out[name] = chance_weaker(gone, kept)
         return out
 
+# %% ../../nbs/search/prune.ipynb #0ab85cba
 def evenly(n: int, most: int = 1 << 17)->Tensor: # int64, ascending
     "Up to so many places among `n`, the first and the last among them: in whole numbers, for vectors longer than 2^24."
     m = min(n, most)
@@ -79,6 +86,7 @@ def chance_weaker(a: Tensor, b: Tensor, # any lengths
     below, up_to = (torch.searchsorted(b, a, right=right).double().mean() for right in (False, True))
     return float(1 - (below + up_to) / 2 / len(b))
 
+# %% ../../nbs/search/prune.ipynb #1c2b6f6c
 @torch.no_grad()
 def units(net: SuperNet)->list: # of (granularity, |g|, live, never pruned), on the CPU
     "The units that are stored, in the order of `Candidates`."
@@ -87,44 +95,54 @@ def units(net: SuperNet)->list: # of (granularity, |g|, live, never pruned), on 
     out = [("operation", g, live, strongest(g, net.node_n.repeat(n), live))]
     for cell in net.cells:
         g = torch.sigmoid(cell.beta)
-        out.append(("filter", g, ~cell.skips, strongest(g, cell.gate_n) | cell.skips)) # a strided skip's filters are not searched
+        # a strided skip's filters are not searched
+        out.append(("filter", g, ~cell.skips, strongest(g, cell.gate_n) | cell.skips))
     out += [("weight", cell.omega, cell.omega_live, torch.zeros_like(cell.omega_live)) for cell in net.cells]
     return [(name, g.abs().cpu(), live.cpu(), keep.cpu()) for name, g, live, keep in out]
 
+# %% ../../nbs/search/prune.ipynb #77120760
 def bounded(net: SuperNet,
             found: list, # from `units`
             bounds: list, # a bound for each of these vectors, numbers or tensors; None: nothing of it goes
             scales: list|None = None # what importance is measured by, where that is not the bound
            )->Candidates:
     "Units at or under a bound, whatever it is."
-    off = [torch.zeros_like(live) if t is None else (g <= t).logical_and_(live).logical_and_(~keep) for (_, g, live, keep), t in zip(found, bounds)]
-    values = [(g, torch.as_tensor(1. if t is None else t, dtype=g.dtype).expand_as(g), live) for (_, g, live, _), t in zip(found, scales or bounds)]
-    n = len(net.cells)
-    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:n].cpu(), values, torch.tensor(net.spec.kinds[:n]), [name for name, *_ in found])
+    off = [torch.zeros_like(live) if t is None else (g <= t).logical_and_(live).logical_and_(~keep)
+           for (_, g, live, keep), t in zip(found, bounds)]
+    values = [(g, torch.as_tensor(1. if t is None else t, dtype=g.dtype).expand_as(g), live)
+              for (_, g, live, _), t in zip(found, scales or bounds)]
+    n, names = len(net.cells), [name for name, *_ in found]
+    kinds = torch.tensor(net.spec.kinds[:n])
+    return Candidates([len(o) for o in off], torch.cat(off), net.op_live[:n].cpu(), values, kinds, names)
 
+# %% ../../nbs/search/prune.ipynb #ba0e5843
 @torch.no_grad()
 def candidates(net: SuperNet,
                thresholds: dict|None = None, # name -> tensor like the net's own, in their place
-               more: bool = False # let units over their thresholds follow behind those under them, where these alone would miss the target
+               more: bool = False # let units over their thresholds follow, where those under them would miss the target
               )->Candidates:
     "What a commit would prune, from the values of parameters and thresholds as they are now."
     n, own = len(net.cells), {k: getattr(net, k) for k in net.THRESHOLDS} | (thresholds or {})
-    bounds = [own["t_alpha"][:n].flatten()]
-    bounds += [torch.cat([own["t_pre"][c], own["t_beta"][c].flatten(), net.t_pre.new_zeros(1)])[cell.gate_of].repeat_interleave(cell.gate_len) for c, cell in enumerate(net.cells)]
-    bounds += [own["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len) for c, cell in enumerate(net.cells)]
-    found = units(net)
+    filters, weights, none = [], [], net.t_pre.new_zeros(1)
+    for c, cell in enumerate(net.cells):
+        of_gates = torch.cat([own["t_pre"][c], own["t_beta"][c].flatten(), none])
+        filters.append(of_gates[cell.gate_of].repeat_interleave(cell.gate_len))
+        weights.append(own["t_omega"][c].flatten()[cell.conv].repeat_interleave(cell.conv_len))
+    found, bounds = units(net), [own["t_alpha"][:n].flatten(), *filters, *weights]
     bounds = [t.cpu() if name in net.granularities else None for (name, *_), t in zip(found, bounds)]
-    return bounded(net, found, [None if t is None else float("inf") for t in bounds], bounds) if more else bounded(net, found, bounds)
+    if not more: return bounded(net, found, bounds)
+    return bounded(net, found, [None if t is None else float("inf") for t in bounds], bounds)
 
 # %% ../../nbs/search/prune.ipynb #b5c5d403
 SLACK = .01 # how far below its target a size counts as having reached it
 
 class Sizes:
-    "Derived sizes of a net with some of its candidates gone. What all these questions have in common is worked out once."
+    "Derived sizes of a net with some of its candidates gone. What all of them have in common is worked out once."
     def __init__(self, net: SuperNet, c: Candidates):
         self.net, self.c, m = net, c, len(c.places)
         self.gone, self.there = m, m + 1 # in place of a candidate's number: pruned long ago; no candidate
-        number = torch.full((len(c.off),), self.there, dtype=torch.int32).index_copy_(0, c.places, torch.arange(m, dtype=torch.int32))
+        number, each = torch.full((len(c.off),), self.there, dtype=torch.int32), torch.arange(m, dtype=torch.int32)
+        number = number.index_copy_(0, c.places, each)
         n, (ops, *others) = len(net.cells), number.split(c.sizes)
         self.ops, self.cells = ops.view_as(c.live).masked_fill(~c.live, self.gone).flatten(), []
         for cell, gates, weights in zip(net.cells, others[:n], others[n:]):
@@ -134,7 +152,8 @@ class Sizes:
             off = Masked.of(cell.layout, at)
             # depthwise kernels on a state's channels: whether their operation lives is asked behind the units
             whole, op = (off.rows == off.cols) & (off.rows < cell.spec.ungated), index.kernels["op"].int()
-            if bool(whole.any()): off.rows = torch.where(whole, cell.spec.units + op.index_select(0, off.kernel.int()), off.rows)
+            if bool(whole.any()):
+                off.rows = torch.where(whole, cell.spec.units + op.index_select(0, off.kernel.int()), off.rows)
             filters = torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates)
             self.cells.append((index, filters, cell.full_strength(), weights[at], off))
 
@@ -160,7 +179,8 @@ class Sizes:
             a, d = index.alive(*here, *alive[-2:]), index.align(*here, strength, *aligned[-2:])
             weights, norms = index.existing(live, d)
             masked = off.between(torch.cat([a & d, index.live(live)])).logical_and_(gone.index_select(0, number))
-            out += int(weights.sum() + 2 * (norms.sum() + index.more_norms(live, d).sum())) - int(masked.count_nonzero())
+            stored = weights.sum() + 2 * (norms.sum() + index.more_norms(live, d).sum())
+            out += int(stored) - int(masked.count_nonzero())
             alive.append(index.out(a)); aligned.append(index.out(d))
         return out + net.top_size(d).params
 
@@ -181,14 +201,16 @@ def choose(net: SuperNet, c: Candidates,
         return seen[k]
     if at(0) <= target: return torch.zeros_like(c.off)
     step = max(1, m // 16)
-    high = next((k for k in range(step, m, step) if at(k) <= target), m) # a look at every sixteenth, then between two of them
+    # a look at every sixteenth, then between two of them
+    high = next((k for k in range(step, m, step) if at(k) <= target), m)
     few, turn = max(0, high - step), 0
     while high - few > 1: # by turns in the middle, and where a straight line would meet the target
         k = (few + high) // 2 if turn else few + round((high - few) * (at(few) - target) / max(at(few) - at(high), 1))
         k, turn = min(max(k, few + 1), high - 1), 1 - turn
         few, high = (few, k) if at(k) <= target else (k, high)
     if at(high) >= low: return c.only(first(high))
-    taken, queue, block = first(few), torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m))[few:], 1
+    by_rank = torch.empty(m, dtype=torch.long).index_copy_(0, c.rank.long(), torch.arange(m))
+    taken, queue, block = first(few), by_rank[few:], 1
     widths, waiting, moved = size.widths(), [], False
     for _ in range(probes):
         if not len(queue):
@@ -216,18 +238,21 @@ def follow(optimizer, # torch optimizer
         state = optimizer.state.pop(old, None)
         if state is None: continue
         for key, v in state.items():
-            if torch.is_tensor(v) and v.shape == old.shape: state[key] = carry(v, at, kept, 0.) if v.dim() == 1 else carry_columns(v, at, kept)
+            if not torch.is_tensor(v) or v.shape != old.shape: continue
+            state[key] = carry(v, at, kept, 0.) if v.dim() == 1 else carry_columns(v, at, kept)
         optimizer.state[p] = state
 
+# %% ../../nbs/search/prune.ipynb #0bad4329
 @torch.no_grad()
 def settle(net: SuperNet, optimizer=None):
-    "Stop what is pruned: without this, momentum would go on moving the alpha an operation had just before it was pruned."
+    "Stop what is pruned: momentum would go on moving the alpha an operation had just before it was pruned."
     n = len(net.cells)
     for p in (net.alpha, net.t_alpha, net.t_beta, net.t_omega):
         state = optimizer.state.get(p, {}) if optimizer is not None else {}
         for buffer in (state.get("momentum_buffer"), state.get("exp_avg")):
             if buffer is not None: buffer[:n] *= net.op_live[:n]
 
+# %% ../../nbs/search/prune.ipynb #17f88d5f
 @dataclass
 class Commit:
     "What a commit did."
@@ -256,5 +281,6 @@ def commit(net: SuperNet,
         follow(one, moved)
         settle(net, one)
     after = net.count()
-    gone = lambda i: sum(row[i] - new[i] for b, a in zip(before.cells, after.cells) for key, new in a.by_op.items() for row in [b.by_op[key]])
+    pairs = [(b.by_op[key], new) for b, a in zip(before.cells, after.cells) for key, new in a.by_op.items()]
+    def gone(i): return sum(row[i] - new[i] for row, new in pairs)
     return Commit({"operation": before.ops - after.ops, "filter": gone(0), "weight": gone(2)}, before, after, auc)

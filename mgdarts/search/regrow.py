@@ -36,9 +36,11 @@ def potential(strength: Tensor, # [cells, 14, 7] sigma(alpha)
         mean = torch.where(n > 0, mean, low / 2)
         density.append(mean.sum(1) / n.sum(1).clamp(min=1))
         total = mean.sum(1, keepdim=True) if cells == "density" else mean.sum()
-        shares.append(mean / total if bool((total > 0).all()) else torch.full_like(mean, 1 / mean[0].numel() if cells == "density" else 1 / mean.numel()))
+        alike = torch.full_like(mean, 1 / (mean[0] if cells == "density" else mean).numel())
+        shares.append(mean / total if bool((total > 0).all()) else alike)
     p = (shares[0] + shares[1]) / 2
-    if cells == "density": p = p * (sum(d / d.sum() if d.sum() > 0 else torch.full_like(d, 1 / len(d)) for d in density) / 2)[:, None]
+    if cells == "density":
+        p = p * (sum(d / d.sum() if d.sum() > 0 else torch.full_like(d, 1 / len(d)) for d in density) / 2)[:, None]
     return p / p.sum()
 
 # %% ../../nbs/search/regrow.ipynb #1d3287b6
@@ -55,7 +57,8 @@ def quotas(p: Tensor, # [...] shares
         if w.sum() <= 0: w = (free > 0).double()
         share = left * w / w.sum()
         add = share.floor().long()
-        for i in (share - add).masked_fill(w == 0, -1).argsort(descending=True, stable=True)[:left - int(add.sum())]: add[i] += 1
+        largest = (share - add).masked_fill(w == 0, -1).argsort(descending=True, stable=True)
+        for i in largest[:left - int(add.sum())]: add[i] += 1
         add = add.minimum(free)
         out += add
         left -= int(add.sum())
@@ -81,5 +84,7 @@ def regrow(net: SuperNet,
             ops[c, e, o] = True
             back.append((c, e, o))
             for gate in net.spec.cell[c].gates:
-                if (gate.edge, gate.op) == (e, o): gates[c][gate.start:gate.start + gate.width] = net.cells[c].index.regrown(gate, net.cells[c].layout.alive)
+                if (gate.edge, gate.op) != (e, o): continue
+                on = net.cells[c].index.regrown(gate, net.cells[c].layout.alive)
+                gates[c][gate.start:gate.start + gate.width] = on
     return back, net.rebuild(ops, gates, stamp)

@@ -89,6 +89,7 @@ class Joint(Schedule):
     everywhere = True
     def turns(self, clock): return [Turn("train", ("weights", "strengths", "thresholds", "weight_thresholds"))]
 
+# %% ../../nbs/search/rules.ipynb #f127d018
 @SCHEDULES.add("iterative-epoch", "iterative-half-epoch")
 @dataclass(frozen=True)
 class Iterative(Schedule):
@@ -100,6 +101,7 @@ class Iterative(Schedule):
         second = clock.epoch % 2 == 1 if self.optimisation == "iterative-epoch" else 2 * clock.step >= clock.steps
         return [Turn("train", ("thresholds", "weight_thresholds") if second else ("weights", "strengths"))]
 
+# %% ../../nbs/search/rules.ipynb #5f1fdeee
 @SCHEDULES.add("none")
 @dataclass(frozen=True)
 class Untrained(Iterative):
@@ -165,9 +167,10 @@ class Pruning(Decision):
 
     def check(self, cfg):
         s, alike = cfg.search, cfg.space.constraint
-        need(alike == 3 or s.stages == 1 and s.regrow == 0, f"space.constraint={alike} has cells that are alike, which are "
-             "searched together: set search.stages=1 and search.regrow=0")
+        need(alike == 3 or s.stages == 1 and s.regrow == 0, f"space.constraint={alike} has cells that are alike, which "
+             "are searched together: set search.stages=1 and search.regrow=0")
 
+# %% ../../nbs/search/rules.ipynb #2f457be3
 @dataclass(frozen=True)
 class Final(Decision):
     "Decide once, at the end."

@@ -36,7 +36,8 @@ class SearchState:
     finished: bool = False
     reached: list = field(default_factory=list) # of each stage, whether it reached its target
     settled: bool = False # whether the net has become one of whole channels and kernels of their own
-    # granularity -> [units pruned, of these while lambda was 0, their chances to be weaker than what stayed, how many have one]
+    # granularity -> [units pruned, of these while lambda was 0, their chances to be weaker than what stayed, how many
+    # of them have one]
     drift: dict = field(default_factory=dict)
 
 # %% ../../nbs/search/stages.ipynb #180e1aad
@@ -57,7 +58,8 @@ def fresh_net(search):
     if search.state.settled:
         for p in search.parts.strengths + search.parts.shapes: spec, rules = p.settled(spec, rules)
     search.spec, cfg = spec, search.cfg
-    search.net = SuperNet(spec, search.aux_size, cfg.granularities, search.seed, search.engine, rules).to(search.device)
+    net = SuperNet(spec, search.aux_size, cfg.granularities, search.seed, search.engine, rules)
+    search.net = net.to(search.device)
     search.parts.start.fresh(search.net)
     search.mom = torch.zeros_like(search.net.alpha)
 
@@ -83,11 +85,13 @@ def open_stage(search):
     s.start, s.pruned, s.warmup, s.phase_epoch, s.epoch_step = count.params, 0, True, 0, 0
     s.target = stage_target(search, end)
     cap = cfg.lambda_cap_fine if search.fine_tuning else cfg.lambda_cap
-    search.lam = Lambda(cfg.lambda_step, cfg.prune_high * count.ops, cfg.prune_low * count.ops, cap, growth=cfg.lambda_growth)
+    high, low = cfg.prune_high * count.ops, cfg.prune_low * count.ops
+    search.lam = Lambda(cfg.lambda_step, high, low, cap, growth=cfg.lambda_growth)
     search.emit("stage", status="open", params=s.start, target=s.target, ops=count.ops, cells=len(net.cells))
     if search.warm_epochs == 0: begin_joint(search)
     if not search.by_size and search.length == 0: clock_is_up(search)
 
+# %% ../../nbs/search/stages.ipynb #1379f9b4
 def stage_target(search, end: int # last cell of the stage
                 )->float: # parameters
     "Where a stage ends. The last one must not undershoot what fine-tuning is to reach."
@@ -96,6 +100,7 @@ def stage_target(search, end: int # last cell of the stage
     keep = cfg.stage_keep[s.stage] * s.start
     return max(keep, final) if end == search.spec.cells - 1 else keep
 
+# %% ../../nbs/search/stages.ipynb #b120eb18
 def begin_joint(search):
     "The warm-up is over: what is searched takes effect."
     search.state.warmup, search.state.phase_epoch = False, 0
@@ -111,6 +116,7 @@ def met(params: int, target: float)->bool:
     "Whether a size is at its target, or so little below it as counts for that."
     return (1 - SLACK) * target <= params <= target
 
+# %% ../../nbs/search/stages.ipynb #ebdf002f
 def close_stage(search, status: str # reached, or target not reached
                ):
     "End a stage: regrow, then the next, or the end."
@@ -126,6 +132,7 @@ def close_stage(search, status: str # reached, or target not reached
     search.net.discretising = False
     open_stage(search)
 
+# %% ../../nbs/search/stages.ipynb #05288f37
 def finish(search, count # of the net
           ):
     "The search is done."
@@ -136,6 +143,7 @@ def finish(search, count # of the net
     search.emit("done", reached=met(count.params, s.target) or not search.by_size, stages_reached=list(s.reached),
                 target=s.target, **count.summary(), drift=drift)
 
+# %% ../../nbs/search/stages.ipynb #eee1c21b
 def regrow_some(search, num: int, # operations that return
                 before # count of the net
                ):
@@ -169,6 +177,7 @@ def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None # [c
     search.emit("commit", None, max(s.epoch - 1, 0), pruned=done.pruned, auc=done.auc, lambda_before=0.,
                 params_before=done.before.params, target=s.target, **{"lambda": 0.}, **count.summary())
 
+# %% ../../nbs/search/stages.ipynb #a58da036
 def settle(search):
     "A net of whole channels, in which each kernel stands for itself, with the strengths of the one before."
     search.state.settled, old = True, search.net
@@ -177,6 +186,7 @@ def settle(search):
     search.net.open(*search.stages[search.state.stage][1:])
     search.optimizer = search.adam = None
 
+# %% ../../nbs/search/stages.ipynb #2b24c392
 def tally(search, done: Commit, lam: float):
     "Add up what was pruned, at which lambda, and how weak it was."
     s = search.state
@@ -189,6 +199,7 @@ def tally(search, done: Commit, lam: float):
             row[2] += n * done.auc[name]
             row[3] += n
 
+# %% ../../nbs/search/stages.ipynb #2c42b72e
 def decide(search, strength: Tensor|None = None, keep: Tensor|None = None):
     "The end of a search by the clock: prune whatever does not stay, and close."
     prune_to(search, strength, keep)

@@ -55,8 +55,9 @@ def refuse_foreign(search, state: dict):
     need(own(search.cfg, config) and own(search.rules, rules) and same,
          "the saved state belongs to another search: settings, space and seed must be the same")
     # after a reduction the preprocessing was of another kind then, in tensors of the same shapes
-    need(search.rules.partial == 1 or "pool_norm" in rules or counters.get("settled"), "this state is of a PC-DARTS search "
-         "that an older version began, with another preprocessing after reductions: it cannot go on here, search anew")
+    need(search.rules.partial == 1 or "pool_norm" in rules or counters.get("settled"), "this state is of a PC-DARTS "
+         "search that an older version began, with another preprocessing after reductions: it cannot go on here, "
+         "search anew")
 
 # %% ../../nbs/search/state.ipynb #b5c827d8
 def load_state(search, state: dict):

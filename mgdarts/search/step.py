@@ -40,6 +40,7 @@ def make_optimizer(net: SuperNet, cfg: Settings)->torch.optim.SGD:
                             for name, ps in groups(net).items() if not (cfg.adam and name == "strengths")],
                            lr=cfg.lr_weights, momentum=cfg.momentum, foreach=True)
 
+# %% ../../nbs/search/step.ipynb #3407c68f
 def make_adam(net: SuperNet, cfg: Settings)->torch.optim.Adam|None:
     "Adam for the strengths, where the search asks for it."
     if not cfg.adam: return None
@@ -51,6 +52,7 @@ def tell(search, type: str, **data):
     "An event that is there only if anybody listens."
     if search.events.wants(type): search.emit(type, **data)
 
+# %% ../../nbs/search/step.ipynb #18d416ec
 def fetch(search, images: str = "train" # or arch
          )->tuple: # (images, labels), on the search's device
     "The batch of this step."
@@ -59,6 +61,7 @@ def fetch(search, images: str = "train" # or arch
     tell(search, "batch", images=images, x=x, y=y)
     return x, y
 
+# %% ../../nbs/search/step.ipynb #f77661d7
 def loss_of(search, x: Tensor, y: Tensor, # images, labels
             smoothing: float = 0. # of labels
            )->tuple: # (the loss, float64 [6]: what the epoch's means are made of)
@@ -78,6 +81,7 @@ def loss_of(search, x: Tensor, y: Tensor, # images, labels
         hits = (logits.argmax(1) == y).sum().double()
         return loss, torch.stack([*means, hits, search.sums.new_full((), len(y))])
 
+# %% ../../nbs/search/step.ipynb #b1794a5f
 def of_alpha(search, alpha: Tensor)->list: # of scalars
     "What the parts add to the loss because of alpha alone."
     n, clock = len(search.net.cells), search.clock
@@ -116,6 +120,7 @@ def update(search, turn: Turn):
         with torch.no_grad(): torch._foreach_clamp_min_([getattr(net, n) for n in net.THRESHOLDS], 0.)
     tell(search, "update", images=turn.images, groups=turn.groups)
 
+# %% ../../nbs/search/step.ipynb #37545ef3
 def cosine(first: float, last: float, share: float # of the way
           )->float:
     "A learning rate on half a cosine."
@@ -141,8 +146,9 @@ def optimise(search):
     if s.epoch_step == clock.steps or s.epoch_step % search.check_every == 0: check_finite(search)
     if search.events.wants("step"): search.emit("step", float(loss.detach()))
 
+# %% ../../nbs/search/step.ipynb #66058285
 def check_finite(search):
-    "`NonFiniteLoss` if the epoch's sums or the running statistics, which may overflow before the loss does, are not finite."
+    "`NonFiniteLoss` if the epoch's sums, or running statistics (which may overflow before), are not finite."
     seen = [search.sums[:3], *(v for c in search.net.cells for v in c.statistics)]
     if not bool(torch.stack([v.isfinite().all() for v in seen]).all()):
         raise NonFiniteLoss(search.state.epoch, search.state.epoch_step - 1)

@@ -27,12 +27,14 @@ def start_together(net: SuperNet, margin: float # share of the minimum
     net.t_beta[:n] = net.t_pre[:n] = common_start([(torch.sigmoid(c.beta), ~c.skips) for c in net.cells], margin)
     net.t_omega[:n] = common_start([(c.omega, c.omega_live) for c in net.cells], margin)
 
+# %% ../../nbs/search/thresholds.ipynb #10876777
 @torch.no_grad()
 def start_alone(net: SuperNet, margin: float):
     "Each threshold just under the smallest of its own units."
     n = len(net.cells)
     g, live = torch.sigmoid(net.alpha[:n]).flatten(), net.op_live[:n].flatten()
-    net.t_alpha[:n] = start_thresholds(g, torch.ones_like(live, dtype=torch.long), live, margin).view_as(net.t_alpha[:n])
+    one = torch.ones_like(live, dtype=torch.long)
+    net.t_alpha[:n] = start_thresholds(g, one, live, margin).view_as(net.t_alpha[:n])
     for c, cell in enumerate(net.cells):
         flat = torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)])
         flat[cell.gate_of] = start_thresholds(torch.sigmoid(cell.beta), cell.gate_len, None, margin)

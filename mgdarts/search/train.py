@@ -29,6 +29,7 @@ def learning_rate(cfg: Train, epoch: int # 0-based
     rate = cfg.lr * ((1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done)
     return rate * min(1, (epoch + 1) / cfg.warmup) if cfg.warmup else rate
 
+# %% ../../nbs/search/train.ipynb #2d76eba4
 def drop_path(cfg: Train, epoch: int)->float:
     "The drop-path probability of an epoch."
     return cfg.drop_path * epoch / cfg.epochs
@@ -50,16 +51,17 @@ def to_cpu(tree):
     if isinstance(tree, dict): return {k: to_cpu(v) for k, v in tree.items()}
     return [to_cpu(v) for v in tree] if isinstance(tree, (list, tuple)) else tree
 
+# %% ../../nbs/search/train.ipynb #8851b27b
 class Trainer:
     "Retrains an architecture. Events are of stage `train`: `epoch`, `result`, and others if anybody listens."
     def __init__(self, arch: Architecture,
-                 loaders: dict, # train: `len`, `batch(epoch, step)`; test and, where images are left for it, val: `eval()`
+                 loaders: dict, # train: `len`, `batch(epoch, step)`; test and, where images are left, val: `eval()`
                  cfg: Train,
                  seed: int = 0, # of weights and drop path; loaders have their own
                  device: str|torch.device = "cpu",
-                 engine: Engine|None = None, # what computes the network; None: the reference
                  init_state: dict|None = None, # weights to start from; those of the auxiliary head may be missing
                  events: Emitter|None = None, # listeners; a new one if None
+                 engine: Engine|None = None, # what computes the network; None: the reference
                  check_every: int = 50 # steps between two looks at whether the loss is finite
                 ):
         self.parts = check_loaders(loaders, cfg)
@@ -106,12 +108,13 @@ def check_loaders(loaders: dict, cfg: Train)->tuple: # names of those that are u
     parts = ("train", "test") if cfg.images == "train+val" else ("train", "val", "test")
     missing = sorted(set(parts) - set(loaders))
     need(not missing, f"retraining needs the loaders {', '.join(parts)}: {', '.join(missing)} missing")
-    need("val" in parts or "val" not in loaders, "with train.images=train+val nothing is left to validate with: leave the "
-         "loader val out, or set train.images=train")
+    need("val" in parts or "val" not in loaders, "with train.images=train+val nothing is left to validate with: leave "
+         "the loader val out, or set train.images=train")
     need(len(loaders["train"]) >= 1,
          "retraining needs at least one step an epoch: give more training images or smaller batches")
     return parts
 
+# %% ../../nbs/search/train.ipynb #4c58a708
 def start_from(net: nn.Module, state: dict):
     "Load weights that fit. `InputError` where they do not."
     message = "the weights to start from do not fit this architecture: "
@@ -126,6 +129,7 @@ def drop_path_noise(seed: int, epoch: int, step: int)->torch.Generator:
     key = hashlib.sha256(f"drop-path/{seed}/{epoch}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
 
+# %% ../../nbs/search/train.ipynb #20c73ff5
 def optimise(trainer: Trainer):
     "One optimisation step."
     t, cfg, net, epoch = trainer, trainer.cfg, trainer.net, trainer.epoch
@@ -154,6 +158,7 @@ def optimise(trainer: Trainer):
     if t.epoch_step == len(t.loaders["train"]) or t.epoch_step % t.check_every == 0: check_finite(t)
     if t.events.wants("step"): t.emit("step", epoch, float(loss.detach()))
 
+# %% ../../nbs/search/train.ipynb #62abd3bb
 def check_finite(trainer: Trainer):
     "`NonFiniteLoss` if the summed loss of the epoch is not finite."
     if not math.isfinite(float(trainer.sums[0])): raise NonFiniteLoss(trainer.epoch, trainer.epoch_step - 1)
@@ -172,6 +177,7 @@ def end_epoch(trainer: Trainer):
     t.sums.zero_()
     t.emit("epoch", epoch, loss / n, **row)
 
+# %% ../../nbs/search/train.ipynb #c15872fe
 def finish(trainer: Trainer):
     "Read the test split, once."
     t, nets = trainer, [trainer.net]
@@ -197,6 +203,7 @@ def step(trainer: Trainer):
     if t.epoch == epochs and not t.finished: finish(t)
     if t.events.wants("rest"): t.emit("rest", t.epoch)
 
+# %% ../../nbs/search/train.ipynb #ded8bb2c
 def run(trainer: Trainer, until: str = "end" # step, epoch or end
        )->dict|None: # the result, accuracies in percent, once finished
     "Steps up to the end of something."
@@ -217,12 +224,14 @@ def run_fingerprint(trainer: Trainer)->str:
     of = [fingerprint(trainer.arch), cfg, trainer.seed, len(trainer.loaders["train"])]
     return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
 
+# %% ../../nbs/search/train.ipynb #725844d1
 def save_state(trainer: Trainer)->dict:
     "All of a retraining, as `Trainer.state_dict` says."
     tensors = {"net": dict(trainer.net.state_dict()), "optimizer": trainer.optimizer.state_dict(), "sums": trainer.sums}
     kept = {k: getattr(trainer, k) for k in KEPT}
     return to_cpu({"version": 1, "run": run_fingerprint(trainer), **tensors, **kept})
 
+# %% ../../nbs/search/train.ipynb #95915fd7
 def load_state(trainer: Trainer, state: dict):
     "Bring a retraining to a saved state, as `Trainer.load_state_dict` says."
     need(isinstance(state, dict) and state.get("version") == 1,
