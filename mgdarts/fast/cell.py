@@ -69,8 +69,8 @@ def filters(cell: Cell)->list: # of [n] int64
 
 def written(cell: Cell, op: LiveOp, node: int)->Tensor: # int64
     "Which of a node's channels an operation with filters writes."
-    def ids(unit): return cell.layout.alive[unit:unit + cell.spec.width].nonzero().flatten()
-    return torch.searchsorted(ids(cell.spec.state_unit(node)), ids(cell.spec.out_unit(op.edge, op.op)))
+    def ids(place): return cell.layout.alive[place[0]:sum(place)].nonzero().flatten()
+    return torch.searchsorted(ids(cell.spec.state(node)), ids(cell.spec.place(op.edge, op.op, "out")))
 
 # %% ../../nbs/fast/cell.ipynb #dc2befde
 class CellPlan:
