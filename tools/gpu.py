@@ -13,6 +13,7 @@ usage: python tools/gpu.py [measure] [--device auto|cpu|cuda] [--toy] [--budget 
 
 Each part is measured in a process of its own, with a time limit: one that fails or hangs stops no other.
 """
+from mgdarts.runs.folder import environment
 import argparse
 import contextlib
 import json
@@ -122,7 +123,7 @@ def measure(args) -> dict:
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     out, begun = Path(args.out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    environment = runs.environment(torch.device(args.device))
+    environment = environment(torch.device(args.device))
     record = {"schema": 1, "title": "What a card does", "scale": "toy" if args.toy else "full", "environment": {**environment, **({"commit": args.commit, "modified": False} if args.commit else {})},
               "command": shlex.join(["tools/gpu.py", *args.argv]), "budget_s": args.budget, "parts": {}}
     chosen, left = [p for p in (args.parts.split(",") if args.parts else [*PARTS, *BESIDE])], lambda: args.budget - (time.monotonic() - begun)

@@ -7,6 +7,8 @@ usage: python tools/project.py [readme] [environment] [docs]
   publish RUN   figures/NAME/: the figures of a run folder, or of a benchmark's or fault suite's folder, with the record they come from;
                 of an executed notebook: figures/NAME.ipynb, for the site
 """
+from mgdarts.runs.records import load_run
+from mgdarts.base.files import write_json
 import json
 import shlex
 import sys
@@ -68,10 +70,10 @@ def publish(run: Path):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "record.json").write_bytes((run / "record.json").read_bytes())
         return draw(folder, {p.stem: plotly.io.read_json(p) for p in sorted(run.glob("*.json")) if p.stem != "record"})
-    data = runs.load_run(run)
+    data = load_run(run)
     folder.mkdir(parents=True, exist_ok=True)
     record = data["record"] | {"result": data["result"], "trainings": {k: t["result"] for k, t in data["trainings"].items()}}
-    runs.write_json(folder / "record.json", record)
+    write_json(folder / "record.json", record)
     (folder / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
     curves = {{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()}
     draw(folder, {"dynamics": plots.dynamics(data["events"]), "size": plots.size_and_lambda(data["events"]), "cells": plots.cells(data["arch"]),

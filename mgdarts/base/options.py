@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, asdict
 from pathlib import Path
 
 # %% auto #0
-__all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'PARTS', 'LATER',
-           'SMALL', 'CIFAR', 'IMAGENET', 'PRESETS', 'LONG', 'MOBILE', 'InputError', 'closest', 'knob', 'Part', 'need',
-           'Registry', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve',
-           'refuse_unhandled', 'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method',
-           'refuse_unknown', 'root']
+__all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
+           'SPACE_KINDS', 'PARTS', 'LATER', 'SMALL', 'CIFAR', 'IMAGENET', 'PRESETS', 'LONG', 'MOBILE', 'InputError',
+           'closest', 'knob', 'Part', 'need', 'Registry', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute',
+           'Config', 'knobs', 'resolve', 'refuse_unhandled', 'darts_only', 'validate', 'to_dict', 'modern', 'from_dict',
+           'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -94,10 +94,14 @@ DECISIONS = Registry("rules.discretiser")
 REGISTRIES = (DECISIONS, STRENGTHS, STARTS, SHAPES, SCHEDULES, PRESSURES) # as their requirements are checked
 
 # %% ../../nbs/base/options.ipynb #f3b107e7
+OPERATIONS = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3",
+              "max_pool_3x3") # of the DARTS-like space
+OPERATION_NAMES, SPACE_KINDS = list(OPERATIONS), ["darts", "mobilenet"] # operations and spaces that are added join these
+
 @dataclass
 class Space:
     "The super-net: cells of `channels` filters (DARTS-like), or layers as wide as `width` says (MobileNet-like)."
-    kind: str = knob("darts", "search space: DARTS-like, or MobileNet-like (Table III)", choices=("darts", "mobilenet"))
+    kind: str = knob("darts", "search space: DARTS-like, or MobileNet-like (Table III)", choices=SPACE_KINDS)
     channels: int = knob(16, "filters C of an operation in the first stage; doubles at each reduction; darts only",
         2, 512)
     cells: int = knob(8, "number of cells L, or of searched layers", 3, 64)
@@ -207,9 +211,6 @@ class Train:
     weights: str = knob("scratch", "start from fresh weights, or from the super-net's", choices=("scratch", "supernet"))
 
 # %% ../../nbs/base/options.ipynb #6d5b38b4
-OPERATIONS = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3",
-              "max_pool_3x3") # of the DARTS-like space
-
 @dataclass
 class Rules:
     "What a search is composed of."
@@ -224,7 +225,7 @@ class Rules:
         choices=SHAPES)
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
-    ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATIONS)
+    ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
     init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, "
         "before any training", choices=STARTS)
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
