@@ -47,7 +47,7 @@ def test_another_source_is_another_library(tiny, monkeypatch):
 
 
 def test_a_damaged_library_is_compiled_again(tiny):
-    code = f"from mgdarts import compiled; compiled.SOURCE = {TINY!r}; print(compiled.library() is not None)"
+    code = f"from mgdarts.fast import compiled; compiled.SOURCE = {TINY!r}; print(compiled.library() is not None)"
     def process(): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert process() == "True\n"
     path, = (tiny / "cache/mgdarts").iterdir()
