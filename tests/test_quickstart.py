@@ -28,7 +28,7 @@ def test_quickstart(tmp_path):
 
 
 @pytest.mark.parametrize("bad", [{"preset": "smok"}, {"seed": "1"}, {"settings": "nothing"}, {"sede": 1}])
-def test_bad_parameters(tmp_path, bad):
+def test_bad_parameters(tmp_path, bad, here):
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="InputError"):
         papermill.execute_notebook(NOTEBOOK, tmp_path / "out.ipynb", {"out": str(tmp_path / "run"), **bad}, kernel_name="python3", progress_bar=False, cwd=NOTEBOOK.parent)
     assert not (tmp_path / "run").exists()
