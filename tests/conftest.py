@@ -1,10 +1,17 @@
+import hashlib
+import json
 import os
+import shutil
+import sys
 
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import settings
 
+from mgdarts.base.options import to_dict
 from mgdarts.fast import compiled
+from mgdarts.methods.registry import preset
 from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
 
@@ -18,14 +25,6 @@ if os.environ.get("CI"):
     settings.load_profile("ci")
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items):
-    "Run in parallel (pytest -n), the tests of a file with a fixture to share share a process; the others go wherever there is room."
-    shares = {path: 'scope="module"' in path.read_text("utf-8") and path.stem != "test_methods" for path in {item.path for item in items}}
-    for item in items:
-        if shares[item.path]: item.add_marker(pytest.mark.xdist_group(item.path.stem))
-
-
 @pytest.fixture(autouse=True)
 def environment():
     "What a test or a notebook sets ends with it."
@@ -33,6 +32,67 @@ def environment():
     yield
     for name in os.environ.keys() - before.keys() - {"PYTEST_CURRENT_TEST"}: del os.environ[name]
     os.environ.update({k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"})
+
+
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    "A folder of this test run, the same in each of its processes."
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def finished(shared):
+    """A finished search of preset smoke by its settings, in the first folder that `to` names, or else in one to look at only.
+
+    Each is searched once in a test run, whichever process asks first; `trained`: with both retrainings.
+    """
+    def find(to=None, trained=False, **given):
+        cfg = preset("smoke", **given)
+        name = hashlib.sha256(json.dumps(to_dict(cfg), sort_keys=True).encode()).hexdigest()[:12]
+        out = shared / (name + "-trained" * trained)
+        with FileLock(f"{out}.lock"):
+            if not out.exists() and trained:
+                half = find(shared / f"{name}-half", **given)
+                runs.retrain(half)
+                runs.retrain(half, baseline=True)
+                half.rename(out)
+            elif not out.exists():
+                runs.search(cfg, shared / f"{name}-begun")
+                (shared / f"{name}-begun").rename(out)
+        return shutil.copytree(out, to) if to else out
+    return find
+
+
+@pytest.fixture
+def here(monkeypatch):
+    "Papermill runs the notebooks of this test in this process: no kernel has to start and import torch."
+    import plotly.io
+    from execnb.shell import CaptureShell
+    from nbformat import from_dict
+    from papermill.engines import Engine, papermill_engines
+
+    class Shell(CaptureShell):
+        def run_cell(self, raw_cell, store_history=True, **more):
+            return super().run_cell(raw_cell, True, **more)  # in `In`, where a notebook looks for its parameters
+
+    class Here(Engine):
+        @classmethod
+        def execute_managed_notebook(cls, nb_man, kernel_name, **_):
+            shell = Shell()
+            for i, cell in enumerate(nb_man.nb.cells):
+                nb_man.cell_start(cell, i)
+                if cell.cell_type == "code": cell.outputs = from_dict(shell.run(cell.source))
+                if failed := cell.cell_type == "code" and shell.exc: nb_man.cell_exception(cell, i)
+                nb_man.cell_complete(cell, i)
+                if failed: break
+
+    monkeypatch.setitem(papermill_engines._engines, None, Here)
+    monkeypatch.setitem(sys.modules, "__main__", sys.modules["__main__"])  # a shell puts its own there
+    before, plotly.io.renderers.default = plotly.io.renderers.default, "plotly_mimetype"
+    yield
+    plotly.io.renderers.default = before
+    Shell.clear_instance()
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def test_plan_refuses_with_one_line(bad, capsys):
     assert len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
-def test_benchmark_notebook(tmp_path):
+def test_benchmark_notebook(tmp_path, here):
     notebook = Path(__file__).resolve().parent.parent / "nbs/runs/benchmarks.ipynb"
     papermill.execute_notebook(notebook, tmp_path / "out.ipynb", {"out": str(tmp_path / "bench")},
                                kernel_name="python3", progress_bar=False, cwd=notebook.parent)

@@ -278,7 +278,7 @@ def test_a_notebook_by_command(tmp_path, capsys, monkeypatch):
     assert again["rows"] == record["rows"] and again["values"] == record["values"]
 
 
-def test_the_notebook_of_claims(tmp_path):
+def test_the_notebook_of_claims(tmp_path, here):
     "All claims in a table and a picture, from a folder of records; an unknown parameter is refused."
     record = {"item": "table09", "rows": [{"label": n, "seed": s, "acc": v + s / 10} for n, v in (("Joint", 97.0), ("Iterative (Full Epoch)", 95.0), ("Iterative (Half Epoch)", 95.0)) for s in range(3)], "scale": "scaled down", "dataset": "made up"}
     (tmp_path / "table09").mkdir()
@@ -304,7 +304,7 @@ def test_papermill_knows_all_parameters(path):
 
 
 @pytest.mark.parametrize("bad", [{"preset": "smok"}, {"sedes": "1"}, {"seeds": "a"}])
-def test_bad_parameters_stop_a_notebook(tmp_path, bad):
+def test_bad_parameters_stop_a_notebook(tmp_path, bad, here):
     with pytest.raises(InputError):
         run("table09", {"out": str(tmp_path), "runs_dir": str(tmp_path / "runs"), **bad}, tmp_path)
     assert not (tmp_path / "runs").exists()

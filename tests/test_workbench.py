@@ -340,7 +340,7 @@ def test_the_core_needs_no_widgets():
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_headless_it_is_a_small_still(finished, tmp_path):
+def test_headless_it_is_a_small_still(finished, tmp_path, here):
     out = tmp_path / "out.ipynb"
     papermill.execute_notebook(ROOT / "nbs/start/workbench.ipynb", out, {"folder": str(finished)}, kernel_name="python3", progress_bar=False, cwd=ROOT / "nbs")
     nb = nbformat.read(out, 4)

@@ -65,9 +65,12 @@ def build(root: Path, chapters: list):
         nav.append({title: pages})
     config = {"site_name": "mgdarts", "docs_dir": str(source), "site_dir": str(site), "nav": nav,
               "theme": {"name": "material", "font": False, "palette": [
-                  {"media": "(prefers-color-scheme: light)", "scheme": "default", "toggle": {"icon": "material/weather-night", "name": "dark"}},
-                  {"media": "(prefers-color-scheme: dark)", "scheme": "slate", "toggle": {"icon": "material/weather-sunny", "name": "light"}}]},
-              "markdown_extensions": ["tables", "attr_list", {"pymdownx.arithmatex": {"generic": True}}, "pymdownx.highlight", "pymdownx.superfences"],
+                  {"media": "(prefers-color-scheme: light)", "scheme": "default",
+                   "toggle": {"icon": "material/weather-night", "name": "dark"}},
+                  {"media": "(prefers-color-scheme: dark)", "scheme": "slate",
+                   "toggle": {"icon": "material/weather-sunny", "name": "light"}}]},
+              "markdown_extensions": ["tables", "attr_list", {"pymdownx.arithmatex": {"generic": True}},
+                                      "pymdownx.highlight", "pymdownx.superfences"],
               # equations are typeset where there is a network, and stay TeX where there is none
               "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"]}
     path = root / "_proc.yml"

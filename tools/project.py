@@ -1,11 +1,13 @@
 """Keep the generated files of the repository equal to their sources.
 
 usage: python tools/project.py [readme] [environment] [docs]
+       python tools/project.py publish RUN | lengths [ROOT]
   readme        README.md from the prose and code of nbs/start/index.ipynb
   environment   environment.yml from settings.ini
   docs          the site, in _docs/, from the notebooks
-  publish RUN   figures/NAME/: the figures of a run folder, or of a benchmark's or fault suite's folder, with the record they come from;
-                of an executed notebook: figures/NAME.ipynb, for the site
+  publish RUN   figures/NAME/: the figures of a run folder, or of a benchmark's or fault suite's folder, with the
+                record they come from; of an executed notebook: figures/NAME.ipynb, for the site
+  lengths       what is longer than tests allow, and the lines of the package by folder; ROOT: of another checkout
 """
 from mgdarts.runs.records import load_run
 from mgdarts.base.files import write_json
@@ -53,8 +55,9 @@ def environment() -> str:
     "environment.yml: Python, pip and a compiler from conda, everything else the requirements of settings.ini."
     cfg = settings()
     pins = [r for key in ("requirements", "lab_requirements", "dev_requirements") for r in shlex.split(cfg[key])]
-    lines = [f"# generated from settings.ini by tools/project.py", f"name: {cfg['lib_name']}", "channels:",
-             "  - conda-forge", "dependencies:", f"  - python>={cfg['min_python']}", *(f"  - {p}" for p in shlex.split(cfg["conda_packages"])), "  - pip", "  - pip:"]
+    lines = ["# generated from settings.ini by tools/project.py", f"name: {cfg['lib_name']}", "channels:",
+             "  - conda-forge", "dependencies:", f"  - python>={cfg['min_python']}",
+             *(f"  - {p}" for p in shlex.split(cfg["conda_packages"])), "  - pip", "  - pip:"]
     return "\n".join(lines + [f'      - "{r}"' for r in pins] + ["      - -e ."]) + "\n"
 
 
@@ -69,15 +72,18 @@ def publish(run: Path):
         import plotly.io
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "record.json").write_bytes((run / "record.json").read_bytes())
-        return draw(folder, {p.stem: plotly.io.read_json(p) for p in sorted(run.glob("*.json")) if p.stem != "record"})
+        pictures = (p for p in sorted(run.glob("*.json")) if p.stem != "record")
+        return draw(folder, {p.stem: plotly.io.read_json(p) for p in pictures})
     data = load_run(run)
     folder.mkdir(parents=True, exist_ok=True)
-    record = data["record"] | {"result": data["result"], "trainings": {k: t["result"] for k, t in data["trainings"].items()}}
+    trainings = {k: t["result"] for k, t in data["trainings"].items()}
+    record = data["record"] | {"result": data["result"], "trainings": trainings}
     write_json(folder / "record.json", record)
     (folder / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
     curves = {{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()}
-    draw(folder, {"dynamics": plots.dynamics(data["events"]), "size": plots.size_and_lambda(data["events"]), "cells": plots.cells(data["arch"]),
-                  "distribution": plots.distribution(data["arch"]), "retraining": plots.retrain_curves(curves)})
+    draw(folder, {"dynamics": plots.dynamics(data["events"]), "size": plots.size_and_lambda(data["events"]),
+                  "cells": plots.cells(data["arch"]), "distribution": plots.distribution(data["arch"]),
+                  "retraining": plots.retrain_curves(curves)})
 
 
 def publish_notebook(path: Path):
@@ -107,6 +113,9 @@ def draw(folder: Path, figures: dict):
 def main(targets):
     if targets[0] == "publish":
         return publish(Path(targets[1])) if len(targets) == 2 else sys.exit(__doc__)
+    if targets[0] == "lengths":
+        from lengths import report
+        return report(Path(targets[1]) if len(targets) == 2 else ROOT)
     for target in targets:
         if target == "readme":
             (ROOT / "README.md").write_text(readme(), "utf-8")
