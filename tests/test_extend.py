@@ -240,7 +240,7 @@ def test_a_method(tmp_path):
 
 def test_a_space_and_its_data(tmp_path):
     space_of_ones_own(), data_of_ones_own()
-    cfg = preset("smoke", **FAST, **{"space.kind": "diamond", "data.name": "stripes", "data.subset": 1.0, "search.target_m": 0.002})
+    cfg = preset("smoke", **{**FAST, "space.kind": "diamond", "data.name": "stripes", "data.subset": 1.0, "search.target_m": 0.002})
     arch = everything(cfg, tmp_path)
     assert arch.spec.kind == "diamond" and arch.classes == 2 and all(len(c.widths) == 4 for c in arch.cells)
     assert both_ways(spaces.SPACES["diamond"](4, 3, size=8), 1) <= 1e-9

@@ -23,8 +23,9 @@ def arch_show(arch: Annotated[Path, typer.Argument(help="Architecture: its folde
               as_json: Json = False):
     "Sizes and retention ratios of an architecture."
     from mgdarts.net import files as architecture
+    from mgdarts.net.count import counts
     a = architecture.load(arch)
-    out = architecture.counts(a)
+    out = counts(a)
     title = (f"{a.name}: {out['params_nonzero']:,} non-zero of {out['params_deployable']:,} parameters "
              f"({out['params_total']:,} with auxiliary head), {out['macs'] / 1e6:.1f} M MACs, "
              f"{out['ops']} operations")
@@ -39,12 +40,13 @@ def arch_import(genotype: Annotated[Path, typer.Option(help="File in the authors
                 classes: Annotated[int, typer.Option(help="Number of classes.")] = 10, as_json: Json = False):
     "Import a published genotype. The text is parsed, never evaluated."
     from mgdarts.net import files as architecture
+    from mgdarts.net.count import counts
     from mgdarts.net.genotype import import_genotype
     from mgdarts.runs.folder import new_folder
     folder = new_folder(out)
     arch = import_genotype(genotype, masks, name, channels=channels, classes=classes)
     architecture.save(arch, folder)
-    size, keys = architecture.counts(arch), ("params_total", "params_deployable", "params_nonzero", "macs", "ops")
+    size, keys = counts(arch), ("params_total", "params_deployable", "params_nonzero", "macs", "ops")
     result = {"out": str(folder), "name": arch.name, **{k: size[k] for k in keys}}
     show(result, as_json, table(f"imported {arch.name}", ["", ""], list(result.items())))
 

@@ -125,6 +125,7 @@ def train(what: Annotated[Path, typer.Argument(
           as_json: Json = False):
     "Retrain a derived architecture; the test images are read once, at the end."
     from mgdarts.net import files as architecture
+    from mgdarts.net.sample import random_like
     from mgdarts.runs import run as runs
     from mgdarts.runs.folder import read_config
     if not what.exists(): raise InputError(f"{what} is not there: give a run folder or an architecture")
@@ -138,7 +139,7 @@ def train(what: Annotated[Path, typer.Argument(
     if is_run and out is None: result = runs.retrain(what, cfg, baseline, listeners=(reported,), **how)
     else:
         arch = architecture.load(what)
-        if baseline: arch = arch.random(cfg.seed)
+        if baseline: arch = random_like(arch, cfg.seed)
         folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
         result = runs.train(cfg, arch, folder, **how)
     show(result, as_json, table("train", ["", ""], trained(result)))

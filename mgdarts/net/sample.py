@@ -15,7 +15,8 @@ from ..space.operation import Operation
 from ..space.space import Space
 
 # %% auto #0
-__all__ = ['WEAKNAS', 'at_width', 'fitted', 'op_params', 'random_architecture', 'random_cells', 'random_blocks', 'weaknas']
+__all__ = ['WEAKNAS', 'at_width', 'fitted', 'op_params', 'random_architecture', 'random_like', 'random_cells', 'random_blocks',
+           'weaknas']
 
 # %% ../../nbs/net/sample.ipynb #e55b954a
 def at_width(arch: Architecture, channels: int, # C
@@ -75,6 +76,11 @@ def random_architecture(spec: Space,
     how, more = (random_blocks, {}) if spec.cell[0].fixed else (random_cells, {"tolerance": tolerance, "attempts": attempts})
     made = lambda cells: Architecture(name or f"random-{seed}", spec, cells, provenance={"origin": "random", "seed": seed, "params_target": params_target})
     return how(spec, params_target, torch.Generator().manual_seed(seed), made, **more)
+
+def random_like(arch: Architecture, seed: int)->Architecture:
+    "Draw an architecture of the same space and size as another."
+    return random_architecture(arch.spec, count(arch).params, seed, "random")
+
 
 # %% ../../nbs/net/sample.ipynb #b5df0450
 def random_cells(spec: Space, params_target: int, g: torch.Generator, make, # cells -> Architecture

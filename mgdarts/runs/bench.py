@@ -206,7 +206,7 @@ def bench_train(cfg: Config, steps: int = 5)->dict: # JSON-ready
     cpu, size = {impl: statistics.median(s) for impl, s in seen.items()}, count(arch)
     return {"cpu_s": cpu["fused"], "reference_cpu_s": cpu["reference"],
             "times_faster": cpu["reference"] / cpu["fused"], "params": size.params, "macs": size.macs_dense,
-            "ops": sum(len(c.ops) for c in arch.cells), "channels": arch.channels, "cells": len(arch.cells),
+            "ops": sum(len(c.ops) for c in arch.cells), "channels": arch.spec.channels, "cells": len(arch.cells),
             "batch": len(x), "size": arch.size, "threads": torch.get_num_threads()}
 
 # %% ../../nbs/runs/bench.ipynb #f91894a8

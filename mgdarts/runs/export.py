@@ -48,8 +48,8 @@ def _pruned(arch: Architecture)->str:
 # %% ../../nbs/runs/export.ipynb #fc49794f
 def _stem(arch: Architecture)->dict: # what the template asks for
     "Write the stem: one convolution for small images, three strided ones for large ones."
-    C, cin = arch.channels, arch.in_channels
-    if arch.stem == "cifar":
+    C, cin = arch.spec.channels, arch.in_channels
+    if arch.spec.stem == "cifar":
         return {"STEM_CONVS": f"[ConvNorm({cin}, {3 * C}, 1)]",
                 "STEM_FORWARD": "        x = self.convs[0](x)\n        return x, x"}
     return {"STEM_CONVS": f"[ConvNorm({cin}, {C // 2}, 2), ConvNorm({C // 2}, {C}, 2), ConvNorm({C}, {C}, 2)]",

@@ -60,7 +60,7 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits,
     augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout if cfg.train.cutout else 0)
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment)}
     loaders |= {k: Loader(splits, k) for k in ("val", "test") if getattr(splits, k)}
-    return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), make(), init_state)
+    return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state=init_state, engine=make())
 
 # %% ../../nbs/runs/make.ipynb #a24c8be2
 class NoData:

@@ -14,7 +14,7 @@ from ..base.options import Config, InputError, to_dict
 from ..net import files as architecture
 from ..net.architecture import Architecture
 from ..net.count import counts
-from ..net.sample import fitted
+from ..net.sample import fitted, random_like
 from .folder import (BITS, device_of, environment, free_name, new_folder, read_config, read_record,
                                  record_of, run_name)
 from .frames import REPLAY_FILE, FrameRecorder
@@ -253,7 +253,7 @@ def retrain(run: str|Path, # a finished run folder
     load_run(run) # what is damaged is better known before
     cfg = cfg or read_config(run)
     arch, state = architecture.load(run), None
-    if baseline: arch = arch.random(cfg.seed)
+    if baseline: arch = random_like(arch, cfg.seed)
     elif cfg.train.weights == "supernet": state = supernet_weights(run, arch)
     out = run / ("random" if baseline else "train")
     result = train(cfg, arch, out, splits, state, resume, quiet, listeners, save_every)

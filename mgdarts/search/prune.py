@@ -173,7 +173,7 @@ class Sizes:
         net, out = self.net, self.net.spec.stem_params
         gone = torch.cat([taken, torch.tensor([True, False])])
         ops = self.c.tied(~gone.index_select(0, self.ops).view_as(self.c.live))
-        alive, aligned = [net._out(-2), net._out(-1)], [net._out(-2), net._out(-1)]
+        alive, aligned = list(net._inputs(0)), list(net._inputs(0))
         for live, (index, gates, strength, number, off) in zip(ops, self.cells):
             here = live, ~gone.index_select(0, gates)
             a, d = index.alive(*here, *alive[-2:]), index.align(*here, strength, *aligned[-2:])
