@@ -46,7 +46,7 @@ docs: .venv/.installed
 sync: .venv/.installed
 	$(BIN)/nbdev_clean
 	$(BIN)/nbdev_export
-	$(BIN)/python tools/project.py readme environment
+	$(BIN)/python tools/project.py index readme environment
 
 clean:
 	rm -rf .venv _docs _proc build dist *.egg-info

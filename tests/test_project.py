@@ -41,6 +41,10 @@ def test_environment_is_the_twin_of_settings():
     assert set(project.settings()["requirements"].split()) <= set(pip)
 
 
+def test_the_index_lists_the_chapters():
+    assert (ROOT / "nbs/start/index.ipynb").read_text("utf-8") == project.index()
+
+
 def test_readme_is_generated_from_the_index():
     assert (ROOT / "README.md").read_text("utf-8") == project.readme(), "run: python tools/project.py readme"
 

@@ -1,7 +1,8 @@
 """Keep the generated files of the repository equal to their sources.
 
-usage: python tools/project.py [readme] [environment] [docs]
+usage: python tools/project.py [index] [readme] [environment] [docs]
        python tools/project.py publish RUN | lengths [ROOT]
+  index         the table of chapters in nbs/start/index.ipynb, from nbs/chapters.txt and the notebooks' first lines
   readme        README.md from the prose and code of nbs/start/index.ipynb
   environment   environment.yml from settings.ini
   docs          the site, in _docs/, from the notebooks
@@ -9,8 +10,6 @@ usage: python tools/project.py [readme] [environment] [docs]
                 record they come from; of an executed notebook: figures/NAME.ipynb, for the site
   lengths       what is longer than tests allow, and the lines of the package by folder; ROOT: of another checkout
 """
-from mgdarts.runs.records import load_run
-from mgdarts.base.files import write_json
 import json
 import shlex
 import sys
@@ -36,6 +35,28 @@ def chapters() -> list:
         elif not line.startswith("#"):
             out[-1][2].extend(line.split())
     return out
+
+
+def chapter_table() -> str:
+    "The chapters in reading order, each with a link, as the index has them."
+    rows = ["| folder | what it is about | chapters |", "|---|---|---|"]
+    for folder, title, names in chapters():
+        links = (f"[{name}](../../nbs/{folder}/{name}.ipynb)" for name in names if name != "index")
+        rows.append(f"| `{folder}` | {title} | {', '.join(links)} |")
+    return "\n".join(rows)
+
+
+def index() -> str:
+    "The index notebook with the table of chapters as it should be."
+    path = ROOT / "nbs/start/index.ipynb"
+    book = json.loads(path.read_text("utf-8"))
+    for cell in book["cells"]:
+        source = "".join(cell["source"])
+        if source.startswith("## The chapters"):
+            before, _, after = source.partition("\n| ")
+            after = after[after.index("\n\n"):]
+            cell["source"] = f"{before}\n{chapter_table()}{after}".splitlines(keepends=True)
+    return json.dumps(book, indent=1, ensure_ascii=False) + "\n"
 
 
 def readme() -> str:
@@ -65,8 +86,9 @@ def publish(run: Path):
     "Figures as PNG (where a Chromium is found), and everything that says where they come from."
     if run.suffix == ".ipynb":
         return publish_notebook(run)
+    from mgdarts.base.files import write_json
+    from mgdarts.runs.records import load_run
     from mgdarts.views import plots
-    from mgdarts.runs import run as runs
     folder = ROOT / "figures" / run.name
     if (run / "record.json").exists():  # of the benchmark notebook
         import plotly.io
@@ -117,7 +139,9 @@ def main(targets):
         from lengths import report
         return report(Path(targets[1]) if len(targets) == 2 else ROOT)
     for target in targets:
-        if target == "readme":
+        if target == "index":
+            (ROOT / "nbs/start/index.ipynb").write_text(index(), "utf-8")
+        elif target == "readme":
             (ROOT / "README.md").write_text(readme(), "utf-8")
         elif target == "environment":
             (ROOT / "environment.yml").write_text(environment(), "utf-8")
