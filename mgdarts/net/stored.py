@@ -13,8 +13,8 @@ from ..space.layers import reset_uniform
 from ..space.operation import Operation
 
 # %% auto #0
-__all__ = ['remap', 'carry', 'carry_columns', 'LiveOp', 'Parts', 'live_operations', 'preprocessing_plan', 'threshold_runs',
-           'pools_of', 'pool_slots', 'StoredCell', 'fresh_weights', 'relayout', 'plan']
+__all__ = ['remap', 'carry', 'carry_columns', 'LiveOp', 'Parts', 'turn', 'live_operations', 'preprocessing_plan',
+           'threshold_runs', 'pools_of', 'pool_slots', 'StoredCell', 'fresh_weights', 'relayout', 'plan']
 
 # %% ../../nbs/net/stored.ipynb #88f95aad
 def remap(old: Tensor, # [m] int64, ascending slots stored so far
@@ -75,6 +75,12 @@ class Parts:
         return cls(kernels, gates, shapes, [len(i) for _, i in lay.gates])
 
 # %% ../../nbs/net/stored.ipynb #90b1fc81
+def turn(op: LiveOp, side: int # of the maps that it makes
+        )->int:
+    "Return when a node adds an operation up: sums in floating point depend on their order, and all ways of computing keep one."
+    if op.operation.kind == "dil": return 3 if op.stride == 1 and side % 2 == 0 else 1
+    return 4 if op.operation.passes(op.stride) else 2 if op.operation.kind == "skip" else 0
+
 def live_operations(lay: Layout, parts: Parts)->tuple: # ({node: list of LiveOp}, list of channel indices, channels of each state)
     "List the live operations into each node, and the channels of the node that each of them writes."
     spec, places, nodes = lay.spec, [], {}
@@ -90,6 +96,7 @@ def live_operations(lay: Layout, parts: Parts)->tuple: # ({node: list of LiveOp}
                 if not full: places.append(torch.searchsorted(states[node], out))
                 own = (tuple(v.get((e, o), ())) for v in (parts.kernels, parts.gates))
                 nodes[node].append(LiveOp(e, o, operation, stride, *own, None if full else len(places) - 1))
+        nodes[node].sort(key=lambda op: turn(op, spec.side))
     return nodes, places, [len(s) for s in states]
 
 # %% ../../nbs/net/stored.ipynb #92e4f188
