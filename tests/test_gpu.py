@@ -20,7 +20,7 @@ import gpu_layouts
 from mgdarts.paper.arms import Arm, job
 from mgdarts.base.options import InputError, from_dict
 from mgdarts.base.data import load_data
-from mgdarts.paper.study import measure
+from mgdarts.paper.measure import measure
 
 
 def failures(record): return {n: r for n, p in record["parts"].items() for r in p["rows"] for k in r if k.endswith("error")} | {n: p["note"] for n, p in record["parts"].items() if "note" in p}

@@ -4,7 +4,7 @@ from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from nbdev.test import test_nb as run_nb
 
-from mgdarts.paper.study import TARGETS
+from mgdarts.paper.data import TARGETS
 
 CFG = get_config()
 PARAMETERISED = ("start/quickstart", "start/workbench", "runs/benchmarks", "runs/fault_suite", "paper/claims")

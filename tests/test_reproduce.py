@@ -19,11 +19,15 @@ from mgdarts.runs import run as runs
 from mgdarts.paper import verdicts as judged
 from mgdarts.net.count import counts
 from mgdarts.net.files import load
-from mgdarts.paper.arms import Arm, job, run_arms
+from mgdarts.paper.arms import Arm, job
+from mgdarts.paper.running import run_arms
 from mgdarts.cli.main import main
 from mgdarts.base.options import InputError, from_dict
 from mgdarts.base.events import RunFailed
-from mgdarts.paper.study import TARGETS, Study, make_record, measure, rebuild, seeds_of
+from mgdarts.paper.data import TARGETS
+from mgdarts.paper.study import Study, seeds_of
+from mgdarts.paper.record import make_record, rebuild
+from mgdarts.paper.measure import measure
 from mgdarts.space.darts import NetSpec
 from mgdarts.base.files import read_json, write_json
 

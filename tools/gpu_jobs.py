@@ -31,7 +31,7 @@ def read_list(path) -> list:  # of Job
 
 def listed(records: list, seeds: list, settings: dict, labels: list) -> list:  # of Job
     "The arms of some records, with other seeds and settings."
-    from mgdarts.paper.study import jobs_in
+    from mgdarts.paper.record import jobs_in
 
     out = {}
     for path in records:

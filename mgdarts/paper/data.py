@@ -5,20 +5,21 @@
 # %% ../../nbs/paper/data.ipynb #642f6f9c
 from __future__ import annotations
 import csv
-from ..base.options import InputError
-from ..base.options import root
+from ..base.options import InputError, closest, root
 
 # %% auto #0
-__all__ = ['table', 'figures', 'claims', 'systems', 'slips']
+__all__ = ['TARGETS', 'rows_of', 'table', 'figures', 'claims', 'systems', 'slips', 'target', 'paper_rows']
 
 # %% ../../nbs/paper/data.ipynb #7ccbcb88
-def _rows(name: str)->list: # of dictionaries of texts
+def rows_of(name: str)->list: # of dictionaries of texts
     "The rows of a file of data/paper."
     path = root() / "data/paper" / f"{name}.csv"
     try: text = path.read_text("utf-8")
-    except FileNotFoundError: raise InputError(f"{path} is not there: work in the project's folder, or set MGDARTS_ROOT to it") from None
+    except FileNotFoundError:
+        raise InputError(f"{path} is not there: work in the project's folder, or set MGDARTS_ROOT to it") from None
     return list(csv.DictReader(text.splitlines()))
 
+# %% ../../nbs/paper/data.ipynb #79df7c51
 def _value(text: str)->float|str|None:
     "A cell as it is meant."
     try: return float(text) if text else None
@@ -28,24 +29,45 @@ def table(n: int # 1 to 10: the paper's I to X
          )->list: # of dictionaries; the unit of a number is in its column's name
     "A table of the paper. `InputError` when it has no such table."
     if n not in range(1, 11): raise InputError(f"no table {n}: the paper has 1 to 10")
-    return [{k: _value(v) for k, v in r.items()} for r in _rows(f"table{n:02}")]
+    return [{k: _value(v) for k, v in r.items()} for r in rows_of(f"table{n:02}")]
 
 # %% ../../nbs/paper/data.ipynb #4bdad392
 def figures()->list: # of dictionaries: item, quantity, value (float), unit, section, quote
     "What the text says in numbers about the figures."
-    return [r | {"value": float(r["value"])} for r in _rows("figures")]
+    return [r | {"value": float(r["value"])} for r in rows_of("figures")]
 
 # %% ../../nbs/paper/data.ipynb #c78cd834
 def claims()->list: # of dictionaries of texts: id, item, claim, numbers, section
     "The paper's claims; `item` is the table or figure that carries the claim."
-    return _rows("claims")
+    return rows_of("claims")
 
 # %% ../../nbs/paper/data.ipynb #f9fff722
 def systems()->list: # of dictionaries of texts: name, reference, kind, method, items, summary
     "The systems the paper compares, its own among them."
-    return _rows("systems")
+    return rows_of("systems")
 
 # %% ../../nbs/paper/data.ipynb #0a02204c
 def slips()->list: # of dictionaries of texts: item, row, column, kind, printed, recomputed, how, note
     "Where the paper's print disagrees with itself; `kind` is density, text or blank."
-    return _rows("slips")
+    return rows_of("slips")
+
+# %% ../../nbs/paper/data.ipynb #9057adc5
+TARGETS = {
+    "table01": "CIFAR-10 and CIFAR-100, DARTS-like space", "table02": "ImageNet, DARTS-like space",
+    "table03": "ImageNet, MobileNet-like space", "table04": "single-stage and multi-stage",
+    "table05": "regrowing ratios", "table06": "memory reduction in three search spaces",
+    "table07": "DASS against MG-DARTS", "table08": "granularities", "table09": "optimisation strategies",
+    "table10": "auxiliary heads", "methods": "the methods at one size", "thresholds": "where thresholds start",
+    "fig01": "retention ratios at the same size", "fig02": "the search space", "fig03": "pruning", "fig04": "stages",
+    "fig05": "ratios set by hand", "fig06": "fixed rates: retention ratios",
+    "fig07": "fixed rates: accuracy against size", "fig08": "thresholds and ratios during the search",
+    "fig09": "what is kept where"}
+
+def target(name: str)->str: # the same
+    "`InputError` on a table or figure that there is not."
+    if name not in TARGETS: raise InputError(f"unknown target {name!r}: {closest(name, TARGETS)}")
+    return name
+
+def paper_rows(item: str)->list:
+    "The paper's numbers of a table or figure."
+    return table(int(item[5:])) if item.startswith("table") else [r for r in figures() if r["item"] == item]
