@@ -11,13 +11,14 @@ from torch import Tensor
 from ..net.cell import Cell, FIRST, drop_factors, round_operations
 from ..net.stored import LiveOp
 from ..space.operation import DilConv, Pool, SepConv, Skip
-from .kernels import (Pair, among, from_phases, from_pixels, narrow, native, normalise, normalise_sum,
-                                  pairs, pixels, pointwise, spread_index, weighted_sum, widen)
+from .convolutions import Pair, among, pairs, pointwise
+from .layout import dense, from_phases, from_pixels, narrow, native, pixels, widen
+from .norms import normalise, normalise_sum, spread_index, weighted_sum
 from .parts import even_odd, reduced
 
 # %% auto #0
 __all__ = ['NodePlan', 'kind_of', 'Groups', 'filters', 'written', 'CellPlan', 'plan_cell', 'GroupNorms', 'Pools', 'CellPass',
-           'passing', 'strided_skip', 'node_sum', 'go_round', 'fused']
+           'views', 'wide_kernels', 'preprocess', 'reach', 'passing', 'strided_skip', 'node_sum', 'go_round', 'fused']
 
 # %% ../../nbs/fast/cell.ipynb #ef8a6fb3
 @dataclass
@@ -35,7 +36,7 @@ class NodePlan:
 def kind_of(cell: Cell, op: LiveOp)->str|None: # a field of `NodePlan`
     "How an operation is computed; None: not in this chapter."
     what = type(op.operation) # no subclass: it may compute something else
-    if what in (SepConv, DilConv) and op.operation.k not in (1, 3, 5): return None
+    if what in (SepConv, DilConv) and op.operation.k % 2 == 0: return None # no pixel is in the middle
     if what is SepConv: return "sep"
     if what is DilConv: return "phased" if op.stride == 1 and cell.spec.side % 2 == 0 else "dil"
     if what is Skip: return "reduce" if op.stride == 2 else "through"
@@ -49,26 +50,28 @@ class Groups:
     where: Tensor # [filters] int64: for each filter, its place
     sizes: list # places of each group
     maps: list # for each group, places of each of its maps
-    coef: Tensor # [gates] int64: the operation whose strength a gate takes along; the number of operations where it takes none
+    coef: Tensor # [gates] int64: the operation whose strength a gate takes along; the number of operations: none
 
     @classmethod
     def of(cls, cell: Cell, groups: list # of lists of [n] int64, a vector for each map
           )->Groups:
+        "Order the filters by groups of maps."
         gap, device = sum(cell.gate_sizes), cell.omega.device
         order = torch.cat([x for g in groups for x in g])
         where, there = torch.zeros(gap, dtype=torch.long), order < gap
         where[order[there]] = there.nonzero().flatten()
         coef = [cell.flat(g) if g.role == "out" else cell.layout.ops.numel() for g, _ in cell.layout.gates]
-        return cls(order.to(device), where.to(device), [sum(map(len, g)) for g in groups], [[len(x) for x in g] for g in groups], torch.tensor(coef, device=device))
+        maps = [[len(x) for x in g] for g in groups]
+        return cls(order.to(device), where.to(device), [sum(m) for m in maps], maps, torch.tensor(coef, device=device))
 
     def tensors(self)->list: return [self.order, self.where, self.coef]
 
 def filters(cell: Cell)->list: # of [n] int64
-    "The filters of each gate."
+    "List the filters of each gate."
     return list(torch.arange(sum(cell.gate_sizes)).split(cell.gate_sizes))
 
 def written(cell: Cell, op: LiveOp, node: int)->Tensor: # int64
-    "Which of a node's channels an operation with filters writes."
+    "Find which of a node's channels an operation with filters writes."
     def ids(place): return cell.layout.alive[place[0]:sum(place)].nonzero().flatten()
     return torch.searchsorted(ids(cell.spec.state(node)), ids(cell.spec.place(op.edge, op.op, "out")))
 
@@ -76,12 +79,13 @@ def written(cell: Cell, op: LiveOp, node: int)->Tensor: # int64
 class CellPlan:
     "What the fused pass needs to know of a cell's layout."
     def __init__(self, cell: Cell, kinds: dict): # (edge, operation) -> from `kind_of`
-        self.nodes, self._spread, self._repeated = {node: NodePlan() for node in cell.nodes}, {}, {}
+        self.nodes: dict[int, NodePlan] = {node: NodePlan() for node in cell.nodes}
+        self._spread, self._repeated = {}, {}
         for node, live in cell.nodes.items():
             for op in live: getattr(self.nodes[node], kinds[op.edge, op.op]).append(op)
-        # what reads each state, apart from strided skips and pools: (operation, node it goes to)
         graph = cell.spec.graph
-        self.readers = [[(op, node) for node, plan in self.nodes.items() for op in plan.sep + plan.dil + plan.phased if graph.edges[op.edge][0] == s] for s in range(graph.states)]
+        convs = [(op, node) for node, plan in self.nodes.items() for op in plan.sep + plan.dil + plan.phased]
+        self.readers = [[(op, node) for op, node in convs if graph.edges[op.edge][0] == s] for s in range(graph.states)]
         self.shapes, self.weights = cell.shapes["omega"], cell.sizes["omega"]
         self.deep = [i for i, s in enumerate(self.shapes) if s[2] > 1] # depthwise kernels
         through = [[op.edge * len(cell.spec.ops) + op.op for op in plan.through] for plan in self.nodes.values()]
@@ -104,7 +108,8 @@ class CellPlan:
 
     def spread(self, b: int)->list: # an index a group
         "Where the channels of `b` images abreast find their batch norms, for the CPU kernels."
-        if b not in self._spread: self._spread[b] = [spread_index(sizes, b) for sizes in self.groups.maps + self.pool_maps]
+        if b not in self._spread:
+            self._spread[b] = [spread_index(sizes, b) for sizes in self.groups.maps + self.pool_maps]
         return self._spread[b]
 
     def repeated(self, b: int)->Tensor: # int64
@@ -115,12 +120,13 @@ class CellPlan:
             self._repeated[b] = torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
         return self._repeated[b]
 
-    def tensors(self)->list: return [*self.groups.tensors(), self.through, *sum(self._spread.values(), []), *self._repeated.values()]
+    def tensors(self)->list:
+        return [*self.groups.tensors(), self.through, *sum(self._spread.values(), []), *self._repeated.values()]
 
 def plan_cell(cell: Cell)->CellPlan|None:
-    "The plan of a cell; None where it has an operation that this chapter does not know."
+    "Plan a cell; None where it has an operation that this chapter does not know, or is another kind of cell."
     kinds = {(op.edge, op.op): kind_of(cell, op) for live in cell.nodes.values() for op in live}
-    if not cell.pre or cell.spec.residual: return None
+    if len(cell.pre) != cell.spec.graph.inputs or cell.spec.residual: return None
     return None if None in kinds.values() else CellPlan(cell, kinds)
 
 # %% ../../nbs/fast/cell.ipynb #e623c67b
@@ -129,13 +135,17 @@ class GroupNorms:
     def __init__(self, cell: Cell, groups: Groups, index: list, # from `spread`
                  alpha: Tensor, gate: Tensor, # [operations], [filters]
                  b: int):
-        factor = torch.cat([alpha, alpha.new_ones(1)])[groups.coef].repeat_interleave(cell.gate_n, output_size=len(gate))
+        factor = torch.cat([alpha, alpha.new_ones(1)])[groups.coef]
+        factor = factor.repeat_interleave(cell.gate_n, output_size=len(gate))
         factor = factor * (gate.masked_fill(cell.skips, 1) if cell.has_skips else gate)
         def grouped(v): return torch.cat([v, v.new_zeros(1)]).index_select(0, groups.order).split(groups.sizes)
-        self.scale, self.shift, self.mean, self.var = map(grouped, (cell.scale * factor, cell.shift * factor, cell.mean, cell.var))
+        self.scale, self.shift = grouped(cell.scale * factor), grouped(cell.shift * factor)
+        self.mean, self.var = grouped(cell.mean), grouped(cell.var)
         self.index, self.how, self.where = index, dict(b=b, training=cell.training, reuse=True), groups.where
         self.stats = [*zip(self.mean, self.var)]
-    def _group(self, i): return dict(scale=self.scale[i], shift=self.shift[i], running=(self.mean[i], self.var[i]), index=self.index[i], **self.how)
+    def _group(self, i):
+        running = self.mean[i], self.var[i]
+        return dict(scale=self.scale[i], shift=self.shift[i], running=running, index=self.index[i], **self.how)
 
     def __call__(self, i: int, maps: list, # group
                  relu: bool = False)->list:
@@ -149,7 +159,7 @@ class GroupNorms:
         self.stats[i] = mean, var
         return y
     def statistics(self)->list: # two [filters]
-        "Means and variances of this batch, in the order of the filters."
+        "Return the means and variances of this batch, in the order of the filters."
         return [torch.cat(s)[self.where] for s in zip(*self.stats)]
 
 # %% ../../nbs/fast/cell.ipynb #0462300b
@@ -157,15 +167,18 @@ class Pools:
     "The pools of a cell: once a state, whatever reads it, and with the batch norms that the cell has for them."
     def __init__(self, cell: Cell, plan: CellPlan, index: list, # from `spread`, those of the pools
                  b: int):
-        self.kinds, self.ops, self.index, self.b, self.training, self.made, self.stats = cell.pools, cell.spec.ops, index, b, cell.training, {}, {}
+        self.kinds, self.ops, self.made, self.stats = cell.pools, cell.spec.ops, {}, {}
+        self.index, self.how = index, dict(b=b, training=cell.training, reuse=True)
         self.running = [v.split([sum(sizes) for sizes in plan.pool_maps]) for v in cell.statistics[2:]]
     def __call__(self, states: list, o: int, s: int, stride: int)->Tensor:
+        "Pool state `s` by operation `o`."
         if (o, s) in self.made: return self.made[o, s]
         kinds = self.kinds[s] if self.kinds else [o]
         maps = [FIRST[self.ops[k].reads](states[s], stride) for k in kinds]
         if self.kinds:
             mean, var = (v[s] for v in self.running)
-            maps, *self.stats[s] = normalise(maps, torch.ones_like(mean), torch.zeros_like(mean), (mean, var), self.index[s], self.b, self.training, reuse=True)
+            neutral = torch.ones_like(mean), torch.zeros_like(mean)
+            maps, *self.stats[s] = normalise(maps, *neutral, (mean, var), self.index[s], **self.how)
         self.made.update(((k, s), m) for k, m in zip(kinds, maps))
         return self.made[o, s]
     def statistics(self)->list: # of two lists
@@ -174,66 +187,92 @@ class Pools:
 # %% ../../nbs/fast/cell.ipynb #e5791dbe
 class CellPass:
     "A cell in the middle of a pass: its kernels, its batch norms, and the states so far."
-    def __init__(self, cell: Cell, plan: CellPlan, alpha: Tensor, gate: Tensor, omega: Tensor, b: int, plainly: bool): # as for `fused`; whether PyTorch's own kernels do the work
-        def views(v, g): return [w.view(s) for w, s in zip(v.split(cell.sizes[g]), cell.shapes[g])]
-        self.cell, self.plan, self.b, self.kernels, self.plain = cell, plan, b, views(omega, "omega"), views(cell.plain, "plain")
-        if b > 1: # one gathering for all depthwise kernels
-            for i, w in zip(plan.deep, omega.index_select(0, plan.repeated(b)).split([b * plan.weights[i] for i in plan.deep])): self.kernels[i] = w.view(-1, *plan.shapes[i][1:])
+    def __init__(self, cell: Cell, plan: CellPlan, alpha: Tensor, gate: Tensor, omega: Tensor, b: int, # as for `fused`
+                 plainly: bool # whether PyTorch's own kernels do the work
+                ):
+        self.cell, self.plan, self.b = cell, plan, b
+        self.kernels, self.plain = wide_kernels(cell, plan, omega, b), views(cell, cell.plain, "plain")
         groups = len(plan.groups.sizes)
         index = [None] * (groups + len(cell.pools)) if plainly else plan.spread(b)
-        self.norms, self.pools = GroupNorms(cell, plan.groups, index[:groups], alpha, gate, b), Pools(cell, plan, index[groups:], b)
+        self.norms = GroupNorms(cell, plan.groups, index[:groups], alpha, gate, b)
+        self.pools = Pools(cell, plan, index[groups:], b)
         self.places, self.strength = cell.places.split(cell.place_sizes), gate.split(cell.gate_sizes)
         self.factors = alpha.index_select(0, plan.through).split(plan.through_sizes)
-        self.states, self.rest, self.whole = [], [], [] # nodes; of partial channels what goes round the operations, and both together
-        self.reached, self.halves = {}, {} # (edge, operation) -> the first half of a separable convolution, the whole of a dilated one; state -> `even_odd`
+        self.states, self.rest, self.whole = [], [], [] # with partial channels: what goes round the operations, and both
+        self.reached = {} # (edge, operation) -> the first half of a separable convolution, the whole of a dilated one
+        self.halves = {} # state -> `even_odd`
 
     def place(self, op: LiveOp, node: int)->tuple: # as `Pair` takes it
         return (None, None) if op.place is None else (self.places[op.place], self.cell.channels[node])
     def put(self, y: Tensor, op: LiveOp, node: int)->Tensor:
-        "A map at its channels of the node."
+        "Put a map at its channels of the node."
         return y if op.place is None else among(y, self.places[op.place], self.cell.channels[node], self.b)
-
-    def inputs(self, *xs):
-        "The first states: both inputs, preprocessed."
-        maps, own = [], lambda i: None if i is None else self.plain[i]
-        for x, parts in zip(xs, self.cell.pre):
-            halves = even_odd(x) if len(parts[0][1]) == 2 else None
-            maps += [pointwise(x, own(*k), self.b) if halves is None else reduced(halves, *map(own, k), self.b) for _, k in parts]
-        maps, per = self.norms(0, maps), len(self.cell.pre[0]) # maps of an input: 2 with partial channels
-        self.states += maps[::per]
-        if per == 2: self.rest += maps[1::2]
-
-    def reach(self, s: int):
-        "Everything that reads state `s`."
-        def pair(op, node): return Pair(self.kernels[op.kernels[0]], self.kernels[op.kernels[1]], *((None, None) if op.operation.kind == "sep" else self.place(op, node)), op.stride, op.operation.kind == "dil")
-        made = pairs(self.states[s], [pair(*reader) for reader in self.plan.readers[s]], self.b, relu=True)
-        self.reached.update({(op.edge, op.op): y for (op, _), y in zip(self.plan.readers[s], made)})
+    def source(self, op: LiveOp)->int: return self.cell.spec.graph.edges[op.edge][0]
     def got(self, op: LiveOp)->Tensor: return self.reached.pop((op.edge, op.op))
+
+# %% ../../nbs/fast/cell.ipynb #fdc038c3
+def views(cell: Cell, v: Tensor, group: str)->list:
+    "Cut a flat vector into kernels."
+    return [w.view(s) for w, s in zip(v.split(cell.sizes[group]), cell.shapes[group])]
+
+def wide_kernels(cell: Cell, plan: CellPlan, omega: Tensor, b: int)->list:
+    "Cut the searched kernels apart, those of depthwise convolutions repeated for the images abreast: in one gathering."
+    out = views(cell, omega, "omega")
+    if b == 1: return out
+    wide = omega.index_select(0, plan.repeated(b)).split([b * plan.weights[i] for i in plan.deep])
+    for i, w in zip(plan.deep, wide): out[i] = w.view(-1, *plan.shapes[i][1:])
+    return out
+
+# %% ../../nbs/fast/cell.ipynb #6562a367
+def preprocess(p: CellPass, maps: tuple):
+    "Make the first states: all inputs, preprocessed."
+    out, own = [], lambda i: None if i is None else p.plain[i]
+    for x, parts in zip(maps, p.cell.pre):
+        halves = even_odd(x) if len(parts[0][1]) == 2 else None
+        out += [reduced(halves, *map(own, k), p.b) if halves else pointwise(x, own(*k), p.b) for _, k in parts]
+    out, per = p.norms(0, out), len(p.cell.pre[0]) # maps of an input: 2 with partial channels
+    p.states += out[::per]
+    if per == 2: p.rest += out[1::2]
+
+def reach(p: CellPass, s: int):
+    "Compute everything that reads state `s`."
+    def pair(op, node):
+        first, second, *_ = (p.kernels[i] for i in op.kernels)
+        place = (None, None) if op.operation.kind == "sep" else p.place(op, node)
+        return Pair(first, second, *place, op.stride, op.operation.kind == "dil")
+    made = pairs(p.states[s], [pair(*reader) for reader in p.plan.readers[s]], p.b, relu=True)
+    p.reached.update({(op.edge, op.op): y for (op, _), y in zip(p.plan.readers[s], made)})
 
 # %% ../../nbs/fast/cell.ipynb #e3947186
 def passing(p: CellPass, i: int, node: int, # its number, its state
             drop: tuple|None)->Tensor|None:
-    "The weighted sum of a node's skips and pools."
-    def skip(x): return x * widen(drop_factors(narrow(x, p.b), *drop).contiguous(memory_format=torch.channels_last), p.b) if drop is not None and p.cell.training else x
+    "Return the weighted sum of a node's skips and pools."
+    def skip(x):
+        if drop is None or not p.cell.training: return x
+        return x * widen(dense(drop_factors(narrow(x, p.b), *drop)), p.b)
     def one(op):
-        s = p.cell.spec.graph.edges[op.edge][0]
-        return p.put(skip(p.states[s]) if op.operation.kind == "skip" else p.pools(p.states, op.op, s, op.stride), op, node)
-    maps = [one(op) for op in p.plan.nodes[node].through]
+        s = p.source(op)
+        return skip(p.states[s]) if op.operation.kind == "skip" else p.pools(p.states, op.op, s, op.stride)
+    maps = [p.put(one(op), op, node) for op in p.plan.nodes[node].through]
     return weighted_sum(maps, p.factors[i]) if maps else None
 
 def strided_skip(p: CellPass, op: LiveOp, node: int)->Tensor:
-    "A factorised reduction, its kernels scaled by its gate."
-    s, (a, c), m = p.cell.spec.graph.edges[op.edge][0], (p.plain[j] for j in op.kernels), p.strength[op.gates[0]].view(-1, 1, 1, 1)
+    "Compute a factorised reduction, its kernels scaled by its gate."
+    s, (a, c), m = p.source(op), (p.plain[j] for j in op.kernels), p.strength[op.gates[0]].view(-1, 1, 1, 1)
     if s not in p.halves: p.halves[s] = even_odd(F.relu(p.states[s]))
     return p.put(reduced(p.halves[s], a * m[:len(a)], c * m[len(a):], p.b), op, node)
 
+# %% ../../nbs/fast/cell.ipynb #421f8a16
 def node_sum(p: CellPass, i: int, node: int, drop: tuple|None)->Tensor:
-    "All operations into a node (Eq. 4)."
+    "Add up all operations into a node (Eq. 4)."
     plan = p.plan.nodes[node]
     total = passing(p, i, node, drop) # first, so that its gradients come last, when most memory is free again
     middle = [p.got(op) for op in plan.sep]
     if middle: middle = p.norms(3 * i + 1, middle, relu=True)
-    ends = [pairs(y, [Pair(p.kernels[op.kernels[2]], p.kernels[op.kernels[3]], *p.place(op, node))], p.b)[0] for y, op in zip(middle, plan.sep)]
+    ends = []
+    for y, op in zip(middle, plan.sep):
+        *_, third, last = (p.kernels[k] for k in op.kernels)
+        ends += pairs(y, [Pair(third, last, *p.place(op, node))], p.b)
     ends += [p.got(op) for op in plan.dil] + [strided_skip(p, op, node) for op in plan.reduce]
     if ends: total = p.norms.sum(3 * i + 2, ends, total)
     if plan.phased:
@@ -242,7 +281,7 @@ def node_sum(p: CellPass, i: int, node: int, drop: tuple|None)->Tensor:
     return total
 
 def go_round(p: CellPass, node: int, total: Tensor, edges: Tensor)->Tensor:
-    "Partial channels: what went round the operations joins the node, and channels change places."
+    "Let what went round the operations join the node (partial channels), and let channels change places."
     round_ = round_operations(p.cell, node, p.rest, edges)
     p.whole.append(torch.cat([pixels(total, p.b), pixels(round_, p.b)], 1)[:, p.cell.shuffle])
     total, round_ = (from_pixels(part, p.b) for part in p.whole[-1].split([p.cell.spec.width, p.cell.spec.rest], 1))
@@ -261,11 +300,11 @@ def fused(cell: Cell, plan: CellPlan,
          )->tuple: # ([N/B, B live out, H', W'], means and variances [filters, then pooled channels] of this batch)
     "Compute a cell, as `Cell.forward` does operation by operation."
     p, n = CellPass(cell, plan, alpha, gate, omega, b, native(maps[0])), cell.spec.graph.inputs
-    p.inputs(*maps)
-    for s in range(n): p.reach(s)
+    preprocess(p, maps)
+    for s in range(n): reach(p, s)
     for i, node in enumerate(plan.nodes):
         total = node_sum(p, i, node, drop)
         p.states.append(go_round(p, node, total, edges) if p.rest else total)
-        p.reach(node)
+        reach(p, node)
     out = from_pixels(torch.cat(p.whole or [pixels(s, b) for s in p.states[n:]], 1), b)
     return out, *(torch.cat([s, *more]) for s, more in zip(p.norms.statistics(), p.pools.statistics()))

@@ -5,28 +5,36 @@
 # %% ../../nbs/fast/compiled.ipynb #3add49ae
 from __future__ import annotations
 import ctypes, functools, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile, warnings
+from importlib.resources import as_file, files
 from pathlib import Path
 import torch
 from torch import Tensor
-from .arithmetic import SOURCE
 
 # %% auto #0
-__all__ = ['FLAGS', 'READS', 'library', 'kernels_in_use', 'compiled', 'run_pairs', 'run_pointwise', 'run_norms']
+__all__ = ['SOURCES', 'FLAGS', 'SIGNATURES', 'TYPES', 'READS', 'find_compiler', 'processor', 'cache_folder', 'compile_library',
+           'load_library', 'library', 'kernels_in_use', 'compiled', 'run_pairs', 'run_pointwise', 'run_norms']
 
 # %% ../../nbs/fast/compiled.ipynb #550d6a7c
+SOURCES = "kernels.cpp", "kernels.h" # files of this package; the first one includes the other
 FLAGS = "-std=c++17 -O3 -march=native -shared -fPIC -pthread -w".split()
+SIGNATURES = {"pairs": "iaa iiiiiii a i", "pointwise": "i aaaaa iiii", "norms": "iiii aa ii f i"} # i: int64, a: address, f: float
+TYPES = {"i": ctypes.c_int64, "a": ctypes.c_void_p, "f": ctypes.c_float}
 
-def _compiler()->list|None: # its command
+def find_compiler()->list|None: # its command
     named = shlex.split(os.environ.get("CXX", ""))
     found = shutil.which(named[0]) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [found, *named[1:]] if found else None
 
-def _processor()->str:
-    try: return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith(("flags", "Features")))
-    except (OSError, StopIteration): return platform.machine() + platform.processor()
+def processor()->str:
+    "Describe what `-march=native` depends on."
+    try: lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError: lines = []
+    own = platform.machine() + platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), own)
 
-def _folder()->Path:
-    "Where the library is kept: the user's cache, or where that cannot be written a folder for this process."
+# %% ../../nbs/fast/compiled.ipynb #0f2fd3b9
+def cache_folder()->Path:
+    "Return where the library is kept: the user's cache, or where that cannot be written a folder for this process."
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgdarts"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
@@ -34,40 +42,47 @@ def _folder()->Path:
     except OSError: pass
     return Path(tempfile.mkdtemp(prefix="mgdarts-"))
 
-def _build(path: Path, command: list):
-    "Compile `path`. It is there whole or not at all."
+def compile_library(folder, # of the sources: from `importlib.resources`
+                    path: Path, command: list):
+    "Compile the sources to `path`. It is there whole or not at all; what the compiler says names their lines."
     print("compiling kernels for this machine, once ...", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as work:
-        source, made = Path(work) / "kernels.cpp", Path(work) / path.name
-        source.write_text(SOURCE)
-        subprocess.run([*command, *FLAGS, str(source), "-o", str(made)], check=True, capture_output=True, text=True, timeout=600)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work, as_file(folder) as at:
+        made = Path(work) / path.name
+        subprocess.run([*command, *FLAGS, str(at / SOURCES[0]), "-o", str(made)],
+                       check=True, capture_output=True, text=True, timeout=600)
         os.replace(made, path)
+
+# %% ../../nbs/fast/compiled.ipynb #43cc186b
+def load_library(folder, command: list)->ctypes.CDLL: # as for `compile_library`
+    "Load the library of these sources, of this compiler and processor; compile it where it is missing or damaged."
+    said = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
+    texts = [folder.joinpath(name).read_text("utf-8") for name in SOURCES]
+    name = hashlib.sha256("\0".join([*texts, *FLAGS, *command, said, processor()]).encode()).hexdigest()[:16]
+    path = cache_folder() / f"kernels-{name}.so"
+    if not path.exists(): compile_library(folder, path, command)
+    try: return ctypes.CDLL(str(path))
+    except OSError: # damaged
+        compile_library(folder, path, command)
+        return ctypes.CDLL(str(path))
 
 @functools.cache
 def library()->ctypes.CDLL|None:
-    "The compiled functions; None without a compiler, or where the environment says `MGDARTS_KERNELS=torch`."
-    if os.environ.get("MGDARTS_KERNELS") == "torch" or not (command := _compiler()): return None
-    try:
-        version = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
-        name = hashlib.sha256("\0".join([SOURCE, *FLAGS, *command, version, _processor()]).encode()).hexdigest()[:16]
-        path = _folder() / f"kernels-{name}.so"
-        if not path.exists(): _build(path, command)
-        try: lib = ctypes.CDLL(str(path))
-        except OSError: # damaged
-            _build(path, command)
-            lib = ctypes.CDLL(str(path))
+    "Return the compiled functions; None without a compiler, or where the environment says `MGDARTS_KERNELS=torch`."
+    if os.environ.get("MGDARTS_KERNELS") == "torch" or not (command := find_compiler()): return None
+    try: lib = load_library(files("mgdarts.fast"), command)
     except (OSError, subprocess.SubprocessError) as e:
         said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
         warnings.warn(f"kernels cannot be compiled, PyTorch's are used: {said[0] if said else e}")
         return None
-    i64, ptr = ctypes.c_int64, ctypes.c_void_p
-    for f, arguments in ((lib.pairs, [i64, ptr, ptr, *[i64] * 7, ptr, i64]), (lib.pointwise, [i64, *[ptr] * 5, *[i64] * 4]), (lib.norms, [i64, i64, i64, i64, ptr, ptr, i64, i64, ctypes.c_float, i64])):
-        f.argtypes, f.restype = arguments, None
+    for name, letters in SIGNATURES.items():
+        f = getattr(lib, name)
+        f.argtypes, f.restype = [TYPES[c] for c in letters.replace(" ", "")], None
     return lib
 
+# %% ../../nbs/fast/compiled.ipynb #530db740
 def kernels_in_use(device: str = "cpu" # its type
                   )->str:
-    "What a run's last bits depend on: `compiled` or `torch`."
+    "Say what a run's last bits depend on: `compiled` or `torch`."
     return "compiled" if device == "cpu" and library() else "torch"
 
 def compiled(x: Tensor)->bool:
@@ -75,27 +90,35 @@ def compiled(x: Tensor)->bool:
     return x.dtype == torch.float32 and x.device.type == "cpu" and library() is not None
 
 # %% ../../nbs/fast/compiled.ipynb #4c73f1a3
-READS = ("map", 1, 1), ("map", 1, 2), ("map", 2, 1), ("phases", 1, 1), ("second", 1, 1) # what a depthwise convolution runs on, its dilation, its stride: in the order of `Reads`
+# what a depthwise convolution runs on, its dilation, its stride: in the order of `Reads`
+READS = ("map", 1, 1), ("map", 1, 2), ("map", 2, 1), ("phases", 1, 1), ("second", 1, 1)
 
-def _addresses(values): return (ctypes.c_int64 * len(values))(*(0 if v is None else v.data_ptr() if isinstance(v, Tensor) else v for v in values))
+def _addresses(values):
+    at = [0 if v is None else v.data_ptr() if isinstance(v, Tensor) else v for v in values]
+    return (ctypes.c_int64 * len(at))(*at)
 def _real(x): return type(x) in (Tensor, torch.nn.Parameter)
 
 def run_pairs(back: bool, x: Tensor, # [N/B, B C, H, W]
               d_x: Tensor|None, # its gradient, written
               b: int, relu: bool,
-              jobs: list # of (k, place in `READS`, filters of the result, depth, point, place, how many places, result, gradient of the result, of depth, of point)
+              jobs: list # of (side, place in `READS`, filters of the result, depth, point, place, how many places, result, gradient of the result, of depth, of point)
              ):
-    "All pairs of convolutions that read a map, or their gradients."
-    if _real(x): library().pairs(back, x.data_ptr(), 0 if d_x is None else d_x.data_ptr(), *x.shape, b, relu, len(jobs), _addresses([v for j in jobs for v in j]), torch.get_num_threads())
+    "Compute all pairs of convolutions that read a map, or their gradients."
+    if not _real(x): return
+    library().pairs(back, x.data_ptr(), 0 if d_x is None else d_x.data_ptr(), *x.shape, b, relu, len(jobs),
+                    _addresses([v for j in jobs for v in j]), torch.get_num_threads())
 
+# %% ../../nbs/fast/compiled.ipynb #74138bfe
 def run_pointwise(back: bool, x: Tensor, # [N, C, H, W]
                   w: Tensor, # [F, C, 1, 1]
                   g: Tensor|None, # gradient of the result
                   out: Tensor|None, # the result; backwards, the gradient of x
                   d_w: Tensor|None = None # gradient of w
                  ):
-    "A 1x1 convolution, or its gradients where there is a tensor for them."
-    if _real(x): library().pointwise(back, *(0 if t is None else t.data_ptr() for t in (x, w, g, out, d_w)), x.numel() // x.shape[1], x.shape[1], w.shape[0], torch.get_num_threads())
+    "Compute a 1x1 convolution, or its gradients where there is a tensor for them."
+    if not _real(x): return
+    library().pointwise(back, *(0 if t is None else t.data_ptr() for t in (x, w, g, out, d_w)),
+                        x.numel() // x.shape[1], x.shape[1], w.shape[0], torch.get_num_threads())
 
 def run_norms(back: bool, rows: int, # pixels of a map
               b: int,
@@ -103,5 +126,7 @@ def run_norms(back: bool, rows: int, # pixels of a map
               vectors: list, # scale, shift, mean, variance, 1/sqrt(variance + eps), a, gradients of scale and shift, base, sum
               training: bool, relu: bool, eps: float
              ):
-    "Batch norms of many maps, or their gradients."
-    if _real(maps[0][2]): library().norms(back, rows, b, len(maps), _addresses([v for m in maps for v in m]), _addresses(vectors), training, relu, eps, torch.get_num_threads())
+    "Compute batch norms of many maps, or their gradients."
+    if not _real(maps[0][2]): return
+    library().norms(back, rows, b, len(maps), _addresses([v for m in maps for v in m]), _addresses(vectors),
+                    training, relu, eps, torch.get_num_threads())

@@ -4,17 +4,19 @@
 
 # %% ../../nbs/fast/discrete.ipynb #56b6969d
 from __future__ import annotations
-from dataclasses import dataclass
 import torch, torch.nn.functional as F
-from torch import nn, Tensor
+from torch import Tensor
 from ..net.cell import FIRST
 from ..net.discrete import DerivedCell, OpModule
+from ..space.mobile import Block
 from ..space.operation import DilConv, Pool, SepConv, Skip
-from .kernels import Pair, abreast, from_phases, from_pixels, pairs, pixels, pointwise
+from .convolutions import Pair, pairs, pointwise
+from .layout import abreast, from_phases, from_pixels, pixels
 from .parts import even_odd, normed, normed_sum, reduced, run
 
 # %% auto #0
-__all__ = ['KINDS', 'kind_of', 'first', 'DiscretePlan', 'plan_discrete', 'fused', 'RunParts', 'layer']
+__all__ = ['KINDS', 'kind_of', 'DiscretePlan', 'BlocksPlan', 'plan_discrete', 'DiscretePass', 'add', 'node_sum', 'fused',
+           'RunParts', 'blocks']
 
 # %% ../../nbs/fast/discrete.ipynb #53a8c86e
 KINDS = "identity", "pool", "sep", "dil", "reduce" # of operations, in the order in which a node adds them up
@@ -22,80 +24,122 @@ KINDS = "identity", "pool", "sep", "dil", "reduce" # of operations, in the order
 def kind_of(m: OpModule)->str|None: # one of `KINDS`
     "How an operation is computed; None: not in this chapter."
     what = type(m.op) # no subclass: it may compute something else
-    if what in (SepConv, DilConv): return m.op.kind if m.op.k in (1, 3, 5) else None
+    if what in (SepConv, DilConv): return m.op.kind if m.op.k % 2 else None
     if what is Skip: return "identity" if m.stride == 1 else "reduce"
     return "pool" if what is Pool else None
-
-def first(m: nn.Module, b: int)->Pair:
-    "The first pair of convolutions of a module, for wide maps."
-    if m.op.kind == "dil": return Pair(abreast(m.dw, b), m.pw, stride=m.stride, dilated=True)
-    return Pair(abreast(m.dw1, b), m.pw1, stride=m.stride)
 
 class DiscretePlan:
     "Who reads each state, and who writes it."
     def __init__(self, cell: DerivedCell):
-        self.ops, self.drawn, states = list(zip(cell.arch_ops, cell.ops)), cell.drawn, range(cell.spec.graph.states)
-        def which(*kinds, **at): return [i for i, (op, m) in enumerate(self.ops) if kind_of(m) in kinds and all(getattr(op, k) == v for k, v in at.items())]
-        self.readers = [which("sep", "dil", src=s) for s in states]
-        self.into = [[which(kind, dst=s) for kind in KINDS] for s in states]
+        self.kinds, states = [kind_of(m) for m in cell.ops], range(cell.spec.graph.states)
+        def which(kinds, **at):
+            own = (all(getattr(op, k) == v for k, v in at.items()) for op in cell.arch_ops)
+            return [i for i, (kind, here) in enumerate(zip(self.kinds, own)) if here and kind in kinds]
+        self.readers = [which(("sep", "dil"), src=s) for s in states]
+        self.into = [[which((kind,), dst=s) for kind in KINDS] for s in states]
 
-def plan_discrete(cell: DerivedCell)->DiscretePlan|None:
-    "The plan of a cell; None where it has an operation that this chapter does not know."
-    return DiscretePlan(cell) if len(cell.pre) and not cell.spec.residual and None not in map(kind_of, cell.ops) else None
+# %% ../../nbs/fast/discrete.ipynb #59b9b527
+class BlocksPlan:
+    "Nothing is to be known of blocks side by side but that they are."
+
+def plan_discrete(cell: DerivedCell)->DiscretePlan|BlocksPlan|None:
+    "Plan a cell; None where it has an operation that this chapter does not know, or is another kind of cell."
+    graph = cell.spec.graph
+    if cell.spec.fixed: return BlocksPlan() if len(graph.edges) == 1 and all(type(m.op) is Block for m in cell.ops) else None
+    if len(cell.pre) != graph.inputs or cell.spec.residual or None in map(kind_of, cell.ops): return None
+    return DiscretePlan(cell)
 
 # %% ../../nbs/fast/discrete.ipynb #cf0a3112
+class DiscretePass:
+    "A cell in the middle of a pass: its states so far, and what several operations share."
+    def __init__(self, cell: DerivedCell, plan: DiscretePlan, states: list, keep: Tensor|None, b: int): # as for `fused`
+        self.cell, self.plan, self.states, self.keep, self.b = cell, plan, states, keep, b
+        self.reached, self.pools, self.halves = {}, {}, {}
+
+    def first(self, i: int)->Pair:
+        "The first pair of convolutions of an operation, for wide maps."
+        m, dilated = self.cell.ops[i], self.plan.kinds[i] == "dil"
+        depth, point = (m.dw, m.pw) if dilated else (m.dw1, m.pw1)
+        return Pair(abreast(depth, self.b), point, stride=m.stride, dilated=dilated)
+    def in_phases(self, i: int)->bool:
+        "Whether the first pair of an operation gives phases."
+        return self.first(i).reads(self.states[self.cell.arch_ops[i].src].shape[-1])[0] == "phases"
+    def reach(self, s: int):
+        "Compute all convolutions that read state `s`."
+        readers = self.plan.readers[s]
+        self.reached.update(zip(readers, pairs(self.states[s], [self.first(i) for i in readers], self.b, relu=True)))
+
+    def pool(self, i: int)->Tensor:
+        op, m = self.cell.arch_ops[i], self.cell.ops[i]
+        key = op.op, op.src, m.stride
+        if key not in self.pools: self.pools[key] = FIRST[m.op.reads](self.states[op.src], m.stride)
+        return self.pools[key]
+    def reduction(self, i: int)->Tensor:
+        s, m = self.cell.arch_ops[i].src, self.cell.ops[i]
+        if s not in self.halves: self.halves[s] = even_odd(F.relu(self.states[s]))
+        return reduced(self.halves[s], m.a, m.b, self.b)
+    def kept(self, i: int, y: Tensor)->Tensor:
+        "What drop path leaves of a result, image by image."
+        factors = self.keep[self.cell.drawn[i]].view(-1, self.b, 1).expand(-1, self.b, y.shape[1] // self.b)
+        return y * factors.reshape(len(y), -1, 1, 1)
+
+# %% ../../nbs/fast/discrete.ipynb #8fbab5f5
+def add(p: DiscretePass, total: Tensor|None, which: list, maps: list, # operations, and what they give before their last norm
+        phases: bool = False, reuse: bool = True)->Tensor|None:
+    "Normalise results of operations and add them to a node."
+    if not which: return total
+    norms, back = [p.cell.ops[i].norms[-1] for i in which], from_phases if phases else lambda y: y
+    if p.keep is None and not phases: return normed_sum(maps, norms, total, p.b, reuse)
+    if p.keep is None: ys = [back(normed_sum(maps, norms, None, p.b, reuse))]
+    else: ys = [p.kept(i, y) for i, y in zip(which, map(back, normed(maps, norms, p.b, reuse=reuse)))]
+    for y in ys: total = y if total is None else total + y
+    return total
+
+def node_sum(p: DiscretePass, node: int)->Tensor:
+    "Add up all operations into a node."
+    total, (skip, pooled, sep, dil, reduce), ops = None, p.plan.into[node], p.cell.ops
+    for i in skip:
+        x = p.states[p.cell.arch_ops[i].src]
+        total = x if total is None else total + x
+    total = add(p, total, pooled, [p.pool(i) for i in pooled], reuse=False) # others may read the pool
+    middle = normed([p.reached.pop(i) for i in sep], [ops[i].norms[0] for i in sep], p.b, relu=True, reuse=True) if sep else []
+    ends = [pairs(y, [Pair(abreast(ops[i].dw2, p.b), ops[i].pw2)], p.b)[0] for i, y in zip(sep, middle)]
+    phased = [i for i in dil if p.in_phases(i)]
+    whole = [i for i in dil if i not in phased]
+    ends += [p.reached.pop(i) for i in whole] + [p.reduction(i) for i in reduce]
+    total = add(p, total, sep + whole + reduce, ends)
+    return add(p, total, phased, [p.reached.pop(i) for i in phased], phases=True)
+
+# %% ../../nbs/fast/discrete.ipynb #5e28c380
 def fused(cell: DerivedCell, plan: DiscretePlan,
-          inputs: tuple, # of [N/B, B C, H, W], the first of two twice as large after a reduction
+          maps: tuple, # of [N/B, B C, H, W], the first of two twice as large after a reduction
           keep: Tensor|None, # [droppable, N] drop-path factors
           b: int # images abreast
          )->Tensor: # [N/B, B out, H', W']
     "Compute a cell, as `DerivedCell.forward` does operation by operation."
-    maps = [reduced(even_odd(x), m.a, m.b, b) if m.stride == 2 else pointwise(x, m.pre, b) for m, x in zip(cell.pre, map(F.relu, inputs))]
-    states, reached, pools, halves = normed(maps, [m.norms[0] for m in cell.pre], b, reuse=True), {}, {}, {}
-    def source(i): return plan.ops[i][0].src
-    def module(i): return plan.ops[i][1]
-    def in_phases(i): return first(module(i), 1).reads(states[source(i)].shape[-1])[0] == "phases"
-    def reach(s): reached.update(zip(plan.readers[s], pairs(states[s], [first(module(i), b) for i in plan.readers[s]], b, relu=True)))
-    def pool(op, m):
-        if (key := (op.op, op.src, m.stride)) not in pools: pools[key] = FIRST[m.op.reads](states[op.src], m.stride)
-        return pools[key]
-    def reduction(i):
-        if (s := source(i)) not in halves: halves[s] = even_odd(F.relu(states[s]))
-        return reduced(halves[s], module(i).a, module(i).b, b)
-    def kept(i, y): return keep[plan.drawn[i]].view(-1, b, 1).expand(-1, b, y.shape[1] // b).reshape(len(y), -1, 1, 1)
-    def add(total, which, maps, phases=False, reuse=True): # results of operations, normalised
-        if not which: return total
-        norms, back = [module(i).norms[-1] for i in which], from_phases if phases else lambda y: y
-        if keep is None and not phases: return normed_sum(maps, norms, total, b, reuse)
-        if keep is None: ys = [back(normed_sum(maps, norms, None, b, reuse))]
-        else: ys = [y * kept(i, y) for i, y in zip(which, map(back, normed(maps, norms, b, reuse=reuse)))]
-        for y in ys: total = y if total is None else total + y
-        return total
-    for s in range(cell.spec.graph.inputs): reach(s)
+    inputs = [reduced(even_odd(x), m.a, m.b, b) if m.stride == 2 else pointwise(x, m.pre, b)
+              for m, x in zip(cell.pre, map(F.relu, maps))]
+    p = DiscretePass(cell, plan, normed(inputs, [m.norms[0] for m in cell.pre], b, reuse=True), keep, b)
+    for s in range(len(maps)): p.reach(s)
     for node in cell.spec.graph.nodes:
-        total, (skip, pooled, sep, dil, reduce) = None, plan.into[node]
-        for i in skip: total = states[source(i)] if total is None else total + states[source(i)]
-        total = add(total, pooled, [pool(*plan.ops[i]) for i in pooled], reuse=False) # others may read the pool
-        middle = normed([reached.pop(i) for i in sep], [module(i).norms[0] for i in sep], b, relu=True, reuse=True) if sep else []
-        ends = [pairs(y, [Pair(abreast(module(i).dw2, b), module(i).pw2)], b)[0] for i, y in zip(sep, middle)]
-        phased = [i for i in dil if in_phases(i)]
-        whole = [i for i in dil if i not in phased]
-        total = add(total, sep + whole + reduce, ends + [reached.pop(i) for i in whole] + [reduction(i) for i in reduce])
-        states.append(add(total, phased, [reached.pop(i) for i in phased], phases=True))
-        reach(node)
-    return from_pixels(torch.cat([pixels(s, b) for s in states[cell.spec.graph.inputs:]], 1), b)
+        p.states.append(node_sum(p, node))
+        p.reach(node)
+    return from_pixels(torch.cat([pixels(s, b) for s in p.states[len(maps):]], 1), b)
 
 # %% ../../nbs/fast/discrete.ipynb #4e4fd46d
 class RunParts:
     "The parts of an operation of a discrete network, its batch norms computed by the chapters of this room."
-    def __init__(self, m: OpModule): self.module, self.conv, self.halves, self.gate, self.dropped = m, m.conv, m.halves, m.gate, m.dropped
+    def __init__(self, m: OpModule):
+        self.module, self.conv, self.halves, self.gate, self.dropped = m, m.conv, m.halves, m.gate, m.dropped
     def norm(self, role, x): return run(self.module.norms[self.module.norm_at[role]], x)
     def gated(self, role, x): return self.norm(role, x)
 
-def layer(m: DerivedCell, x: Tensor, # [N, C, H, W]
-          keep: Tensor|None = None # [droppable, N] drop-path factors
-         )->Tensor:
+def blocks(cell: DerivedCell, plan: BlocksPlan,
+           maps: tuple, # the one of [N, C, H, W]
+           keep: Tensor|None = None # [droppable, N] drop-path factors
+          )->Tensor: # [N, C', H', W']
     "Compute a layer of blocks, as `DerivedCell.forward` does."
-    y = sum(op.op.forward(x, RunParts(op), op.stride) for op in m.ops)
-    if not m.spec.residual: return y
+    (x,) = maps
+    y = sum(m.op.forward(x, RunParts(m), m.stride) for m in cell.ops)
+    if not cell.spec.residual: return y
     return x + (y if keep is None else y * keep[0].view(-1, 1, 1, 1))

@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from ..base.options import Compute
-from ..net.discrete import DerivedCell
 from ..net.cell import Cell
+from ..net.discrete import DerivedCell
 from ..net.engine import Engine
 from . import cell as darts, discrete, mobile
-from .kernels import images_abreast, narrow, native, widen
+from .layout import dense, images_abreast, narrow, native, widen
 from .parts import run
 
 # %% auto #0
-__all__ = ['FUSED', 'plan_of', 'Plans', 'each', 'FastEngine', 'make']
+__all__ = ['FUSED', 'WIDE', 'plan_of', 'Plans', 'each', 'narrowed', 'FastEngine', 'make']
 
 # %% ../../nbs/fast/engine.ipynb #5a2101b7
+FUSED = {darts.CellPlan: darts.fused, mobile.LayerPlan: mobile.fused,
+         discrete.DiscretePlan: discrete.fused, discrete.BlocksPlan: discrete.blocks}
+WIDE = darts.CellPlan, discrete.DiscretePlan # take maps with images abreast
+
 def plan_of(cell)->object|None:
-    "The plan of a cell; None for what no chapter knows."
-    if type(cell) is Cell: return darts.plan_cell(cell) or mobile.plan_layer(cell)
+    "Plan a cell; None for what no chapter knows."
+    if type(cell) is Cell: return darts.plan_cell(cell) or mobile.plan_layer(cell) # no subclass: it may compute something else
     return discrete.plan_discrete(cell) if type(cell) is DerivedCell else None
-FUSED = {darts.CellPlan: darts.fused, mobile.LayerPlan: mobile.fused}
 
 class Plans:
     "The plans of the cells that an engine has met, for as long as the cells live."
@@ -38,10 +41,18 @@ class Plans:
         self.known[cell] = key, device, plan
         return plan
 
+# %% ../../nbs/fast/engine.ipynb #4991bc77
 def each(f, maps: tuple)->tuple:
-    "`f` of each map, once where they are the same."
+    "Return `f` of each map, worked out once where they are the same."
     made = {id(m): f(m) for m in maps}
     return tuple(made[id(m)] for m in maps)
+
+def narrowed(f, # of narrow maps: a map, or a tuple that begins with one
+             maps: tuple, b: int):
+    "Return what `f` makes of wide maps, wide again."
+    if b == 1: return f(*maps)
+    out = f(*each(partial(narrow, b=b), maps))
+    return widen(dense(out), b) if isinstance(out, Tensor) else (widen(dense(out[0]), b), *out[1:])
 
 # %% ../../nbs/fast/engine.ipynb #bc2b251e
 class FastEngine(Engine):
@@ -52,62 +63,63 @@ class FastEngine(Engine):
         self.plan, self._compiled = Plans(), {}
     def held(self, net)->list: return [t for c in net.cells if (plan := self.plan(c)) for t in plan.tensors()]
 
+    def abreast(self, net, x: Tensor, plans: list)->int:
+        "How many images to put side by side."
+        wide = any(isinstance(p, WIDE) for p in plans) and not native(x)
+        return images_abreast(len(x), net.spec.cell[0].width) if wide else 1
+
     def through_cells(self, net, x, also=None):
-        x, drawn, plans = x.contiguous(memory_format=torch.channels_last), self.drawn(net), self._plans(net)
-        wide = any(isinstance(p, darts.CellPlan) for p in plans) and not (drawn or self.compute.compile or native(x))
-        b = images_abreast(len(x), net.spec.cell[0].width) if wide else 1
-        def ready(y): return y.relu() if net.spec.preprocessed else y # more cells than one read each map, and all begin with a ReLU
-        maps, m = run(net.stem, x), net.mixture(drawn)
-        maps = each(lambda y: ready(widen(y, b) if b > 1 else y), maps)
+        x, drawn, plans = dense(x), self.drawn(net), self._plans(net)
+        b = 1 if drawn or self.compute.compile else self.abreast(net, x, plans)
+        def ready(y): return y.relu() if net.spec.preprocessed else y # the ReLU that all cells that read it begin with
+        maps, m = each(lambda y: ready(widen(y, b)), run(net.stem, x)), net.mixture(drawn)
         for c, plan in enumerate(plans):
-            y = self.kept(net, c, self.equations(net, c, m, b) if drawn or plan is None else self.fused(net, c, m, b, plan), maps, len(x), drawn)
+            f = self.fused(net, c, m, b, plan) if plan and not drawn else self.equations(net, c, m, b)
+            y = self.kept(net, c, f, maps, len(x), drawn)
             if also is not None and net.aux is not None and c == net.aux_cell: also.append(run(net.aux, y, b).float())
             if c + 1 < len(plans): maps = (*maps, ready(y))[-len(maps):]
         return run(net.head, y, b)
 
     def equations(self, net, c, m, b=1):
         f = super().equations(net, c, m)
-        if b == 1: return f
-        def narrowed(*maps):
-            y, *stats = f(*each(partial(narrow, b=b), maps))
-            return widen(y.contiguous(memory_format=torch.channels_last), b), *stats
-        return narrowed
-
+        return lambda *maps: narrowed(f, maps, b)
     def fused(self, net, c: int, m, b: int, plan):
         "A function of the maps that cell `c` reads."
-        omega, gate = net.masked(c, m)
+        cell, (omega, gate) = net.cells[c], net.masked(c, m)
+        f = self._compile(net, cell, plan) if self.compute.compile else partial(FUSED[type(plan)], cell, plan)
+        f = partial(f, alpha=m.alpha[c], gate=gate, omega=omega)
+        if not isinstance(plan, WIDE): return lambda *maps: narrowed(f, maps, b)
         more = {k: v for k, v in (("edges", m.of(c)[1]), ("drop", net.drop)) if v is not None}
-        f = self._compile(net, c, plan) if self.compute.compile else partial(FUSED[type(plan)], net.cells[c], plan)
-        return partial(f, alpha=m.alpha[c], gate=gate, omega=omega, b=b, **more)
+        return partial(f, b=b, **more)
 
     def _plans(self, net)->list:
         self.plan.fresh = False
         plans = [self.plan(cell) for cell in net.cells]
         if self.compute.compile and self.plan.fresh: self._compiled = {}; torch._dynamo.reset()
         return plans
-    def _compile(self, net, c, plan):
-        cell = net.cells[c]
+    def _compile(self, net, cell, plan):
         if cell not in self._compiled:
-            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 4 * net.spec.cells) # all cells are one function to it
+            config = torch._dynamo.config # all cells are one function to it
+            config.recompile_limit = max(config.recompile_limit, 4 * net.spec.cells)
             def whole(*maps, **more): return FUSED[type(plan)](cell, plan, *maps, **more)
             self._compiled[cell] = torch.compile(whole, dynamic=False, backend=self.COMPILER)
         return self._compiled[cell]
 
     def discrete(self, net, x):
-        x, plans = x.contiguous(memory_format=torch.channels_last), [self.plan(cell) for cell in net.cells]
-        b = images_abreast(len(x), net.spec.cell[0].width) if any(plans) and not native(x) else 1
-        maps, aux = run(net.stem, x), None
-        maps = each(lambda y: widen(y, b) if b > 1 else y, maps)
+        x, plans, aux = dense(x), [self.plan(cell) for cell in net.cells], None
+        b = self.abreast(net, x, plans)
+        maps = each(lambda y: widen(y, b), run(net.stem, x))
         for c, (cell, plan, keep) in enumerate(zip(net.cells, plans, net.drop_factors(x))):
-            if plan is not None: y = discrete.fused(cell, plan, maps, keep, b)
-            elif cell.spec.fixed: y = discrete.layer(cell, *maps, keep)
-            else: y = widen(cell(*each(partial(narrow, b=b), maps), keep).contiguous(memory_format=torch.channels_last), b)
+            if isinstance(plan, WIDE): y = FUSED[type(plan)](cell, plan, maps, keep, b)
+            elif plan: y = narrowed(lambda *ms: FUSED[type(plan)](cell, plan, ms, keep), maps, b)
+            else: y = narrowed(lambda *ms: cell(*ms, keep), maps, b)
             maps = (*maps, y)[-len(maps):]
             if c == net.aux_cell and net.aux is not None and net.training: aux = run(net.aux, y, b)
         return run(net.classifier, y, b), aux
 
+# %% ../../nbs/fast/engine.ipynb #dcfe1867
 def make(compute: Compute|None = None # None: as a configuration has it where nothing else is said
         )->Engine:
-    "The engine that a configuration asks for."
+    "Make the engine that a configuration asks for."
     compute = compute or Compute()
     return FastEngine(compute) if compute.impl == "fused" else Engine(compute)

@@ -10,14 +10,14 @@ from ..net.cell import Cell
 from ..space.layers import depthwise
 from ..space.mobile import Block
 from .cell import GroupNorms, Groups, filters
-from .kernels import spread_index
+from .norms import spread_index
 
 # %% auto #0
 __all__ = ['LayerPlan', 'plan_layer', 'squeeze_excite', 'fused']
 
 # %% ../../nbs/fast/mobile.ipynb #7630db08
 class LayerPlan:
-    "The batch norms of a layer in the order in which they are computed: before the depthwise convolutions, after them, after the last ones."
+    "The batch norms of a layer in the order in which they are computed: before the depthwise convolutions, after, at the end."
     def __init__(self, cell: Cell):
         whole, (self.ops,) = filters(cell), cell.nodes.values()
         self.groups = Groups.of(cell, [[whole[i] for i in g] for g in zip(*(op.gates for op in self.ops))])
@@ -25,10 +25,13 @@ class LayerPlan:
     def tensors(self)->list: return [*self.groups.tensors(), *self.index]
 
 def plan_layer(cell: Cell)->LayerPlan|None:
-    "The plan of a layer; None where it is something else than blocks side by side."
-    blocks = cell.spec.fixed and len(cell.nodes) == 1 and all(type(op.operation) is Block for ops in cell.nodes.values() for op in ops)
-    return LayerPlan(cell) if blocks and all(cell.nodes.values()) else None
+    "Plan a layer; None where it is something else than blocks side by side, all with one activation."
+    if not cell.spec.fixed or len(cell.spec.graph.edges) != 1: return None
+    (ops,) = cell.nodes.values()
+    alike = {type(op.operation) for op in ops} == {Block} and len({op.operation.act for op in ops}) == 1
+    return LayerPlan(cell) if alike else None
 
+# %% ../../nbs/fast/mobile.ipynb #8ef9b645
 def squeeze_excite(x: Tensor, # [N, C, H, W]
                    squeeze: Tensor, squeeze_bias: Tensor, # [S, C, 1, 1], [S, 1, 1, 1]
                    excite: Tensor, excite_bias: Tensor # [C, S, 1, 1], [C, 1, 1, 1]
@@ -37,16 +40,17 @@ def squeeze_excite(x: Tensor, # [N, C, H, W]
     s = F.relu(F.conv2d(x.mean((2, 3), keepdim=True), squeeze, squeeze_bias.flatten()))
     return x * F.hardsigmoid(F.conv2d(s, excite, excite_bias.flatten()))
 
+# %% ../../nbs/fast/mobile.ipynb #67d960f9
 def fused(cell: Cell, plan: LayerPlan, x: Tensor, # [N, cin, H, W]
           alpha: Tensor, # [blocks] M_alpha of this layer's blocks
           gate: Tensor, # [filters] from `Cell.gates`
-          omega: Tensor, # from `Cell.weights`
-          b: int = 1 # images abreast: these maps are wide as they are
+          omega: Tensor # from `Cell.weights`
          )->tuple: # ([N, cout, H', W'], means and variances [filters] of this batch)
     "Compute a layer, as `Cell.forward` does block by block."
     def views(v, g): return [w.view(s) for w, s in zip(v.split(cell.sizes[g]), cell.shapes[g])]
     searched, plain, (op, *_) = views(omega, "omega"), views(cell.plain, "plain"), plan.ops
-    blocks = [(searched[first], searched[depth], [plain[i] for i in few], searched[last]) for first, depth, *few, last in (op.kernels for op in plan.ops)]
+    kernels = [op.kernels for op in plan.ops]
+    blocks = [(searched[i], searched[d], [plain[f] for f in few], searched[l]) for i, d, *few, l in kernels]
     norms, relu = GroupNorms(cell, plan.groups, plan.index, alpha, gate, 1), op.operation.act == "relu"
     def act(ys): return ys if relu else map(F.hardswish, ys)
     wide = norms(0, [F.conv2d(x, first) for first, *_ in blocks], relu)
