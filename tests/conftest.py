@@ -16,6 +16,7 @@ from mgdarts.fast import compiled
 from mgdarts.methods.registry import preset
 from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
+from mgdarts.views.report import report
 
 # Nets this small are fastest on one thread, and tests may share the machine.
 torch.set_num_threads(1)
@@ -44,10 +45,10 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(shared):
-    """A finished search of preset smoke by its settings, in the first folder that `to` names, or else in one to look at only.
+def run_of(shared):
+    """A finished search of preset smoke by its settings, copied to the folder `to`; None: in one to look at only.
 
-    Each is searched once in a test run, whichever process asks first; `trained`: with both retrainings.
+    Each is searched once in a test run, whichever process asks first; `trained`: with both retrainings and a report.
     """
     def find(to=None, trained=False, **given):
         cfg = preset("smoke", **given)
@@ -57,7 +58,7 @@ def finished(shared):
             if not out.exists() and trained:
                 half = find(shared / f"{name}-half", **given)
                 runs.retrain(half)
-                runs.retrain(half, baseline=True)
+                runs.retrain(half, baseline=True, listeners=(report,))
                 half.rename(out)
             elif not out.exists():
                 runs.search(cfg, shared / f"{name}-begun")
