@@ -9,8 +9,6 @@ usage: python tools/project.py [readme] [environment] [docs]
                 record they come from; of an executed notebook: figures/NAME.ipynb, for the site
   lengths       what is longer than tests allow, and the lines of the package by folder; ROOT: of another checkout
 """
-from mgdarts.runs.records import load_run
-from mgdarts.base.files import write_json
 import json
 import shlex
 import sys
@@ -65,8 +63,9 @@ def publish(run: Path):
     "Figures as PNG (where a Chromium is found), and everything that says where they come from."
     if run.suffix == ".ipynb":
         return publish_notebook(run)
+    from mgdarts.base.files import write_json
+    from mgdarts.runs.records import load_run
     from mgdarts.views import plots
-    from mgdarts.runs import run as runs
     folder = ROOT / "figures" / run.name
     if (run / "record.json").exists():  # of the benchmark notebook
         import plotly.io
