@@ -3,17 +3,20 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from mgdarts.base.options import to_dict
+from mgdarts.base.events import RunFailed
+from mgdarts.base.options import InputError, to_dict
 from mgdarts.fast import compiled
 from mgdarts.methods.registry import preset
 from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
+from mgdarts.views.report import report
 
 # Nets this small are fastest on one thread, and tests may share the machine.
 torch.set_num_threads(1)
@@ -42,10 +45,10 @@ def shared(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def finished(shared):
-    """A finished search of preset smoke by its settings, in the first folder that `to` names, or else in one to look at only.
+def run_of(shared):
+    """A finished search of preset smoke by its settings, copied to the folder `to`; None: in one to look at only.
 
-    Each is searched once in a test run, whichever process asks first; `trained`: with both retrainings.
+    Each is searched once in a test run, whichever process asks first; `trained`: with both retrainings and a report.
     """
     def find(to=None, trained=False, **given):
         cfg = preset("smoke", **given)
@@ -55,7 +58,7 @@ def finished(shared):
             if not out.exists() and trained:
                 half = find(shared / f"{name}-half", **given)
                 runs.retrain(half)
-                runs.retrain(half, baseline=True)
+                runs.retrain(half, baseline=True, listeners=(report,))
                 half.rename(out)
             elif not out.exists():
                 runs.search(cfg, shared / f"{name}-begun")
@@ -93,6 +96,23 @@ def here(monkeypatch):
     yield
     plotly.io.renderers.default = before
     Shell.clear_instance()
+
+
+@pytest.fixture
+def in_turn(monkeypatch):
+    "The arms of a study run in this process, one after the other; two processes may share a folder of runs."
+    from mgdarts.paper import arms, study
+
+    def run_arms(wanted, folder, workers=0):
+        failed = {}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for i, job in enumerate(wanted):
+            with FileLock(Path(folder) / f"{job.key()}.lock"):
+                try: arms.do(job, folder)
+                except (InputError, RunFailed) as e: failed[i] = str(e)
+        return failed
+
+    monkeypatch.setattr(study, "run_arms", run_arms)
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install 
               pytest.mark.skipif(sync_playwright is None, reason="playwright is not installed")]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
 ROOT = Path(__file__).resolve().parent.parent
-FAST = {"data.subset": 200, "search.warmup": 1, "search.batch": 32, "search.max_epochs": 4}
+FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
 
 
 def free_port():
@@ -49,11 +49,11 @@ def environment(folder):
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
+def lab(tmp_path_factory, run_of):
     "A JupyterLab on a folder with the workbench's notebook and a finished run."
     folder = tmp_path_factory.mktemp("lab")
-    runs.search(preset("smoke", **FAST), folder / "runs/demo")
-    runs.search(preset("smoke", **{**FAST, "search.max_epochs": 2}, seed=1), folder / "runs/other")
+    run_of(folder / "runs/demo", **FAST)
+    run_of(folder / "runs/other", **FAST, seed=1)
     (folder / "nbs/start").mkdir(parents=True)
     shutil.copyfile(ROOT / "nbs/start/workbench.ipynb", folder / "nbs/start/workbench.ipynb")
     (folder / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())

@@ -42,12 +42,8 @@ def call(args, capsys):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "one"
-    runs.search(preset("smoke", **FAST), out, listeners=(report,))
-    runs.retrain(out)
-    runs.retrain(out, baseline=True, listeners=(report,))
-    return out
+def run(tmp_path_factory, run_of):
+    return run_of(tmp_path_factory.mktemp("runs") / "one", trained=True, **FAST)
 
 
 def test_count(capsys):

@@ -31,7 +31,7 @@ from mgdarts.space.space import GRANULARITIES
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-FAST = {"data.subset": 200, "search.warmup": 1, "search.batch": 32, "search.max_epochs": 4}
+FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
 
 
 def same(a, b):
@@ -54,10 +54,8 @@ def search():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    out = tmp_path_factory.mktemp("runs") / "demo"
-    runs.search(preset("smoke", **FAST), out)
-    return out
+def finished(tmp_path_factory, run_of):
+    return run_of(tmp_path_factory.mktemp("runs") / "demo", **FAST)
 
 
 def test_questions_leave_the_search_as_it_was(search):

@@ -48,6 +48,9 @@ def build(root: Path, chapters: list):
     shutil.rmtree(source, ignore_errors=True)
     (source / "assets").mkdir(parents=True)
     shutil.copy(Path(plotly.__file__).parent / "package_data/plotly.min.js", source / "assets")
+    # on a wide screen a line of code, 120 columns, fits beside both lists
+    wide = ".md-grid { max-width: 84rem; } .md-typeset pre > code { font-size: .65rem; }"
+    (source / "assets/wide.css").write_text(wide + "\n", "utf-8")
     for picture in (root / "figures").rglob("*.png"):
         target = source / picture.relative_to(root)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -71,6 +74,7 @@ def build(root: Path, chapters: list):
                    "toggle": {"icon": "material/weather-sunny", "name": "light"}}]},
               "markdown_extensions": ["tables", "attr_list", {"pymdownx.arithmatex": {"generic": True}},
                                       "pymdownx.highlight", "pymdownx.superfences"],
+              "extra_css": ["assets/wide.css"],
               # equations are typeset where there is a network, and stay TeX where there is none
               "extra_javascript": ["https://cdn.jsdelivr.net/npm/mathjax@3/es5/tex-mml-chtml.js"]}
     path = root / "_proc.yml"

@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast, dataclasses, difflib, json, math, os
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
+from typing import Any
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
@@ -31,7 +32,7 @@ def knob(default, # value when nothing is said
          doc, # one line, shown in `--help` and the docs
          lo=None, hi=None, # inclusive range
          choices=None # allowed values
-        ):
+        )->Any: # to the eyes of type checkers, as in `dataclasses.field`
     "A documented, bounded dataclass field."
     meta = dict(doc=doc, lo=lo, hi=hi, choices=choices)
     if isinstance(default, (list, tuple)): return field(default_factory=lambda: tuple(default), metadata=meta)
