@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 
+from mgdarts.fast.cell import fused, plan_cell
+from mgdarts.fast.engine import FastEngine
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.derive import derive
 from mgdarts.net.count import counts
@@ -28,7 +30,7 @@ NODE_EDGES = {n: [e for e, (_, to) in enumerate(EDGES) if to == n] for n in rang
 
 
 def random_net(seed, cells=3, width=4, size=8, stage=2):
-    net, g = SuperNet(NetSpec(width, cells, size=size), seed=seed), torch.Generator().manual_seed(seed)
+    net, g = SuperNet(NetSpec(width, cells, size=size), seed=seed, engine=FastEngine()), torch.Generator().manual_seed(seed)
     net.open(net.spec.ends[stage], stage)
     with torch.no_grad():
         net.alpha.add_(torch.randn(net.alpha.shape, generator=g))
@@ -101,7 +103,7 @@ def test_no_live_unit_is_off_at_the_start(margin):
 
 @pytest.mark.parametrize("init", ["min", "own", "zero"])
 def test_where_the_thresholds_of_a_sub_net_start(init):
-    search = Search(NetSpec(2, 3, 3, 8), {"train": Noise(8, 3, 4), "val": Noise(8, 3, 4)}, Settings(target_m=0.004, warmup=0, prune_every=1, max_epochs=2, lambda_step=0.02, threshold_init=init))
+    search = Search(NetSpec(2, 3, 3, 8), {"train": Noise(8, 3, 4), "val": Noise(8, 3, 4)}, Settings(target_m=0.004, warmup=0, prune_every=1, max_epochs=2, lambda_step=0.02, threshold_init=init), engine=FastEngine())
     search.run("stage")
     while search.stage < 1 or search.warmup: search.step()  # the second stage begins with alphas that differ
     net, n = search.net, len(search.net.cells)
@@ -154,8 +156,9 @@ def test_every_mask_pattern_of_a_node_and_of_a_convolution():
                     conv = norm(F.conv2d(F.conv2d(F.relu(s[0]), w_dw, None, 1, 2, 2, 2), w_pw), 4) * gate[4:].view(1, -1, 1, 1)
                     want = (alpha[0] * s[0] + alpha[3] * conv + alpha[6] * F.max_pool2d(s[0], 3, 1, 1) + alpha[7 + 5] * F.avg_pool2d(s[1], 3, 1, 1, count_include_pad=False))
                     r = F.relu(x).contiguous(memory_format=torch.channels_last)
-                    got = cell(r, r, alpha=alpha, gate=gate, omega=omega)[0][:, :2]
-                    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-10)
+                    how = {"alpha": alpha, "gate": gate, "omega": omega}
+                    for y, *_ in (cell(x, x, **how), fused(cell, plan_cell(cell), r, r, **how)):
+                        torch.testing.assert_close(y[:, :2], want, rtol=1e-9, atol=1e-10)
 
 
 # --- loss
@@ -216,7 +219,7 @@ def test_lambda_follows_the_authors_rule(case):
 
 def test_lambda_looks_at_the_cells_of_its_stage():
     "R_size of the stage's own cells is what the controller sees; in fine-tuning all cells are its own; the gradient reaches all in both."
-    search = Search(NetSpec(2, 6, 3, 8), {"train": Noise(8, 3, 4), "val": Noise(8, 3, 4)}, Settings(target_m=0.004, warmup=0, prune_every=1, max_epochs=2, lambda_step=0.02))
+    search = Search(NetSpec(2, 6, 3, 8), {"train": Noise(8, 3, 4), "val": Noise(8, 3, 4)}, Settings(target_m=0.004, warmup=0, prune_every=1, max_epochs=2, lambda_step=0.02), engine=FastEngine())
     heard = []
     search.events.listen(lambda e: heard.append(e), "epoch")
     search.run()
@@ -319,7 +322,7 @@ def test_places_are_spread_in_whole_numbers():
 
 def test_a_space_without_convolutions_is_searched():
     cfg = Settings(target_m=0.0012, warmup=0, prune_every=1, max_epochs=3, lambda_step=0.02)
-    search = Search(NetSpec(4, 3, 3, 8), {"train": Noise(8, 3, 2), "val": Noise(8, 3, 2)}, cfg, rules=Rules(ops=("skip_connect", "max_pool_3x3")))
+    search = Search(NetSpec(4, 3, 3, 8), {"train": Noise(8, 3, 2), "val": Noise(8, 3, 2)}, cfg, engine=FastEngine(), rules=Rules(ops=("skip_connect", "max_pool_3x3")))
     done = []
     search.events.listen(done.append, "done")
     search.run()
@@ -329,7 +332,7 @@ def test_a_space_without_convolutions_is_searched():
 def test_the_last_epoch_of_a_stage_commits():
     "Also where it is none of those in which a commit is due."
     cfg = Settings(target_m=0.0012, warmup=0, prune_every=2, max_epochs=3, lambda_step=0.02, stage_keep=(0.01,) * 3)
-    search, heard = Search(NetSpec(2, 3, 3, 8), {"train": Noise(8, 3, 2), "val": Noise(8, 3, 2)}, cfg), []
+    search, heard = Search(NetSpec(2, 3, 3, 8), {"train": Noise(8, 3, 2), "val": Noise(8, 3, 2)}, cfg, engine=FastEngine()), []
     search.events.listen(lambda e: heard.append((e.stage, e.epoch)), "commit")
     search.run()
     assert [epoch for stage, epoch in heard if stage == "stage 1"] == [1, 2]
@@ -490,7 +493,7 @@ def test_any_search_ends_with_every_node_fed_and_the_size_at_or_just_under_the_t
                    cost=draw(st.sampled_from(["params", "macs"])), mu=draw(st.sampled_from([0.0, 1.0])), lambda_step=draw(st.sampled_from([1e-5, 0.02])))
     cfg.stage_keep = (0.3,) * cfg.stages
     loader, commits = Noise(spec.size, spec.classes, 2), []
-    search = Search(spec, {"train": loader, "val": loader}, cfg, seed=draw(st.integers(0, 5)))
+    search = Search(spec, {"train": loader, "val": loader}, cfg, engine=FastEngine(), seed=draw(st.integers(0, 5)))
     done = []
     search.events.listen(commits.append, "commit")
     search.events.listen(done.append, "done")
@@ -511,7 +514,7 @@ def test_any_search_ends_with_every_node_fed_and_the_size_at_or_just_under_the_t
 def small_search():
     spec, cfg = NetSpec(2, 3, 3, 8), Settings(target_m=0.004, warmup=1, prune_every=1, max_epochs=3, lambda_step=0.02)
     loader = Noise(8, 3, 3)
-    return Search(spec, {"train": loader, "val": loader}, cfg, seed=1)
+    return Search(spec, {"train": loader, "val": loader}, cfg, engine=FastEngine(), seed=1)
 
 
 @pytest.fixture(scope="module")
@@ -540,7 +543,7 @@ def test_resume_gives_the_same_bits(at, whole_search):
 
 def test_until_stops_where_it_says():
     spec, loader = NetSpec(2, 3, 3, 8), Noise(8, 3, 3)
-    search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=1, prune_every=2, max_epochs=2), seed=1)
+    search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=1, prune_every=2, max_epochs=2), engine=FastEngine(), seed=1)
     search.run("step"); assert search.steps == 1
     search.run("epoch"); assert (search.steps, search.epoch) == (3, 1)
     search.run("commit"); assert search.epoch == 3 and search.rebuilds >= 1
@@ -550,7 +553,7 @@ def test_until_stops_where_it_says():
 
 def test_a_loss_that_is_not_finite_stops_with_the_state_before_it():
     spec, loader = NetSpec(2, 3, 3, 8), Noise(8, 3, 3)
-    search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=1, lr_weights=1e-3), seed=1)
+    search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=1, lr_weights=1e-3), engine=FastEngine(), seed=1)
     search.run("epoch")
     search.net.stem.convs[0].weight.data.fill_(float("nan"))
     good = search.net.cells[0].omega.detach().clone()
@@ -562,7 +565,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_state_before_it():
 def test_a_target_above_the_net_is_refused():
     loader = Noise(8, 3, 3)
     with pytest.raises(InputError, match="target_m"):
-        Search(NetSpec(2, 3, 3, 8), {"train": loader, "val": loader}, Settings(target_m=5.0))
+        Search(NetSpec(2, 3, 3, 8), {"train": loader, "val": loader}, Settings(target_m=5.0), engine=FastEngine())
 
 
 @pytest.mark.cuda
@@ -571,7 +574,7 @@ def test_the_same_search_step_on_cuda():
     spec, loader = NetSpec(4, 3, 3, 8), Noise(8, 3, 3)
     losses = []
     for device in ("cpu", "cuda"):
-        search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=0), seed=1, device=device)
+        search = Search(spec, {"train": loader, "val": loader}, Settings(target_m=0.004, warmup=0), engine=FastEngine(), seed=1, device=device)
         search.events.listen(lambda e: losses.append(e.loss), "step")
         search.run("step")
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
