@@ -4,18 +4,25 @@ from dataclasses import replace
 from pathlib import Path
 import pytest, torch
 from hypothesis import given, settings, strategies as st
-from mgdarts.net.discrete import DerivedNet
+from mgdarts.base.options import InputError
 from mgdarts.fast import compiled
 from mgdarts.fast.engine import FastEngine
-from mgdarts.net.architecture import *
-from mgdarts.base.options import InputError
+from mgdarts.net.architecture import Architecture
+from mgdarts.net.count import count, counts
+from mgdarts.net.discrete import DerivedCell, DerivedNet
+from mgdarts.net.engine import Engine
+from mgdarts.net.files import fingerprint, load, save
 from mgdarts.net.genotype import import_genotype
+from mgdarts.net.sample import at_width, fitted, random_architecture
+from mgdarts.space.darts import NetSpec
+from mgdarts.space.found import ArchCell, Op
 from mgdarts.space.layers import avg_pool, max_pool
-from mgdarts.space.darts import NetSpec, NODE_EDGES, EDGES
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).parents[2] / "shared"))
 PUBLISHED = SHARED / "data" / "published"
 published = pytest.mark.skipif(not (PUBLISHED / "genotype_small.txt").exists(), reason="the authors' published files are not here: set MGDARTS_SHARED")
+
+engines = pytest.mark.parametrize("engine", (Engine, FastEngine))
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def masked(arch, keep=.7, seed=0):
@@ -55,8 +62,9 @@ def test_published_table_by_type(net_small):
     assert (n["skip_connect"]["ops"], n["max_pool_3x3"]["ops"], n["avg_pool_3x3"]["ops"]) == (19, 36, 21)
 
 @published
-def test_published_net_builds(net_small, tmp_path):
-    net = DerivedNet(net_small, aux=True)
+@engines
+def test_published_net_builds(net_small, engine, tmp_path):
+    net = DerivedNet(net_small, aux=True, engine=engine())
     assert sum(p.numel() for p in net.parameters()) == 1_143_644
     assert sum(int((net.kernel(k) == 0).sum()) for k in net_small.masks) == 6_940
     logits, aux = net(images(net_small, 1).expand(2, -1, -1, -1))
@@ -75,34 +83,38 @@ def test_built_and_counted_agree(spec):
     assert sum(c["params"] for c in n["cells"]) + n["breakdown"]["stem"] + n["breakdown"]["classifier"] == n["params_deployable"]
     json.dumps(n, allow_nan=False)
 
+@engines
 @pytest.mark.parametrize("size", (16, 15, 66))
-def test_macs_are_those_of_the_executed_convolutions(size, monkeypatch):
+def test_macs_are_those_of_the_executed_convolutions(size, engine, monkeypatch):
     monkeypatch.setattr(compiled, "library", lambda: None)  # PyTorch counts its own operators only
     from torch.utils.flop_counter import FlopCounterMode
     arch = random_architecture(NetSpec(4, 5, size=size), 25_000, seed=2)
-    with FlopCounterMode(display=False) as f: DerivedNet(arch).eval()(images(arch, 1))
+    with FlopCounterMode(display=False) as f: DerivedNet(arch, engine=engine()).eval()(images(arch, 1))
     executed = f.get_total_flops() / 2
     assert executed == counts(arch)["macs"]
 
-def test_unequal_widths():
+@engines
+def test_unequal_widths(engine):
     ops = (Op("sep_conv_3x3", 0, 2, (3, 7, 5)), Op("skip_connect", 2, 3, (5,)), Op("dil_conv_5x5", 1, 4, (4, 2)), Op("dil_conv_3x3", 3, 4, (5, 2)), Op("sep_conv_5x5", 4, 5, (2, 2, 9)))
-    arch = Architecture("uneven", 4, 10, 16, 3, (ArchCell(ops, (3, 4, 5, 5, 2, 9)),) * 5)
-    net = DerivedNet(arch, True)
+    arch = Architecture("uneven", NetSpec(4, 5, 10, 16), (ArchCell(ops, (3, 4, 5, 5, 2, 9)),) * 5)
+    net = DerivedNet(arch, True, engine=engine())
     assert sum(p.numel() for p in net.parameters()) == counts(arch)["params_total"] and net(images(arch))[1].shape == (2, 10)
 
 def test_forward_is_the_sum_of_its_operations():
     "A node, computed by hand from the modules."
     arch = small(); net = DerivedNet(arch).eval(); cell, data = net.cells[1], arch.cells[1]
+    assert arch.spec.cell[1].reduction # edges from its inputs have stride 2
     with torch.no_grad():
         x0, x1 = (torch.randn(2, width, 16, 16, generator=gen(i)) for i, width in enumerate(arch.inputs(1)))
-        out = cell(x0, x1)
+        out = cell(x0, x1, None)
         states = [cell.pre[0](x0.relu()), cell.pre[1](x1.relu())]
         for node in range(2, 6):
             total = 0
-            for op, stride, m in zip(data.ops, cell.strides, cell.ops):
+            for op, m in zip(data.ops, cell.ops, strict=True):
                 if op.dst != node: continue
-                x, pool = states[op.src], {"avg_pool_3x3": avg_pool, "max_pool_3x3": max_pool}.get(op.op)
-                total = total + (x if isinstance(m, torch.nn.Identity) else m(pool(x, stride) if pool else x.relu()))
+                x, stride, pool = states[op.src], 2 if op.src < 2 else 1, {"avg_pool_3x3": avg_pool, "max_pool_3x3": max_pool}.get(op.op)
+                assert m.stride == stride
+                total = total + (x if op.op == "skip_connect" and stride == 1 else m(pool(x, stride) if pool else x.relu()))
             states.append(total)
     torch.testing.assert_close(out, torch.cat(states[2:], 1))
 
@@ -113,6 +125,7 @@ def test_fused_is_reference(size, n, drop, monkeypatch):
     def run(fused):
         with monkeypatch.context() as m:
             if fused: m.setattr(DerivedCell, "forward", None)
+            else: m.setattr("mgdarts.fast.discrete.fused", None)
             net = DerivedNet(arch, True, engine=FastEngine() if fused else None).double()
             net.drop_path_prob, net.drop_path_generator = drop, gen(1)
             y, aux = net(x)
@@ -125,8 +138,9 @@ def test_fused_is_reference(size, n, drop, monkeypatch):
         assert {o.op for c in arch.cells for o in c.ops} > {"sep_conv_3x3", "dil_conv_5x5", "max_pool_3x3", "skip_connect"} and all(v is not None for v in b.values())
         for k in b: torch.testing.assert_close(a[k], b[k], rtol=1e-9, atol=1e-9, msg=lambda m: f"{k}, seed {seed}: {m}")
 
-def test_masked_weights_stay_exactly_zero():
-    arch = small(); net = DerivedNet(arch, True)
+@engines
+def test_masked_weights_stay_exactly_zero(engine):
+    arch = small(); net = DerivedNet(arch, True, engine=engine())
     twin = copy.deepcopy(net) # copies keep the promise too
     for n in (net, twin):
         opt = torch.optim.SGD(n.parameters(), .05, .9, weight_decay=.01)
@@ -147,8 +161,9 @@ def test_weights_depend_on_the_seed_alone():
     b, c, d = DerivedNet(arch, True, seed=1).state_dict(), DerivedNet(arch, True, seed=2).state_dict(), DerivedNet(arch, False, seed=1).state_dict()
     assert all(a[k].equal(b[k]) for k in a) and not a["classifier.weight"].equal(c["classifier.weight"]) and all(a[k].equal(d[k]) for k in d)
 
-def test_drop_path():
-    arch = small(); net = DerivedNet(arch); x = images(arch)
+@engines
+def test_drop_path(engine):
+    arch = small(); net = DerivedNet(arch, engine=engine()); x = images(arch)
     net.drop_path_prob = .5
     with pytest.raises(RuntimeError): net(x)
     def run(seed): net.drop_path_generator = gen(seed); return net(x)[0]
@@ -186,7 +201,8 @@ def test_round_trip(tmp_path):
 
 def test_equality_sees_every_part():
     arch = small(); key = next(iter(arch.masks)); other = arch.masks[key].clone(); other.view(-1)[0] ^= True
-    changes = (dict(name="b"), dict(size=32), dict(classes=3), dict(masks={**arch.masks, key: other}), dict(masks={}), dict(provenance={"x": 1}), dict(cells=arch.cells[1:]))
+    specs = [dict(spec=replace(arch.spec, **c)) for c in (dict(size=32), dict(classes=3), dict(channels=5), dict(in_channels=1), dict(stem="imagenet"))]
+    changes = (dict(name="b"), *specs, dict(masks={**arch.masks, key: other}), dict(masks={}), dict(provenance={"x": 1}), dict(cells=arch.cells[1:]))
     for c in changes:
         try: assert replace(arch, **c) != arch and fingerprint(replace(arch, **c)) != fingerprint(arch)
         except InputError: assert "cells" in c
@@ -210,7 +226,7 @@ def test_a_changed_file_is_noticed_and_one_without_a_checksum_is_read(tmp_path):
     lambda d: d.update(cells={}), lambda d: d.update(cells=[]), lambda d: d.update(cells=d["cells"] * 20), lambda d: d.update(cells=[1, 2, 3]), lambda d: d.update(name=""), lambda d: d.update(name=3),
     lambda d: d.update(channels=2.5), lambda d: d.update(channels=10 ** 9), lambda d: d.update(classes=0), lambda d: d.update(size=-4), lambda d: d.update(size=10 ** 7), lambda d: d.update(stem="huge"),
     lambda d: d.update(in_channels=None), lambda d: d.update(provenance=[]), lambda d: d.update(masks_sha256="0" * 64), lambda d: d.update(masks_sha256=None), lambda d: d.update(masks="../x"),
-    lambda d: d["cells"][0]["ops"][0].__setitem__(0, "conv_9x9"), lambda d: d["cells"][0]["ops"][0].__setitem__(0, ["x"]), lambda d: d["cells"][0]["ops"][0].__setitem__(1, 5), lambda d: d["cells"][0]["ops"][0].__setitem__(1, -1),
+    lambda d: d["cells"][0]["ops"][0].__setitem__(0, "conv_9x9"), lambda d: d["cells"][0]["ops"][0].__setitem__(0, ["x"]), lambda d: d["cells"][0]["ops"][0].__setitem__(0, "irb_3x3"), lambda d: d["cells"][0]["ops"][0].__setitem__(1, 5), lambda d: d["cells"][0]["ops"][0].__setitem__(1, -1),
     lambda d: d["cells"][0]["ops"][0].__setitem__(2, 7), lambda d: d["cells"][0]["ops"][0].__setitem__(2, "3"), lambda d: d["cells"][0]["ops"][0].__setitem__(3, [1] * 9), lambda d: d["cells"][0]["ops"][0].__setitem__(3, "abc"),
     lambda d: d["cells"][0]["ops"][0].__setitem__(3, 4), lambda d: d["cells"][0]["ops"][0].append(1), lambda d: d["cells"][0].update(ops=[]), lambda d: d["cells"][0].update(ops=d["cells"][0]["ops"][::-1]),
     lambda d: d["cells"][0].update(ops=d["cells"][0]["ops"][:1] + d["cells"][0]["ops"]), lambda d: d["cells"][0].update(widths=[4] * 5), lambda d: d["cells"][0].update(widths=[10 ** 8] * 6),
@@ -244,8 +260,8 @@ def test_damaged_masks_are_refused(tmp_path):
 
 def test_too_large_is_refused_before_anything_is_built():
     w = 4096
-    ops = tuple(Op("sep_conv_3x3", EDGES[e][0], EDGES[e][1], (w,) * 3) for n in range(2, 6) for e in NODE_EDGES[n][:1])
-    with pytest.raises(InputError, match="weights"): Architecture("big", 4, 10, 32, 3, (ArchCell(ops, (w,) * 6),) * 8)
+    ops = tuple(Op("sep_conv_3x3", 0, n, (w,) * 3) for n in range(2, 6))
+    with pytest.raises(InputError, match="weights"): Architecture("big", NetSpec(4, 8), (ArchCell(ops, (w,) * 6),) * 8)
 
 def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     arch = small(); path = save(arch, tmp_path); before = path.read_bytes()
@@ -293,7 +309,13 @@ def test_genotype_files_that_are_none(tmp_path):
     (tmp_path / "large").write_text("#" * (2 << 20))
     with pytest.raises(InputError, match="large"): import_genotype(tmp_path / "large", channels=6)
 
-def mask_list(arch): return [[[torch.ones(s) for _, s in (parts(op, 1) if op.is_conv else ())] for op in c.ops] for c in arch.cells]
+def kernel_shapes(op):
+    "Shapes of the kernels of a convolution, in the authors' order; of other operations none."
+    kind, w, k = op.op[:3], op.widths, int(op.op[-1]) if op.op[-1].isdigit() else 0
+    if kind == "sep": return (w[0], 1, k, k), (w[1], w[0], 1, 1), (w[1], 1, k, k), (w[2], w[1], 1, 1)
+    return ((w[0], 1, k, k), (w[1], w[0], 1, 1)) if kind == "dil" else ()
+
+def mask_list(arch): return [[[torch.ones(s) for s in kernel_shapes(op)] for op in c.ops] for c in arch.cells]
 
 def test_genotype_masks(tmp_path):
     arch = genotype(tmp_path, GOOD); file = tmp_path / "m.npy"

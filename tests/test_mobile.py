@@ -1,5 +1,6 @@
 "The MobileNet-like space: against its published numbers, and against slow, independent versions of itself."
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -7,24 +8,29 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mgdarts.runs.make import supernet_weights
-from mgdarts.net.discrete import DerivedNet
+from mgdarts.base.options import Compute, InputError, Search as Settings
+from mgdarts.cli.main import main
+from mgdarts.fast import discrete
+from mgdarts.fast.engine import FastEngine, plan_of
+from mgdarts.fast.mobile import fused
+from mgdarts.methods.registry import preset
 from mgdarts.net import files as architecture
+from mgdarts.net.architecture import Architecture
+from mgdarts.net.count import counts
+from mgdarts.net.derive import derive, inherited
+from mgdarts.net.discrete import DerivedNet
+from mgdarts.net.engine import Engine
+from mgdarts.net.sample import random_architecture, weaknas
+from mgdarts.net.supernet import SuperNet
 from mgdarts.runs import export
 from mgdarts.runs import run as runs
-from mgdarts.net.count import counts
-from mgdarts.cli.main import main
-from mgdarts.base.options import Compute, InputError, Search as Settings
-from mgdarts.methods.registry import preset
-from mgdarts.search.loss import regulariser
-from mgdarts.space.mobile import Branch, MobileSpec
-from mgdarts.net.architecture import Architecture
-from mgdarts.net.sample import random_architecture, weaknas
-from mgdarts.net.derive import derive, inherited
-from mgdarts.net.supernet import SuperNet
-from mgdarts.search.prune import candidates, choose, commit
+from mgdarts.runs.make import supernet_weights
 from mgdarts.search.loop import Search
+from mgdarts.search.loss import regulariser
+from mgdarts.search.prune import candidates, choose, commit
 from mgdarts.search.stages import plan
+from mgdarts.space.found import ArchCell, Op
+from mgdarts.space.mobile import MobileSpec
 from mgdarts.space.space import count_supernet
 
 # --- the table of the published network, block by block: kernel, in, inside, out, stride, squeezed, activation
@@ -90,9 +96,10 @@ def test_the_published_network():
         assert by_shape(mine) == by_shape(theirs)
         net(torch.zeros(1, 3, 236, 236))
     assert sum(found) == size["macs"] == 560_829_800
-    with FlopCounterMode(display=False) as f, torch.no_grad():
-        ours(torch.zeros(1, 3, 236, 236))
-    assert f.get_total_flops() == 2 * size["macs"]
+    for ours.engine in (Engine(), FastEngine()):
+        with FlopCounterMode(display=False) as f, torch.no_grad():
+            ours(torch.zeros(1, 3, 236, 236))
+        assert f.get_total_flops() == 2 * size["macs"]
 
 
 def test_the_published_network_computes_what_standard_layers_compute():
@@ -125,8 +132,9 @@ def test_the_published_network_computes_what_standard_layers_compute():
         put("classifier.wide.weight", f[21].weight), norm("classifier.wide.norm", f[22])
         put("classifier.mix", f[25].weight), put("classifier.classifier.weight", f[28].weight), put("classifier.classifier.bias", f[28].bias)
         x = torch.randn(2, 3, 64, 64, dtype=torch.double, generator=g)
-        a, b = net(x), ours(x)[0]
-    assert (a - b).abs().max() <= 1e-9 * a.abs().max()
+        a = net(x)
+        for ours.engine in (Engine(), FastEngine()):
+            assert (a - ours(x)[0]).abs().max() <= 1e-9 * a.abs().max()
 
 
 def test_sizes_of_the_super_net(capsys):
@@ -148,8 +156,8 @@ def test_sizes_of_the_super_net(capsys):
 
 # --- the super-net
 
-def random_net(seed, spec=MobileSpec(6, 0.25, 4, 16), double=True):
-    net, g = SuperNet(spec, seed=seed), torch.Generator().manual_seed(seed)
+def random_net(seed, spec=MobileSpec(6, 0.25, 4, 16), double=True, engine=None):
+    net, g = SuperNet(spec, seed=seed, engine=engine or FastEngine()), torch.Generator().manual_seed(seed)
     net.open(spec.cells - 1, 2)
     if double:
         net.double()
@@ -169,7 +177,8 @@ def random_net(seed, spec=MobileSpec(6, 0.25, 4, 16), double=True):
 def naive_layer(cell, alpha, x, t_alpha=None, t_beta=None, t_omega=None):
     "A layer filter by filter and weight by weight, from the stored vectors. Thresholds: [3] each."
     s, total, at, gat = cell.spec, x if cell.spec.residual else 0, {"omega": 0, "plain": 0}, 0
-    act = torch.relu if s.act == "relu" else lambda v: v * torch.clamp(v + 3, 0, 6) / 6
+    cin, cout, stride, mid = s.inputs[0], s.width, 2 if s.reduction else 1, 6 * s.inputs[0]
+    act = torch.relu if s.ops[0].act == "relu" else lambda v: v * torch.clamp(v + 3, 0, 6) / 6
 
     def take(group, *shape):
         n = torch.Size(shape).numel()
@@ -186,24 +195,26 @@ def naive_layer(cell, alpha, x, t_alpha=None, t_beta=None, t_omega=None):
         return (y - c(m)) / (c(v) + 1e-5).sqrt() * c(cell.scale[i]) + c(cell.shift[i]), torch.sigmoid(cell.beta[i])
 
     a = torch.sigmoid(alpha)
-    for k, b in enumerate(s.branches):
+    for k, (side, few) in enumerate((op.k, op.inner(cin).get("squeeze")) for op in s.ops):
         def weights(*shape):
             w = take("omega", *shape)
             return w if t_omega is None else w * (w.abs() > t_omega[k])
 
-        y, _ = batch_norm(torch.einsum("oi,nihw->nohw", weights(b.mid, s.cin), x), b.mid)
-        y, dw, pad = act(y), weights(b.mid, b.kernel, b.kernel), b.kernel // 2
+        y, _ = batch_norm(torch.einsum("oi,nihw->nohw", weights(mid, cin), x), mid)
+        y, dw, pad = act(y), weights(mid, side, side), side // 2
         z = F.pad(y, (pad,) * 4)
-        y = torch.stack([sum(dw[f, i, j] * z[:, f, i:i + y.shape[2]:s.stride, j:j + y.shape[3]:s.stride] for i in range(b.kernel) for j in range(b.kernel)) for f in range(b.mid)], 1)
-        y, beta = batch_norm(y, b.mid)
-        on = torch.ones(b.mid) if t_beta is None else (beta > t_beta[k]) | (torch.arange(b.mid) == beta.argmax())
+        taps = [(i, j) for i in range(side) for j in range(side)]
+        y = torch.stack([sum(dw[f, i, j] * z[:, f, i:i + y.shape[2]:stride, j:j + y.shape[3]:stride] for i, j in taps) for f in range(mid)], 1)
+        y, beta = batch_norm(y, mid)
+        on = torch.ones(mid) if t_beta is None else (beta > t_beta[k]) | (torch.arange(mid) == beta.argmax())
         y = act(y * (beta * on).view(1, -1, 1, 1))
-        if b.squeeze:
-            w1, b1, w2, b2 = take("plain", b.squeeze, b.mid), take("plain", b.squeeze), take("plain", b.mid, b.squeeze), take("plain", b.mid)
+        if few:
+            w1, b1, w2, b2 = take("plain", few, mid), take("plain", few), take("plain", mid, few), take("plain", mid)
             y = y * (torch.clamp(torch.relu(y.mean((2, 3)) @ w1.T + b1) @ w2.T + b2 + 3, 0, 6) / 6)[:, :, None, None]
-        y, _ = batch_norm(torch.einsum("oi,nihw->nohw", weights(s.cout, b.mid), y), s.cout)
+        y, _ = batch_norm(torch.einsum("oi,nihw->nohw", weights(cout, mid), y), cout)
         m = a[k] if t_alpha is None or a[k] > t_alpha[k] or k == int(a.argmax()) else 0 * a[k]
         total = total + m * y
+    assert at == {group: getattr(cell, group).numel() for group in at} and gat == cell.beta.numel()  # all of it was used
     return total
 
 
@@ -212,13 +223,16 @@ def naive_layer(cell, alpha, x, t_alpha=None, t_beta=None, t_omega=None):
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_is_the_slow_one(impl, c, training):
     net = random_net(3).train(training)
-    cell, x = net.cells[c], torch.randn(3, net.spec.cell[c].cin, 6, 6, dtype=torch.double).to(memory_format=torch.channels_last)
-    t_gate, t_weight = net.thresholds(c)
+    cell, full = net.cells[c], net.spec.cell[c]
+    side = 6 if full.residual else full.side_in  # the last layers' own maps are a pixel wide
+    x = torch.randn(3, full.inputs[0], side, side, dtype=torch.double).to(memory_format=torch.channels_last)
 
     def ours(discretise):
         net.discretising = discretise
         alpha, (g, w) = net.strengths()[c], net.thresholds(c)
-        return (cell(x, alpha, cell.gates(g), cell.weights(w)) if impl == "fused" else cell.reference(x, alpha, g, w))[0]
+        if impl == "reference":
+            return cell(x, alpha=alpha, t_gate=g, t_weight=w)[0]
+        return fused(cell, plan_of(cell), x, alpha=alpha, gate=cell.gates(g), omega=cell.weights(w))[0]
 
     on = naive_layer(cell, net.alpha[c, 0], x, net.t_alpha[c, 0], net.t_beta[c, 0], net.t_omega[c, 0])
     torch.testing.assert_close(ours(True), on, rtol=1e-9, atol=1e-9)
@@ -233,9 +247,10 @@ def test_a_layer_is_the_slow_one(impl, c, training):
         torch.testing.assert_close(zero if a is None else a, zero if b is None else b, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("engine", [FastEngine, Engine])
 @pytest.mark.parametrize("seed", range(4))
-def test_compaction_is_exact_and_the_size_is_the_one_predicted(seed):
-    net = random_net(seed, double=False).eval()
+def test_compaction_is_exact_and_the_size_is_the_one_predicted(seed, engine):
+    net = random_net(seed, double=False, engine=engine()).eval()
     x = torch.randn(4, 3, 16, 16)
     before, full = net(x).detach(), net.count().params
     found = candidates(net)
@@ -261,7 +276,7 @@ def test_compaction_is_exact_and_the_size_is_the_one_predicted(seed):
     n = counts(arch)
     assert (n["params_nonzero"], n["params_deployable"], n["macs_nonzero"], n["macs"]) == (net.count().params, net.count().dense, net.count().macs, net.count().macs_dense)
     assert n["params_deployable"] == sum(p.numel() for p in DerivedNet(arch).parameters()) and n["retention"] | {"conv": 0} == net.count().retention() | {"conv": 0}
-    derived = DerivedNet(arch)
+    derived = DerivedNet(arch, engine=engine())
     derived.load_state_dict(inherited(net, arch))
     net.discretising = False
     with torch.no_grad():
@@ -283,8 +298,8 @@ def test_the_price_is_that_of_nodes_with_three_blocks():
 def test_recomputing_changes_nothing():
     x, found = torch.randn(2, 3, 16, 16).double(), []
     for recompute in ("none", "all", "earlier"):
-        net = random_net(2)
-        net.first, net.compute = 3, Compute(recompute=recompute)
+        net = random_net(2, engine=FastEngine(Compute(recompute=recompute)))
+        net.first = 3
         net(x).square().mean().backward()
         found.append([p.grad for p in net.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
@@ -313,7 +328,7 @@ SPEC = MobileSpec(5, 0.25, 4, 8)
 
 def make(stages=3, **more):
     more = {"target_m": 0.15, "stages": stages, "stage_keep": (0.5,) * stages, "warmup": 1, "prune_every": 1, "max_epochs": 12, "lambda_step": 4e-3, "batch": 16} | more
-    return Search(SPEC, {"train": Batches(), "val": Batches()}, Settings(**more), seed=1)
+    return Search(SPEC, {"train": Batches(), "val": Batches()}, Settings(**more), seed=1, engine=FastEngine())
 
 
 @pytest.mark.parametrize("stages", [1, 3])
@@ -426,17 +441,27 @@ def test_files_and_what_is_wrong_with_them(tmp_path):
     with pytest.raises(InputError, match="damaged"):
         architecture.load(tmp_path)
     with pytest.raises(InputError, match="belongs to no kernel"):
-        Architecture("x", 0.25, 3, 16, 3, arch.cells, {"c0.o0.squeeze": torch.zeros(1, dtype=torch.bool)})
+        Architecture("x", arch.spec, arch.cells, {"c0.o0.squeeze": torch.zeros(1, dtype=torch.bool)})
+    first = arch.cells[0]
+    foreign = ArchCell((Op("sep_conv_3x3", 0, 1, (first.widths[0], 8, first.widths[1])),), first.widths)
+    with pytest.raises(InputError, match="operation 0 of cell 0 is 'sep_conv_3x3'"):
+        Architecture("x", arch.spec, (foreign, *arch.cells[1:]))
 
 
 def test_drop_path_drops_what_is_beside_an_identity():
     spec = MobileSpec(6, 0.25, 3, 16)
-    arch = Architecture("x", 0.25, 3, 16, 3, tuple((Branch(3, 8, layer.branches[0].squeeze),) for layer in spec.cell))
+
+    def one(layer):  # the block with a 3x3 kernel, eight filters inside
+        cin, cout, few = layer.inputs[0], layer.width, layer.ops[0].inner(layer.inputs[0]).get("squeeze")
+        return ArchCell((Op("irb_3x3", 0, 1, (cin, 8, few, cout) if few else (cin, 8, cout)),), (cin, cout))
+
+    arch = Architecture("x", spec, tuple(map(one, spec.cell)))
     net = DerivedNet(arch).train()
     assert [cell.droppable for cell in net.cells] == [0, 0, 0, 0, 0, 1]
-    x = torch.randn(4, spec.cell[5].cin, 1, 1)
-    y = net.cells[5](x, torch.tensor([[0.0, 2.0, 0.0, 2.0]]))
-    assert torch.equal(y[::2], x[::2]) and not torch.equal(y[1::2], x[1::2])
+    x = torch.randn(4, spec.cell[5].inputs[0], 1, 1)
+    for layer in (net.cells[5], partial(discrete.layer, net.cells[5])):
+        y = layer(x, torch.tensor([[0.0, 2.0, 0.0, 2.0]]))
+        assert torch.equal(y[::2], x[::2]) and not torch.equal(y[1::2], x[1::2])
 
 
 def test_the_memory_plan_of_this_space(capsys):

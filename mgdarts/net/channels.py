@@ -88,6 +88,8 @@ class CellIndex:
     def norms(self)->dict: return norm_table(self.spec)
     @cached_property
     def filters(self)->dict: return filter_table(self.spec)
+    @property
+    def gate_unit(self)->Tensor: return self.filters["unit"] # [filters of the full cell] int64: the unit of each
     @cached_property
     def writers(self)->list: return writers(self.spec)
     @cached_property
@@ -114,7 +116,7 @@ class CellIndex:
         "Return the unit vector: which channels of the cell are not identically 0."
         spec, f, live = self.spec, self.filters, self.live(ops)
         unit = self._with(*maps)
-        unit[f["unit"]] = gates & live[f["op"]] & f["owns"]
+        unit[self.gate_unit] = gates & live[f["op"]] & f["owns"]
         for op, first, end in self.whole: unit[first:end] = live[op]
         for w in self.writers: unit[w.unit0:w.unit0 + spec.width] = True if spec.fixed else (unit[w.units] & live[w.ops, None]).any(0)
         return unit

@@ -179,6 +179,8 @@ class StoredCell(nn.Module):
         "Return the place in alpha of the operation that it belongs to."
         return x.edge * self.layout.ops.shape[1] + x.op
 
+    @property
+    def PRE(self)->int: return self.spec.preprocessed # inputs with a threshold of their own
     def full_strength(self)->Tensor: # [filters of the full cell], on the CPU; 0 for filters that are gone
         "Return sigma(beta) at the places of the full cell."
         return torch.zeros(self.spec.sizes["gates"]).index_copy_(0, self.layout.slots["gates"], torch.sigmoid(self.beta.detach()).cpu().float())

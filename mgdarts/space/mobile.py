@@ -14,7 +14,7 @@ from .operation import BatchNorm, Kernel, OPERATIONS, Operation
 from .space import Space, count_supernet
 
 # %% auto #0
-__all__ = ['EXPANSION', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'LayerSpec', 'MobileSpec']
+__all__ = ['EXPANSION', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'LayerSpec', 'checked_blocks', 'MobileSpec']
 
 # %% ../../nbs/space/mobile.ipynb #ca71696c
 def divisible(v: float, by: int = 8)->int:
@@ -88,6 +88,26 @@ class LayerSpec(CellSpec):
         return places, at
     def preprocessing(self): return iter(())
 
+# %% ../../nbs/space/mobile.ipynb #d01e8418
+def checked_blocks(layer: LayerSpec, d, # what a file says of it
+                  )->list: # of (kernel, filters, squeezed filters)
+    "Return the blocks of a layer, sorted by kernel; `InputError` where there is something else."
+    c, kernels, block = layer.index, tuple(BLOCKS.values()), layer.ops[0]
+    try: rows = [(kernel, mid, few) for kernel, mid, few in d]
+    except (TypeError, ValueError):
+        raise InputError(f"architecture: layer {c} must be a list of blocks of the form "
+                         "[kernel, filters, squeezed filters]") from None
+    if not 0 < len(rows) <= len(kernels): raise InputError(f"architecture: layer {c} needs one to {len(kernels)} blocks")
+    for i, (kernel, mid, few) in enumerate(rows):
+        here = f"of block {i} of layer {c}"
+        if whole(f"the kernel {here}", kernel, min(kernels), max(kernels)) not in kernels:
+            raise InputError(f"architecture: the kernel {here} is {kernel}: choose from {', '.join(map(str, kernels))}")
+        whole(f"the number of filters {here}", mid, 1, block.inner(layer.inputs[0])["mid"])
+        whole(f"the number of squeezed filters {here}", few, *((1, MAX_WIDTH) if block.squeezes else (0, 0)))
+    if any(a[0] >= b[0] for a, b in zip(rows, rows[1:])):
+        raise InputError(f"architecture: the blocks of layer {c} are out of order or there twice: sort by kernel")
+    return rows
+
 # %% ../../nbs/space/mobile.ipynb #35a9d666
 GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"), (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
 
@@ -158,13 +178,9 @@ class MobileSpec(Space):
     def write_cell(self, cell: ArchCell)->list:
         return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
     def read_cell(self, c: int, d)->ArchCell:
-        cin, cout, names = self.cell[c].inputs[0], self.cell[c].width, {k: name for name, k in BLOCKS.items()}
-        squeezes = self.cell[c].ops[0].squeezes
-        try: rows = [(kernel, mid, few) for kernel, mid, few in d]
-        except (TypeError, ValueError): raise InputError(f"architecture: layer {c} must be a list of blocks of the form [kernel, filters, squeezed filters]") from None
-        for i, (kernel, _, few) in enumerate(rows):
-            if not isinstance(kernel, int) or kernel not in names: raise InputError(f"architecture: the kernel of block {i} of layer {c} is {str(kernel)[:40]}: choose from {', '.join(map(str, names))}")
-            whole(f"the number of squeezed filters of block {i} of layer {c}", few, *((1, MAX_WIDTH) if squeezes else (0, 0)))
+        full, names = self.cell[c], {k: name for name, k in BLOCKS.items()}
+        cin, cout, squeezes = full.inputs[0], full.width, full.ops[0].squeezes
+        rows = checked_blocks(full, d)
         return ArchCell(tuple(Op(names[k], 0, 1, (cin, mid, few, cout) if squeezes else (cin, mid, cout)) for k, mid, few in rows), (cin, cout))
 
     @property
