@@ -10,7 +10,7 @@ from functools import cached_property
 from .graph import Graph
 
 # %% auto #0
-__all__ = ['Segment', 'Gate', 'CellSpec', 'list_segments', 'list_gates']
+__all__ = ['Segment', 'Gate', 'Places', 'lay_out', 'CellSpec', 'preprocessing', 'list_segments', 'list_gates']
 
 # %% ../../nbs/space/cell.ipynb #29b91303
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Segment:
     group: str # "omega" (weights are searched) or "plain"
     edge: int # edge of the operation; -1, -2 for the preprocessing of state 0, 1
     op: int # operation index; -1 for preprocessing
-    role: str # its name within the operation; of preprocessing pre, a, b, and with _rest for channels that go round the operations
+    role: str # its name within the operation; of preprocessing pre, a, b, with _rest for what goes round the operations
     rows: int
     cols: int
     k: int
@@ -48,6 +48,31 @@ class Gate:
     owns: bool # it decides which of its channels there are
     start: int # first channel's place in the full flat vector of gates
 
+# %% ../../nbs/space/cell.ipynb #7b97ca32
+@dataclass(frozen=True)
+class Places:
+    "Where the channels of a cell stand in its unit vector. A place is (first unit, channels)."
+    states: tuple # place of each state
+    ports: dict # (edge, operation, port) -> place; what goes in is the state's
+    ungated: int # units before this one are not decided by the filters of operations
+    rest: int # first unit of those that go round the operations
+    units: int # how many there are
+
+def lay_out(cell: CellSpec)->Places:
+    "Number the channels of a cell whose states and operations are all of one width."
+    C, first, ports = cell.width, sum(cell.inputs), {}
+    at = ungated = first + cell.graph.states * C
+    grid = [(e, o) for e in range(len(cell.graph.edges)) for o in range(len(cell.ops))]
+    for e, o in grid:
+        for port, width in ({"mid": C} | cell.ops[o].inner(C)).items(): # where there is no middle, its place is empty
+            ports[e, o, port] = at, width
+            at += width
+    for e, o in grid:
+        ports[e, o, "out"] = at, C
+        at += C
+    states = tuple((first + s * C, C) for s in range(cell.graph.states))
+    return Places(states, ports, ungated, at, at + cell.graph.inputs * cell.rest)
+
 # %% ../../nbs/space/cell.ipynb #d52660b8
 @dataclass(frozen=True)
 class CellSpec:
@@ -65,79 +90,59 @@ class CellSpec:
     rest: int = 0 # channels of each state that go round the operations (partial channels)
 
     residual = False # the incoming map is not added to the nodes
-    fixed = False # the channels of its states are not searched; where they are, a derived network has one width for all of them
+    fixed = False # the channels of states are not searched; where they are, a derived network has one width for all
 
     @property
     def preprocessed(self)->int: return len(self.inputs) # inputs that go through a convolution first
-
+    @property
+    def out(self)->int: return len(self.graph.nodes) * (self.width + self.rest) # its nodes, side by side
+    @property
+    def grid(self)->tuple: return len(self.graph.edges), len(self.ops) # shape of what each operation has a value for
     def stride(self, edge: int)->int:
         "Return 2 for edges from the inputs of a reduction cell, else 1."
         return 2 if self.reduction and self.graph.edges[edge][0] < self.graph.inputs else 1
-    @property
-    def out(self)->int:
-        "Channels of its output, the concatenation of its nodes."
-        return len(self.graph.nodes) * (self.width + self.rest)
-    @property
-    def grid(self)->tuple: return len(self.graph.edges), len(self.ops) # shape of whatever has a value for each operation
-
-    # places in the unit vector: incoming maps, states, the inner ports of operations, what they put out, channels that go round
-    def state(self, s: int)->tuple: return sum(self.inputs) + s * self.width, self.width # first unit, channels
-    @property
-    def ungated(self)->int:
-        "Units before this one are not decided by the filters of operations."
-        return sum(self.state(self.graph.states - 1))
-    def out_unit(self, edge: int, op: int)->int: return self.ports[edge, op, "out"][0]
-    def rest_unit(self, state: int)->int: return self._ports[1] + state * self.rest
-    @property
-    def units(self)->int: return self.rest_unit(self.graph.inputs if self.rest else 0)
+    def twice(self, s: int)->bool: return len(self.inputs) == 2 and s == 0 and self.reduction_prev # its map
 
     @cached_property
-    def _ports(self)->tuple: # (port -> place, where they end)
-        at, places = self.ungated, {}
-        grid = [(e, o) for e in range(len(self.graph.edges)) for o in range(len(self.ops))]
-        for e, o in grid: # where there is no middle, its place is empty
-            for port, width in ({"mid": self.width} | self.ops[o].inner(self.width)).items():
-                places[e, o, port] = at, width
-                at += width
-        for e, o in grid:
-            places[e, o, "out"] = at, self.width
-            at += self.width
-        return places, at
+    def places(self)->Places: return lay_out(self)
     @property
-    def ports(self)->dict: return self._ports[0] # (edge, operation, port) -> (first unit, channels)
-    def place(self, edge: int, op: int, port: str)->tuple: # (first unit, channels)
-        "Return where the channels of an operation's port stand."
+    def ungated(self)->int: return self.places.ungated
+    @property
+    def units(self)->int: return self.places.units
+    @property
+    def ports(self)->dict: return self.places.ports
+    def state(self, s: int)->tuple: return self.places.states[s] # (first unit, channels)
+    def rest_unit(self, s: int)->int: return self.places.rest + s * self.rest # first one that goes round, of input s
+    def out_unit(self, edge: int, op: int)->int: return self.ports[edge, op, "out"][0]
+    def place(self, edge: int, op: int, port: str)->tuple:
+        "Return where the channels of an operation's port stand: (first unit, channels)."
         return self.state(self.graph.edges[edge][0]) if port == "in" else self.ports[edge, op, port]
-
-    def twice(self, s: int)->bool:
-        "Return whether input `s` comes from a map twice as large."
-        return len(self.inputs) == 2 and s == 0 and self.reduction_prev
-    def preprocessing(self)->Iterator: # of (state, role, (first unit, filters), (first unit, channels)) of its kernels
-        "List the kernels that bring the incoming maps to the cell's width."
-        whole, C = self.width + self.rest, self.width
-        for s, channels in enumerate(self.inputs):
-            map_ = sum(self.inputs[:s]), channels
-            halves = (("a", 0, whole // 2), ("b", whole // 2, whole)) if self.twice(s) else (("pre", 0, whole),) # rows of one convolution
-            for role, first, end in halves:
-                seen = min(max(C, first), end) # those before it are for the operations
-                if first < seen: yield s, role, (self.state(s)[0] + first, seen - first), map_
-                if seen < end: yield s, role + "_rest", (self.rest_unit(s) + seen - C, end - seen), map_
 
     @cached_property
     def segments(self)->tuple: return list_segments(self)
     @cached_property
     def gates(self)->tuple: return list_gates(self)
     @cached_property
-    def sizes(self)->dict: # group -> entries
-        "Lengths of the full flat vectors."
+    def sizes(self)->dict: # group -> entries of its full flat vector
         of = {group: sum(s.numel for s in self.segments if s.group == group) for group in ("omega", "plain")}
         return of | {"gates": sum(g.width for g in self.gates)}
     @property
-    def params(self)->int:
-        "Weights of the whole cell: kernels, and two batch-norm values a gated channel."
+    def params(self)->int: # of the whole cell: kernels, and two batch-norm values a gated channel
         return self.sizes["omega"] + self.sizes["plain"] + 2 * self.sizes["gates"]
     @property
     def macs(self)->int: return sum(s.numel * s.side ** 2 for s in self.segments)
+
+# %% ../../nbs/space/cell.ipynb #ac72bff2
+def preprocessing(cell: CellSpec)->Iterator: # of (state, role, (first unit, filters), (first unit, channels))
+    "List the kernels that bring the incoming maps to the cell's width."
+    C, whole = cell.width, cell.width + cell.rest
+    for s, channels in enumerate(cell.inputs[:cell.preprocessed]):
+        read = sum(cell.inputs[:s]), channels
+        rows = (("a", 0, whole // 2), ("b", whole // 2, whole)) if cell.twice(s) else (("pre", 0, whole),)
+        for role, first, end in rows: # of one convolution
+            seen = min(max(C, first), end) # those before it are for the operations
+            if first < seen: yield s, role, (cell.state(s)[0] + first, seen - first), read
+            if seen < end: yield s, role + "_rest", (cell.rest_unit(s) + seen - C, end - seen), read
 
 # %% ../../nbs/space/cell.ipynb #c971c552
 def list_segments(cell: CellSpec)->tuple: # of Segment
@@ -146,13 +151,13 @@ def list_segments(cell: CellSpec)->tuple: # of Segment
     def add(group, edge, op, role, rows, cols, k, side, depthwise):
         out.append(Segment(group, edge, op, role, rows[1], cols[1], k, rows[0], cols[0], side, depthwise, at[group]))
         at[group] += out[-1].numel
-    for s, role, rows, cols in cell.preprocessing(): add("plain", -1 - s, -1, role, rows, cols, 1, cell.side_in, False)
+    for s, role, rows, cols in preprocessing(cell): add("plain", -1 - s, -1, role, rows, cols, 1, cell.side_in, False)
     for e in range(len(cell.graph.edges)):
         for o, op in enumerate(cell.ops):
             for k in op.kernels(cell.stride(e)):
-                (unit, width), half = cell.place(e, o, k.rows), k.half
-                if half is not None: unit, width = unit + half * (width // 2), (width // 2, width - width // 2)[half]
-                add("omega" if k.searched else "plain", e, o, k.role, (unit, width), cell.place(e, o, k.cols), k.k, sides[k.side], k.depthwise)
+                (unit, width), group = cell.place(e, o, k.rows), "omega" if k.searched else "plain"
+                if k.half is not None: unit, width = unit + k.half * (width // 2), k.half_of(width)
+                add(group, e, o, k.role, (unit, width), cell.place(e, o, k.cols), k.k, sides[k.side], k.depthwise)
     return tuple(out)
 
 # %% ../../nbs/space/cell.ipynb #15560ec7
@@ -168,5 +173,6 @@ def list_gates(cell: CellSpec)->tuple: # of Gate
     for e in range(len(cell.graph.edges)):
         for o, op in enumerate(cell.ops):
             for n in op.norms(cell.stride(e)):
-                add(e, o, n.role, cell.place(e, o, n.port), cell.side_in if n.side == "in" else cell.side, n.learned, n.gate != "none")
+                side = cell.side_in if n.side == "in" else cell.side
+                add(e, o, n.role, cell.place(e, o, n.port), side, n.learned, n.gate != "none")
     return tuple(out)

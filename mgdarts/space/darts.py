@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from .cell import CellSpec
-from .found import MAX_WIDTH
+from .found import MAX_WIDTH, whole
 from .graph import Graph, dense_graph
 from .operation import DARTS_OPS, OPERATIONS
 from .space import Space, count_supernet
@@ -64,24 +64,28 @@ class NetSpec(Space):
     kind, graph = "darts", DARTS_GRAPH
     head_fields = ("channels", *Space.head_fields)
 
+    @classmethod
+    def of_config(cls, cfg, classes, size, in_channels=3):
+        space, asked = cfg.space, {*cls.ops, *cfg.rules.ops} # whatever is asked for beside the operations of DARTS
+        return cls(space.channels, space.cells, classes, size, in_channels, space.stem, space.constraint,
+                   cfg.rules.partial, tuple(name for name in OPERATIONS if name in asked))
+    def check(self): whole("channels", self.channels, 2, MAX_WIDTH)
+
     @property
     def stem_out(self)->tuple: return (self.channels * (3 if self.stem_kind == "cifar" else 1),) * self.graph.inputs
+    @cached_property
+    def stem_size(self)->tuple: return stem_sizes(self.channels, self.in_channels, self.size, self.stem_kind)
     @property
-    def stem_params(self)->int: return stem_sizes(self.channels, self.in_channels, self.size, self.stem_kind)[0]
+    def stem_params(self)->int: return self.stem_size[0]
     @property
-    def stem_macs(self)->int: return stem_sizes(self.channels, self.in_channels, self.size, self.stem_kind)[1]
+    def stem_macs(self)->int: return self.stem_size[1]
+    def make_stem(self, generator):
+        from mgdarts.space.layers import Stem # PyTorch is loaded only when something is built
+        return Stem(self, generator)
     @cached_property
     def cell(self)->tuple:
         small = self.stem_kind == "cifar"
         return chain(self, self.channels, self.size if small else -(-self.size // 8), not small)
-    @classmethod
-    def of_config(cls, cfg, classes, size, in_channels=3):
-        ops = tuple(name for name in OPERATIONS if name in {*cls.ops, *cfg.rules.ops}) # whatever is asked for beside those of the space
-        return cls(cfg.space.channels, cfg.space.cells, classes, size, in_channels, cfg.space.stem, cfg.space.constraint, cfg.rules.partial, ops)
-    def head_ranges(self): return (("channels", self.channels, 2, MAX_WIDTH),)
-    def make_stem(self, generator):
-        from mgdarts.space.layers import Stem # PyTorch is loaded only when something is built
-        return Stem(self, generator)
 
 # %% ../../nbs/space/darts.ipynb #87266446
 # transitional names

@@ -12,7 +12,7 @@ from .operation import Kernel, Operation
 MAX_WIDTH = 4096 # so that a damaged file cannot ask for terabytes
 
 # %% auto #0
-__all__ = ['MAX_WIDTH', 'Op', 'ArchCell', 'whole', 'shape_of', 'shapes', 'check_cell', 'check_widths']
+__all__ = ['MAX_WIDTH', 'Op', 'ArchCell', 'whole', 'shape_of', 'shapes', 'check_cell', 'check_place', 'check_widths']
 
 # %% ../../nbs/space/found.ipynb #38f29917
 @dataclass(frozen=True)
@@ -40,9 +40,8 @@ def whole(what: str, value, lo: int, hi: int)->int:
 def shape_of(kernel: Kernel, widths: dict # port -> channels
             )->tuple: # (filters, channels, k, k)
     "Return the shape of a kernel between ports of these widths."
-    rows = widths[kernel.rows]
-    if kernel.half is not None: rows = (rows // 2, rows - rows // 2)[kernel.half]
-    return rows, 1 if kernel.depthwise else widths[kernel.cols], kernel.k, kernel.k
+    columns = 1 if kernel.depthwise else widths[kernel.cols]
+    return kernel.half_of(widths[kernel.rows]), columns, kernel.k, kernel.k
 
 def shapes(op: Operation, widths: dict, stride: int)->list: # of (Kernel, shape)
     "List the kernels of a discovered operation with their shapes, in order."
@@ -52,31 +51,41 @@ def shapes(op: Operation, widths: dict, stride: int)->list: # of (Kernel, shape)
 def check_cell(cell: ArchCell, spec: CellSpec # of the full cell
               ):
     "Refuse a cell with impossible operations, or with widths that do not meet: `InputError`."
-    c, graph, names = spec.index, spec.graph, [op.name for op in spec.ops]
-    if not isinstance(cell, ArchCell) or len(cell.widths) != graph.states: raise InputError(f"architecture: cell {c} needs operations and the widths of {graph.states} states")
+    c, graph = spec.index, spec.graph
+    if not isinstance(cell, ArchCell) or len(cell.widths) != graph.states:
+        raise InputError(f"architecture: cell {c} needs operations and the widths of {graph.states} states")
     for s, w in enumerate(cell.widths):
         fixed = spec.state(s)[1] if spec.fixed else None
         whole(f"the width of state {s} of cell {c}", w, fixed or 1, fixed or MAX_WIDTH)
     last = (-1, -1)
     for i, op in enumerate(cell.ops):
         here = f"operation {i} of cell {c}"
-        if op.op not in names: raise InputError(f"architecture: {here} is {str(op.op)[:40]!r}: {closest(str(op.op)[:40], names)}")
-        whole(f"the target of {here}", op.dst, graph.inputs, graph.states - 1); whole(f"the source of {here}", op.src, 0, op.dst - 1)
-        if (op.src, op.dst) not in graph.edges: raise InputError(f"architecture: {here} stands between states {op.src} and {op.dst}, where there is no edge")
-        at = graph.edges.index((op.src, op.dst)), names.index(op.op)
-        if at <= last: raise InputError(f"architecture: {here} is out of order or there twice: sort by node, edge and operation")
+        at = check_place(op, spec, here)
+        if at <= last:
+            raise InputError(f"architecture: {here} is out of order or there twice: sort by node, edge and operation")
         last = at
-        check_widths(cell, op, spec, here)
-    if unfed := set(graph.nodes) - {op.dst for op in cell.ops}: raise InputError(f"architecture: node {min(unfed)} of cell {c} has no operation: every node needs one")
+        check_widths(cell, op, spec, here, at)
+    if unfed := set(graph.nodes) - {op.dst for op in cell.ops}:
+        raise InputError(f"architecture: node {min(unfed)} of cell {c} has no operation: every node needs one")
 
 # %% ../../nbs/space/found.ipynb #3acf38c0
-def check_widths(cell: ArchCell, op: Op, spec: CellSpec, here: str # what messages call it
-                ):
+def check_place(op: Op, spec: CellSpec, here: str # what messages call it
+               )->tuple: # (edge, operation)
+    "Return where an operation stands in the full cell; `InputError` where there is no such edge or operation."
+    graph, names, name = spec.graph, [o.name for o in spec.ops], str(op.op)[:40]
+    if op.op not in names: raise InputError(f"architecture: {here} is {name!r}: {closest(name, names)}")
+    whole(f"the target of {here}", op.dst, graph.inputs, graph.states - 1)
+    whole(f"the source of {here}", op.src, 0, op.dst - 1)
+    if (op.src, op.dst) in graph.edges: return graph.edges.index((op.src, op.dst)), names.index(op.op)
+    raise InputError(f"architecture: {here} stands between states {op.src} and {op.dst}, where there is no edge")
+
+def check_widths(cell: ArchCell, op: Op, spec: CellSpec, here: str, at: tuple): # from `check_place`
     "Refuse an operation whose widths are impossible, or do not meet those of the states: `InputError`."
-    e, o = spec.graph.edges.index((op.src, op.dst)), [x.name for x in spec.ops].index(op.op)
-    ports = spec.ops[o].ports
-    if len(op.widths) != len(ports): raise InputError(f"architecture: {here}, {op.op}, needs {len(ports)} width(s) and has {len(op.widths)}")
+    ports, ends = spec.ops[at[1]].ports, (cell.widths[op.src], cell.widths[op.dst])
+    if len(op.widths) != len(ports):
+        raise InputError(f"architecture: {here}, {op.op}, needs {len(ports)} width(s) and has {len(op.widths)}")
     for port, w in zip(ports, op.widths): # where states have fixed widths, nothing is wider than in the super-net
-        whole(f"a width of {here}", w, 1, spec.place(e, o, port)[1] if spec.fixed and port == "mid" else MAX_WIDTH)
-    if (op.widths[0], op.widths[-1]) != (cell.widths[op.src], cell.widths[op.dst]):
-        raise InputError(f"architecture: {here} joins states of {cell.widths[op.src]} and {cell.widths[op.dst]} channels with widths {list(op.widths)}")
+        whole(f"a width of {here}", w, 1, spec.place(*at, port)[1] if spec.fixed and port == "mid" else MAX_WIDTH)
+    if (op.widths[0], op.widths[-1]) != ends:
+        raise InputError(f"architecture: {here} joins states of {ends[0]} and {ends[1]} channels "
+                         f"with widths {list(op.widths)}")

@@ -10,7 +10,7 @@ from torch import nn, Tensor
 EPS = 1e-5 # of every batch norm
 
 # %% auto #0
-__all__ = ['EPS', 'reset_uniform', 'init_conv', 'depthwise', 'factorized_reduce', 'avg_pool', 'max_pool', 'ConvNorm',
+__all__ = ['EPS', 'reset_uniform', 'init_conv', 'depthwise', 'factorized_reduce', 'avg_pool', 'max_pool', 'ConvNorm', 'Head',
            'Classifier', 'Stem', 'AuxHead', 'MobileStem', 'MobileHead']
 
 # %% ../../nbs/space/layers.ipynb #8e1abf53
@@ -25,8 +25,9 @@ def init_conv(shape: tuple, # (filters, channels a filter reads, k, k)
               fan_in: int,
               generator: torch.Generator
              )->nn.Parameter: # channels-last
-    "A fresh kernel."
-    return nn.Parameter(reset_uniform(torch.empty(shape), fan_in, generator).contiguous(memory_format=torch.channels_last))
+    "Make a fresh kernel."
+    w = reset_uniform(torch.empty(shape), fan_in, generator)
+    return nn.Parameter(w.contiguous(memory_format=torch.channels_last))
 
 # %% ../../nbs/space/layers.ipynb #d36c1116
 def depthwise(x: Tensor, # [N, C, H, W]
@@ -45,7 +46,8 @@ def factorized_reduce(x: Tensor, # [N, C, H, W]
     "Two strided 1x1 convolutions, the second on the map shifted by a pixel, side by side."
     # pruning may leave nothing of a half, and partial channels may need one only
     x = F.pad(x, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-    return torch.cat([F.conv2d(m, w, None, 2) for m, w in ((x, wa), (x[:, :, 1:, 1:], wb)) if w is not None and len(w)], 1)
+    halves = (x, wa), (x[:, :, 1:, 1:], wb)
+    return torch.cat([F.conv2d(m, w, None, 2) for m, w in halves if w is not None and len(w)], 1)
 
 # %% ../../nbs/space/layers.ipynb #9472be64
 def avg_pool(x: Tensor, # [N, C, H, W]
@@ -75,20 +77,24 @@ class ConvNorm(nn.Module):
     def forward(self, x): return self.norm(F.conv2d(x, self.weight, None, self.stride, self.pad))
 
 # %% ../../nbs/space/layers.ipynb #f45b95f4
-class Classifier(nn.Module):
+class Head(nn.Module):
+    "What makes logits from a map, and knows which of its parameters reads the map's channels, in its second dimension."
+    READS = "weight" # that parameter's name
+
+    @property
+    def reads(self)->nn.Parameter: return self.get_parameter(self.READS)
+    def read(self, w: nn.Parameter):
+        "Put another parameter in its place, for other channels."
+        owner, _, name = self.READS.rpartition(".")
+        setattr(self.get_submodule(owner), name, w)
+
+class Classifier(Head):
     "Global average pool and a linear layer: [N, width, H, W] to logits [N, classes]."
     def __init__(self, width: int, classes: int, generator: torch.Generator):
         super().__init__()
         self.weight, self.bias = nn.Parameter(torch.empty(classes, width)), nn.Parameter(torch.empty(classes))
         for p in (self.weight, self.bias): reset_uniform(p, width, generator)
     def forward(self, x): return F.linear(x.mean((2, 3)), self.weight, self.bias)
-    @property
-    def reads(self)->nn.Parameter:
-        "The parameter whose second dimension runs over the incoming channels."
-        return self.weight
-    def read(self, w: nn.Parameter):
-        "Put another parameter in its place, for other channels."
-        self.weight = w
 
 # %% ../../nbs/space/layers.ipynb #1f9cf0f6
 class Stem(nn.Module):
@@ -97,9 +103,10 @@ class Stem(nn.Module):
                  generator: torch.Generator
                 ):
         super().__init__()
-        C, self.maps = spec.channels, len(spec.stem_out)
-        if spec.stem_kind == "cifar": self.convs = nn.ModuleList([ConvNorm(spec.in_channels, 3 * C, 3, generator, 1, 1)])
-        else: self.convs = nn.ModuleList([ConvNorm(a, b, 3, generator, 2, 1) for a, b in ((spec.in_channels, C // 2), (C // 2, C), (C, C))])
+        C, given, self.maps = spec.channels, spec.in_channels, len(spec.stem_out)
+        if spec.stem_kind == "cifar": convs = [ConvNorm(given, 3 * C, 3, generator, 1, 1)]
+        else: convs = [ConvNorm(a, b, 3, generator, 2, 1) for a, b in ((given, C // 2), (C // 2, C), (C, C))]
+        self.convs = nn.ModuleList(convs)
     def forward(self, x):
         x = self.convs[0](x)
         if len(self.convs) == 1: return (x,) * self.maps
@@ -107,8 +114,9 @@ class Stem(nn.Module):
         return (x, self.convs[2](F.relu(x)))[-self.maps:]
 
 # %% ../../nbs/space/layers.ipynb #65aa207d
-class AuxHead(nn.Module):
+class AuxHead(Head):
     "An auxiliary head, a `HeadSpec` made of tensors: [N, width, side, side] to logits [N, classes]."
+    READS = "narrow.weight"
     def __init__(self, spec, # HeadSpec
                  generator: torch.Generator,
                  width: int|None = None # channels it reads, where they are fewer than the spec's
@@ -121,39 +129,32 @@ class AuxHead(nn.Module):
     def forward(self, x):
         x = F.avg_pool2d(F.relu(x), self.pool, 3)
         return self.classifier(F.relu(self.whole(F.relu(self.narrow(x)))))
-    @property
-    def reads(self)->nn.Parameter:
-        "The parameter whose second dimension runs over the incoming channels."
-        return self.narrow.weight
-    def read(self, w: nn.Parameter):
-        "Put another parameter in its place, for other channels."
-        self.narrow.weight = w
 
 # %% ../../nbs/space/layers.ipynb #8e8da9ad
 class MobileStem(nn.Module):
-    "A 3x3 convolution and the fixed inverted residual block, whose inside is as wide as its input: [N, in_channels, size, size] to one map [N, channels, side, side]."
+    """A 3x3 convolution and the fixed inverted residual block, whose inside is as wide as its input.
+
+    From images [N, in_channels, size, size] to one map [N, channels, side, side].
+    """
     def __init__(self, spec, generator: torch.Generator):
         super().__init__()
         C = spec.channels
         self.first = ConvNorm(spec.in_channels, C, 3, generator, 1 if spec.stem_kind == "cifar" else 2, 1)
-        self.depth, self.norm, self.last = init_conv((C, 1, 3, 3), 9, generator), nn.BatchNorm2d(C, EPS), ConvNorm(C, C, 1, generator)
+        self.depth, self.norm = init_conv((C, 1, 3, 3), 9, generator), nn.BatchNorm2d(C, EPS)
+        self.last = ConvNorm(C, C, 1, generator)
     def forward(self, x):
         x = F.hardswish(self.first(x))
         return (x + self.last(F.relu(self.norm(depthwise(x, self.depth)))),)
 
 # %% ../../nbs/space/layers.ipynb #96f1720b
-class MobileHead(nn.Module):
+class MobileHead(Head):
     "1x1 convolution, pooling, linear layer, classifier: [N, width, H, W] to logits [N, classes]."
+    READS = "wide.weight"
     def __init__(self, width: int, spec, generator: torch.Generator):
         super().__init__()
         a, b = spec.features
-        self.wide, self.mix, self.classifier = ConvNorm(width, a, 1, generator), init_conv((b, a, 1, 1), a, generator), Classifier(b, spec.classes, generator)
+        self.wide, self.mix = ConvNorm(width, a, 1, generator), init_conv((b, a, 1, 1), a, generator)
+        self.classifier = Classifier(b, spec.classes, generator)
     def forward(self, x):
-        return self.classifier(F.hardswish(F.conv2d(F.hardswish(self.wide(x)).mean((2, 3), keepdim=True), self.mix)))
-    @property
-    def reads(self)->nn.Parameter:
-        "The parameter whose second dimension runs over the incoming channels."
-        return self.wide.weight
-    def read(self, w: nn.Parameter):
-        "Put another parameter in its place."
-        self.wide.weight = w
+        x = F.hardswish(self.wide(x)).mean((2, 3), keepdim=True)
+        return self.classifier(F.hardswish(F.conv2d(x, self.mix)))

@@ -7,14 +7,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from ..base.options import InputError
-from .cell import CellSpec
+from .cell import CellSpec, Places
 from .found import ArchCell, MAX_WIDTH, Op, whole
 from .graph import Graph
 from .operation import BatchNorm, Kernel, OPERATIONS, Operation
 from .space import Space, count_supernet
 
 # %% auto #0
-__all__ = ['EXPANSION', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'LayerSpec', 'checked_blocks', 'MobileSpec']
+__all__ = ['EXPANSION', 'SQUEEZE', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'lay_out_layer', 'LayerSpec', 'MobileSpec', 'depths',
+           'halved_ends', 'layers', 'write_blocks', 'read_blocks']
 
 # %% ../../nbs/space/mobile.ipynb #ca71696c
 def divisible(v: float, by: int = 8)->int:
@@ -26,7 +27,7 @@ def divisible(v: float, by: int = 8)->int:
 EXPANSION = 6 # filters inside of a block, times those of its input
 
 class Block(Operation):
-    "An inverted residual block: 1x1, batch norm, activation; depthwise k x k, the same; squeeze-and-excitation; 1x1, batch norm."
+    "An inverted residual block: 1x1, norm, activation; depthwise, the same; squeeze-and-excitation; 1x1, norm."
     kind = "block"
     def __init__(self, name: str, k: int, squeezes: bool = False, act: str = "relu"): # relu or hardswish
         super().__init__(name)
@@ -40,10 +41,10 @@ class Block(Operation):
         mid = EXPANSION * width
         return {"mid": mid, "squeeze": divisible(mid // 4)} if self.squeezes else {"mid": mid}
     def kernels(self, stride):
-        few = (Kernel("squeeze", "squeeze", "mid", searched=False, side="one"), Kernel("squeeze_bias", "squeeze", "squeeze", 1, True, False, side="none"),
-               Kernel("excite", "mid", "squeeze", searched=False, side="one"), Kernel("excite_bias", "mid", "mid", 1, True, False, side="none"))
-        return (Kernel("exp", "mid", "in", side="in"), Kernel("dw", "mid", "mid", self.k, True), *few * self.squeezes, Kernel("proj", "out", "mid"))
-    def norms(self, stride): return BatchNorm("exp", "mid", "none", "in"), BatchNorm("mid", "mid"), BatchNorm("out", "out", "none")
+        wide, deep = Kernel("exp", "mid", "in", side="in"), Kernel("dw", "mid", "mid", self.k, True)
+        return (wide, deep, *SQUEEZE * self.squeezes, Kernel("proj", "out", "mid"))
+    def norms(self, stride):
+        return BatchNorm("exp", "mid", "none", "in"), BatchNorm("mid", "mid"), BatchNorm("out", "out", "none")
 
     def forward(self, x, parts, stride):
         import torch.nn.functional as F # PyTorch is loaded only when something is computed
@@ -55,61 +56,44 @@ class Block(Operation):
             y = y * F.hardsigmoid(parts.conv("excite", s, bias="excite_bias"))
         return parts.norm("out", parts.conv("proj", y))
 
+SQUEEZE = (Kernel("squeeze", "squeeze", "mid", searched=False, side="one"),
+           Kernel("squeeze_bias", "squeeze", "squeeze", 1, True, False, side="none"),
+           Kernel("excite", "mid", "squeeze", searched=False, side="one"),
+           Kernel("excite_bias", "mid", "mid", 1, True, False, side="none"))
+
 # %% ../../nbs/space/mobile.ipynb #c01d9008
 BLOCKS = {f"irb_{k}x{k}": k for k in (3, 5, 7)} # the three operations of a layer, by name
 OPERATIONS.update({name: Block(name, k) for name, k in BLOCKS.items()})
 
 # %% ../../nbs/space/mobile.ipynb #50b53e2f
+def lay_out_layer(layer: CellSpec)->Places:
+    "Number the channels of a layer: those in and out, the squeezed ones of all blocks, the filters inside of them."
+    cin, ops = layer.inputs[0], list(enumerate(layer.ops))
+    states, at = ((0, cin), (cin, layer.width)), cin + layer.width
+    ports = {(0, o, "out"): states[1] for o, _ in ops} # a block puts out the channels of its node
+    ungated = at + sum(op.inner(cin).get("squeeze", 0) for _, op in ops)
+    for port in ("squeeze", "mid"):
+        for o, op in ops:
+            if width := op.inner(cin).get(port):
+                ports[0, o, port] = at, width
+                at += width
+    return Places(states, ports, ungated, at, at + 1) # the last one is for batch norms that are no filters of their own
+
 @dataclass(frozen=True)
 class LayerSpec(CellSpec):
     "One layer as data: parallel blocks from one map to the next, and the identity beside them where both are alike."
-    fixed, preprocessed = True, 0
+    fixed = True
 
     @property
-    def residual(self)->bool:
-        "Whether the map that comes in is added to what the blocks give."
-        return not self.reduction and self.inputs[0] == self.width
+    def preprocessed(self)->int: return 0
     @property
-    def out(self)->int: return self.width
-    def state(self, s: int)->tuple: return (0, self.inputs[0]) if s == 0 else (self.inputs[0], self.width)
-    @property
-    def ungated(self)->int: return self.inputs[0] + self.width + sum(op.inner(self.inputs[0]).get("squeeze", 0) for op in self.ops)
-    @property
-    def units(self)->int: return self._ports[1] + 1 # the last one stands for batch norms that are no filters of their own
+    def residual(self)->bool: return not self.reduction and self.inputs[0] == self.width # the map is added to blocks
     @cached_property
-    def _ports(self)->tuple:
-        "The squeezed channels of all blocks, then the filters inside of each; a block puts out the channels of its node."
-        at, places = self.inputs[0] + self.width, {(0, o, "out"): self.state(1) for o in range(len(self.ops))}
-        for port in ("squeeze", "mid"):
-            for o, op in enumerate(self.ops):
-                if width := op.inner(self.inputs[0]).get(port):
-                    places[0, o, port] = at, width
-                    at += width
-        return places, at
-    def preprocessing(self): return iter(())
-
-# %% ../../nbs/space/mobile.ipynb #d01e8418
-def checked_blocks(layer: LayerSpec, d, # what a file says of it
-                  )->list: # of (kernel, filters, squeezed filters)
-    "Return the blocks of a layer, sorted by kernel; `InputError` where there is something else."
-    c, kernels, block = layer.index, tuple(BLOCKS.values()), layer.ops[0]
-    try: rows = [(kernel, mid, few) for kernel, mid, few in d]
-    except (TypeError, ValueError):
-        raise InputError(f"architecture: layer {c} must be a list of blocks of the form "
-                         "[kernel, filters, squeezed filters]") from None
-    if not 0 < len(rows) <= len(kernels): raise InputError(f"architecture: layer {c} needs one to {len(kernels)} blocks")
-    for i, (kernel, mid, few) in enumerate(rows):
-        here = f"of block {i} of layer {c}"
-        if whole(f"the kernel {here}", kernel, min(kernels), max(kernels)) not in kernels:
-            raise InputError(f"architecture: the kernel {here} is {kernel}: choose from {', '.join(map(str, kernels))}")
-        whole(f"the number of filters {here}", mid, 1, block.inner(layer.inputs[0])["mid"])
-        whole(f"the number of squeezed filters {here}", few, *((1, MAX_WIDTH) if block.squeezes else (0, 0)))
-    if any(a[0] >= b[0] for a, b in zip(rows, rows[1:])):
-        raise InputError(f"architecture: the blocks of layer {c} are out of order or there twice: sort by kernel")
-    return rows
+    def places(self)->Places: return lay_out_layer(self)
 
 # %% ../../nbs/space/mobile.ipynb #35a9d666
-GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"), (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
+GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"),
+          (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
 
 @dataclass(frozen=True)
 class MobileSpec(Space):
@@ -121,8 +105,17 @@ class MobileSpec(Space):
     in_channels: int = 3
     stem: str = "auto" # imagenet halves the image, cifar does not; auto: by size
 
-    kind, graph, ops, preprocessed = "mobilenet", Graph(1, ((0, 1),)), tuple(BLOCKS), 0
+    kind, graph, ops = "mobilenet", Graph(1, ((0, 1),)), tuple(BLOCKS)
     head_fields = ("width", *Space.head_fields)
+
+    @classmethod
+    def of_config(cls, cfg, classes, size, in_channels=3):
+        return cls(cfg.space.cells, cfg.space.width, classes, size, in_channels, cfg.space.stem)
+    def check(self):
+        if isinstance(self.width, (int, float)) and not isinstance(self.width, bool) and .05 <= self.width <= 16: return
+        raise InputError(f"architecture: width is {str(self.width)[:40]!r}, which is not a number from 0.05 to 16")
+    def write_cell(self, cell: ArchCell)->list: return write_blocks(cell)
+    def read_cell(self, c: int, d)->ArchCell: return read_blocks(self.cell[c], d)
 
     @property
     def channels(self)->int: return divisible(16 * self.width) # of the stem and of the fixed first block
@@ -131,64 +124,76 @@ class MobileSpec(Space):
     @property
     def stem_side(self)->int: return self.size if self.stem_kind == "cifar" else (self.size + 1) // 2
     @property
-    def stem_params(self)->int:
-        "A 3x3 convolution, and the fixed block: a 3x3 depthwise and a 1x1 convolution; each with batch norm."
-        C = self.channels
-        return 9 * self.in_channels * C + 9 * C + C * C + 6 * C
+    def stem_weights(self)->int: # a 3x3 convolution, and the fixed block: a 3x3 depthwise and a 1x1 convolution
+        return 9 * self.in_channels * self.channels + 9 * self.channels + self.channels ** 2
     @property
-    def stem_macs(self)->int: return (9 * self.in_channels * self.channels + 9 * self.channels + self.channels ** 2) * self.stem_side ** 2
+    def stem_params(self)->int: return self.stem_weights + 6 * self.channels # a batch norm after each
+    @property
+    def stem_macs(self)->int: return self.stem_weights * self.stem_side ** 2
     def make_stem(self, generator):
         from mgdarts.space.layers import MobileStem # PyTorch is loaded only when something is built
         return MobileStem(self, generator)
 
     @property
-    def depths(self)->tuple:
-        "Layers of each group."
-        n, more = divmod(self.cells, len(GROUPS))
-        return tuple(n + ((g + 1) % len(GROUPS) < more) for g in range(len(GROUPS)))
-    @property
-    def ends(self)->tuple:
-        "Last layer of each of the three sub-nets. The second and the third begin where the map is halved, as near to thirds of the depth as can be."
-        starts = [sum(self.depths[:g]) for g, group in enumerate(GROUPS) if g and group[1] == 2 and self.depths[g]]
-        first, second = (min(starts, key=lambda s: abs(s - third * self.cells / 3)) for third in (1, 2))
-        return first - 1, second - 1, self.cells - 1
-    @property
-    def aux_cell(self)->int:
-        "The layer that the auxiliary head of retraining reads: the end of the second sub-net."
-        return self.ends[1]
-
-    @cached_property
-    def cell(self)->tuple:
-        "The `LayerSpec` of every layer."
-        cin, side, out = self.channels, self.stem_side, []
-        for (width, first, squeezes, act), depth in zip(GROUPS, self.depths):
-            ops = tuple(Block(name, k, squeezes, act) for name, k in BLOCKS.items())
-            for stride in (first, *[1] * depth)[:depth]:
-                after, c = (side + 1) // 2 if stride == 2 else side, len(out)
-                out.append(LayerSpec(c, sum(c > e for e in self.ends), self.graph, ops, (cin,), divisible(width * self.width), stride == 2, False, side, after))
-                cin, side = out[-1].width, after
-        return tuple(out)
-
-    @classmethod
-    def of_config(cls, cfg, classes, size, in_channels=3): return cls(cfg.space.cells, cfg.space.width, classes, size, in_channels, cfg.space.stem)
-    def head_ranges(self):
-        if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not .05 <= self.width <= 16: raise InputError(f"architecture: width is {str(self.width)[:40]!r}, which is not a number from 0.05 to 16")
-        return ()
-    # files have one row a block: its kernel, its filters, its squeezed filters
-    def write_cell(self, cell: ArchCell)->list:
-        return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
-    def read_cell(self, c: int, d)->ArchCell:
-        full, names = self.cell[c], {k: name for name, k in BLOCKS.items()}
-        cin, cout, squeezes = full.inputs[0], full.width, full.ops[0].squeezes
-        rows = checked_blocks(full, d)
-        return ArchCell(tuple(Op(names[k], 0, 1, (cin, mid, few, cout) if squeezes else (cin, mid, cout)) for k, mid, few in rows), (cin, cout))
-
-    @property
-    def features(self)->tuple: return divisible(960 * self.width), divisible(1280 * self.width) # of the head, before and after the pooling
-    def top(self, width: int)->tuple:
-        "Return the size of the head: a 1x1 convolution with batch norm, pooling, a linear layer without bias, and the classifier."
-        a, b = self.features
-        return width * a + 2 * a + a * b + (b + 1) * self.classes, width * a * self.cell[-1].side ** 2 + a * b + b * self.classes
+    def features(self)->tuple: return divisible(960 * self.width), divisible(1280 * self.width) # of the head
+    def top(self, width: int)->tuple: # a 1x1 convolution with batch norm, pooling, a linear layer, and the classifier
+        (a, b), pixels = self.features, self.cell[-1].side ** 2
+        return width * a + 2 * a + a * b + (b + 1) * self.classes, width * a * pixels + a * b + b * self.classes
     def make_top(self, width, generator):
         from mgdarts.space.layers import MobileHead # PyTorch is loaded only when something is built
         return MobileHead(width, self, generator)
+
+    @property
+    def ends(self)->tuple: return halved_ends(self.cells)
+    @property
+    def aux_cell(self)->int: return self.ends[1] # the end of the second sub-net
+    @cached_property
+    def cell(self)->tuple: return layers(self)
+
+# %% ../../nbs/space/mobile.ipynb #a8d94f76
+def depths(cells: int)->tuple:
+    "Return the layers of each group."
+    n, more = divmod(cells, len(GROUPS))
+    return tuple(n + ((g + 1) % len(GROUPS) < more) for g in range(len(GROUPS)))
+
+def halved_ends(cells: int)->tuple:
+    "Return the last layers of the three sub-nets: before a map is halved, as near to thirds of the depth as can be."
+    of = depths(cells)
+    starts = [sum(of[:g]) for g, (_, stride, *_) in enumerate(GROUPS) if g and stride == 2 and of[g]]
+    first, second = (min(starts, key=lambda s: abs(s - third * cells / 3)) for third in (1, 2))
+    return first - 1, second - 1, cells - 1
+
+# %% ../../nbs/space/mobile.ipynb #94d5bd6f
+def layers(spec: MobileSpec)->tuple: # of LayerSpec
+    "Lay out the layers of the space."
+    cin, side, out = spec.channels, spec.stem_side, []
+    for (width, first, squeezes, act), depth in zip(GROUPS, depths(spec.cells)):
+        ops = tuple(Block(name, k, squeezes, act) for name, k in BLOCKS.items())
+        for stride in (first, *[1] * depth)[:depth]:
+            after, stage = (side + 1) // 2 if stride == 2 else side, sum(len(out) > e for e in spec.ends)
+            out.append(LayerSpec(len(out), stage, spec.graph, ops, (cin,), divisible(width * spec.width), stride == 2,
+                                 False, side, after))
+            cin, side = out[-1].width, after
+    return tuple(out)
+
+# %% ../../nbs/space/mobile.ipynb #87fd867e
+def write_blocks(cell: ArchCell)->list: # of [kernel, filters, squeezed filters]
+    "Write a discovered layer as plain JSON."
+    return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
+
+def read_blocks(layer: LayerSpec, d)->ArchCell: # what `write_blocks` wrote
+    "Read a discovered layer; `InputError` if it is something else."
+    c, cin, cout, squeezes = layer.index, layer.inputs[0], layer.width, layer.ops[0].squeezes
+    names, ops = {k: name for name, k in BLOCKS.items()}, []
+    try: rows = [(kernel, mid, few) for kernel, mid, few in d]
+    except (TypeError, ValueError):
+        raise InputError(f"architecture: layer {c} must be a list of blocks of the form "
+                         "[kernel, filters, squeezed filters]") from None
+    for i, (k, mid, few) in enumerate(rows):
+        if not isinstance(k, int) or k not in names:
+            raise InputError(f"architecture: the kernel of block {i} of layer {c} is {str(k)[:40]}: "
+                             f"choose from {', '.join(map(str, names))}")
+        lo, hi = (1, MAX_WIDTH) if squeezes else (0, 0)
+        whole(f"the number of squeezed filters of block {i} of layer {c}", few, lo, hi)
+        ops.append(Op(names[k], 0, 1, (cin, mid, few, cout) if squeezes else (cin, mid, cout)))
+    return ArchCell(tuple(ops), (cin, cout))

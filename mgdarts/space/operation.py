@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..base.options import OPERATION_NAMES
 
 # %% auto #0
-__all__ = ['PREPROCESS', 'OPERATIONS', 'DARTS_OPS', 'Kernel', 'BatchNorm', 'Operation', 'SepConv', 'DilConv', 'Skip',
+__all__ = ['PREPROCESS', 'OPERATIONS', 'DARTS_OPS', 'Kernel', 'BatchNorm', 'Operation', 'SepConv', 'DilConv', 'reduction', 'Skip',
            'Preprocess', 'Pool', 'add_operation']
 
 # %% ../../nbs/space/operation.ipynb #f40c851a
@@ -22,7 +22,11 @@ class Kernel:
     depthwise: bool = False
     searched: bool = True # its single weights are searched
     half: int|None = None # 0 or 1: computes only the first, or only the second half of its rows
-    side: str = "out" # the map it is applied to, for MACs: in, out, a single pixel (one), or nothing is multiplied (none)
+    side: str = "out" # the map it is applied to, for MACs: in, out, a single pixel (one), or nothing multiplied (none)
+
+    def half_of(self, width: int)->int:
+        "Return how many of its port's `width` rows it computes."
+        return width if self.half is None else (width // 2, width - width // 2)[self.half]
 
 # %% ../../nbs/space/operation.ipynb #b2455640
 @dataclass(frozen=True)
@@ -30,7 +34,8 @@ class BatchNorm:
     "A batch norm of an operation, and whether its filters have gates."
     role: str # its name within the operation
     port: str # its channels
-    gate: str = "after" # after: searched, with a threshold; before: a gate without threshold in front of the norm; none: no filters of its own
+    gate: str = "after" # after: searched, with a threshold; before: a gate without threshold in front of the norm;
+                        # none: no filters of its own
     side: str = "out" # the map it normalises: in or out
 
     @property
@@ -39,8 +44,10 @@ class BatchNorm:
 # %% ../../nbs/space/operation.ipynb #e69e455b
 class Operation:
     "A candidate on an edge. What a subclass does not say is: no kernels, no norms, nothing between in and out."
-    ports = ("in",) # whose widths a discovered operation states, in order; without `out` it puts out what it reads
-    reads = "" # what its input goes through first, worked out once for all that read a state: relu, avg_pool, max_pool, or nothing
+    # whose widths a discovered operation states, in order; without `out` it puts out what it reads
+    ports: tuple = ("in",)
+    # what its input goes through first, worked out once for all that read a state: relu, avg_pool, max_pool, or nothing
+    reads = ""
     kind = "" # what pictures colour alike
 
     def __init__(self, name: str): self.name = name
@@ -108,14 +115,18 @@ class DilConv(Operation):
     def norms(self, stride): return (BatchNorm("out", "out"),)
     def forward(self, x, parts, stride): return parts.gated("out", parts.conv("pw", parts.conv("dw", x, stride, 2)))
 
+# %% ../../nbs/space/operation.ipynb #7f333ae3
+def reduction()->tuple: # of Kernel
+    "Return the kernels of a factorised reduction: two strided 1x1 convolutions, half of the channels each."
+    return tuple(Kernel(role, "out", "in", searched=False, half=half) for half, role in enumerate("ab"))
+
 # %% ../../nbs/space/operation.ipynb #c4a688fe
 class Skip(Operation):
     "The identity; with stride 2 ReLU, two strided 1x1 convolutions side by side, batch norm."
     kind = "skip"
     @property
     def label(self): return "skip"
-    def kernels(self, stride):
-        return tuple(Kernel(r, "out", "in", searched=False, half=h) for h, r in enumerate("ab")) if stride == 2 else ()
+    def kernels(self, stride): return reduction() if stride == 2 else ()
     def norms(self, stride): return (BatchNorm("out", "out", "before"),) if stride == 2 else ()
     def forward(self, x, parts, stride):
         if stride == 1: return parts.dropped(x)
@@ -125,9 +136,10 @@ class Skip(Operation):
 class Preprocess(Operation):
     "What brings an incoming map to the width of the cell: ReLU, 1x1 convolution, batch norm."
     ports, reads, kind = ("in", "out"), "relu", "pre"
-    def kernels(self, stride): return Skip.kernels(self, stride) or (Kernel("pre", "out", "in", searched=False),)
+    def kernels(self, stride): return reduction() if stride == 2 else (Kernel("pre", "out", "in", searched=False),)
     def norms(self, stride): return (BatchNorm("pre", "out"),)
-    def forward(self, x, parts, stride): return parts.gated("pre", parts.halves(x, "a", "b") if stride == 2 else parts.conv("pre", x))
+    def forward(self, x, parts, stride):
+        return parts.gated("pre", parts.halves(x, "a", "b") if stride == 2 else parts.conv("pre", x))
 
 PREPROCESS = Preprocess("preprocess")
 
@@ -144,14 +156,15 @@ class Pool(Operation):
     def forward(self, x, parts, stride): return parts.norm("pool", x)
 
 # %% ../../nbs/space/operation.ipynb #efb99296
-OPERATIONS = {op.name: op for op in (
-    Skip("skip_connect"), SepConv("sep_conv_3x3", 3), SepConv("sep_conv_5x5", 5), DilConv("dil_conv_3x3", 3), DilConv("dil_conv_5x5", 5),
+OPERATIONS: dict[str, Operation] = {op.name: op for op in (
+    Skip("skip_connect"), SepConv("sep_conv_3x3", 3), SepConv("sep_conv_5x5", 5),
+    DilConv("dil_conv_3x3", 3), DilConv("dil_conv_5x5", 5),
     Pool("avg_pool_3x3", "avg_pool"), Pool("max_pool_3x3", "max_pool"))}
 DARTS_OPS = tuple(OPERATIONS) # the operations of DARTS; their order is the one of alpha and of files
 
 def add_operation(op: Operation)->Operation: # the same
     "Make an operation known by its name, to settings too. `ValueError` where another one has the name."
-    if OPERATIONS.get(op.name, op) is not op: raise ValueError(f"there is an operation {op.name} already: {OPERATIONS[op.name]}")
-    OPERATIONS[op.name] = op
+    there = OPERATIONS.setdefault(op.name, op)
+    if there is not op: raise ValueError(f"there is an operation {op.name} already: {there}")
     if op.name not in OPERATION_NAMES: OPERATION_NAMES.append(op.name)
     return op

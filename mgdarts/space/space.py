@@ -6,6 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 from ..base.options import Config, InputError
 from .found import ArchCell, Op
 from .graph import Graph
@@ -14,7 +15,8 @@ from .operation import OPERATIONS
 GRANULARITIES = ("operation", "filter", "weight") # coarse to fine
 
 # %% auto #0
-__all__ = ['GRANULARITIES', 'AUX', 'HeadSpec', 'Space', 'count_supernet']
+__all__ = ['GRANULARITIES', 'AUX', 'HeadSpec', 'write_operations', 'read_operations', 'Space', 'aux_head', 'stage_head',
+           'count_supernet']
 
 # %% ../../nbs/space/space.ipynb #e560a902
 @dataclass(frozen=True)
@@ -34,17 +36,30 @@ class HeadSpec:
     @property
     def params(self)->int:
         "Two bias-free convolutions with batch norm, and a linear layer."
-        return (self.kernel ** 2 * self.width * self.mid + 2 * self.mid + self.pooled ** 2 * self.mid * self.out + 2 * self.out
-                + (self.out + 1) * self.classes)
+        first = self.kernel ** 2 * self.width * self.mid + 2 * self.mid
+        second = self.pooled ** 2 * self.mid * self.out + 2 * self.out
+        return first + second + (self.out + 1) * self.classes
 
 AUX = {"small": (64, 128, 1), "medium": (128, 256, 1), "large": (128, 256, 3)} # channels, channels, kernel
 
+# %% ../../nbs/space/space.ipynb #3ea4aa02
+def write_operations(cell: ArchCell)->dict:
+    "Write a discovered cell as plain JSON."
+    return {"widths": list(cell.widths), "ops": [[op.op, op.src, op.dst, list(op.widths)] for op in cell.ops]}
+
+def read_operations(c: int, d)->ArchCell: # cell; what `write_operations` wrote
+    "Read a discovered cell; `InputError` if it is something else."
+    try:
+        if set(d) != {"widths", "ops"}: raise TypeError
+        return ArchCell(tuple(Op(name, src, dst, tuple(w)) for name, src, dst, w in d["ops"]), tuple(d["widths"]))
+    except (TypeError, ValueError):
+        raise InputError(f"architecture: cell {c} must have widths, and operations of the form "
+                         "[name, from, to, widths]") from None
+
 # %% ../../nbs/space/space.ipynb #83f9686b
 class Space:
-    "A search space of a certain size. Subclasses are frozen dataclasses with the fields that `head_fields` names, and more."
+    "A search space of a certain size. Subclasses are frozen dataclasses with the fields in `head_fields`, and more."
     kind = "" # its name in settings and files
-    graph: Graph # of each cell
-    ops: tuple # names of the candidates on every edge
     head_fields = ("classes", "size", "in_channels", "stem") # what a file of an architecture says of the whole net
     cells: int # L
     classes: int
@@ -53,54 +68,32 @@ class Space:
     stem: str # cifar, imagenet, or auto: by size
     constraint = 3 # Table VI: 1 and 2: cells of a kind are alike
     partial = 1 # operations see one part in so many of the channels
+    graph: Graph # of each cell
+    ops: tuple # names of the candidates on every edge
+    cell: tuple # the `CellSpec` of every cell
+    stem_out: tuple # channels of the maps that the stem hands to the first cell, one for each input
+    stem_params: int
+    stem_macs: int # of one image
+    __dataclass_fields__: ClassVar[dict] # what it takes to be a dataclass
 
     # what a subclass says
-    @property
-    def cell(self)->tuple:
-        "The `CellSpec` of every cell."
-        raise NotImplementedError
-    @property
-    def stem_out(self)->tuple:
-        "Channels of the maps that the stem hands to the first cell, one for each input."
-        raise NotImplementedError
-    @property
-    def stem_params(self)->int: raise NotImplementedError
-    @property
-    def stem_macs(self)->int: raise NotImplementedError
-    def top(self, width: int # channels of the last cell's output
-           )->tuple: # (parameters, MACs)
-        "Return the size of the classifier, on a global average pool if nothing else is said."
-        return (width + 1) * self.classes, width * self.classes
-    def make_stem(self, generator): # torch.Generator
-        "Build the stem: a module from images [N, in_channels, size, size] to a tuple of maps."
-        raise NotImplementedError
-    def make_top(self, width: int, generator):
-        "Build the classifier: a module from [N, width, H, W] to logits [N, classes]."
-        from mgdarts.space.layers import Classifier # PyTorch is loaded only when something is built
-        return Classifier(width, self.classes, generator)
-
     @classmethod
     def of_config(cls, cfg: Config, classes: int, size: int, in_channels: int = 3)->Space:
         "Make the space that a configuration asks for, for images of that kind."
-        raise NotImplementedError
-    @classmethod
-    def of_file(cls, cells: int, head: dict # what the file says of `head_fields`
-               )->Space:
-        "Make the space that a file describes; `check_spec` finds what is impossible."
-        return cls(cells=cells, **head)
-    def head_ranges(self)->tuple: # of (name, value, smallest, largest)
-        "List the whole numbers among `head_fields` that only this space has; whatever else it has, it checks itself: `InputError`."
-        return ()
-    def write_cell(self, cell: ArchCell)->dict|list:
-        "Write a discovered cell as plain JSON."
-        return {"widths": list(cell.widths), "ops": [[op.op, op.src, op.dst, list(op.widths)] for op in cell.ops]}
-    def read_cell(self, c: int, d)->ArchCell:
-        "Read cell `c` from what `write_cell` wrote; `InputError` if it is something else."
-        try:
-            if set(d) != {"widths", "ops"}: raise TypeError
-            return ArchCell(tuple(Op(name, src, dst, tuple(w)) for name, src, dst, w in d["ops"]), tuple(d["widths"]))
-        except (TypeError, ValueError):
-            raise InputError(f"architecture: cell {c} must have widths, and operations of the form [name, from, to, widths]") from None
+        raise NotImplementedError(f"space {cls.kind} cannot be made from settings")
+    def make_stem(self, generator): # torch.Generator
+        "Build the stem: a module from images [N, in_channels, size, size] to a tuple of maps."
+        raise NotImplementedError(f"space {self.kind} has no stem")
+    def make_top(self, width: int, generator):
+        "Build the classifier, a `Head`: from [N, width, H, W] to logits [N, classes]."
+        from mgdarts.space.layers import Classifier # PyTorch is loaded only when something is built
+        return Classifier(width, self.classes, generator)
+    def top(self, width: int)->tuple:
+        "Return (parameters, MACs) of the classifier on `width` channels."
+        return (width + 1) * self.classes, width * self.classes
+    def check(self): "Refuse impossible sizes that only this space has: `InputError`."
+    def write_cell(self, cell: ArchCell)->dict|list: return write_operations(cell)
+    def read_cell(self, c: int, d)->ArchCell: return read_operations(c, d)
 
     # what follows
     @cached_property
@@ -108,55 +101,41 @@ class Space:
     @property
     def edges(self)->tuple: return self.graph.edges
     @property
-    def preprocessed(self)->int:
-        "Inputs of a cell that go through a convolution first."
-        return self.graph.inputs
+    def convs(self)->tuple: return tuple(op.searched for op in self.cell[0].ops) # which have weights to search
     @property
-    def convs(self)->tuple:
-        "Which operations have filters and weights to search."
-        return tuple(op.searched for op in self.cell[0].ops)
+    def node_sizes(self)->tuple: return tuple(len(edges) * len(self.ops) for edges in self.graph.into if edges)
     @property
-    def node_sizes(self)->tuple:
-        "Operations into each node."
-        return tuple(len(self.graph.into[n]) * len(self.ops) for n in self.graph.nodes)
-    @property
-    def kinds(self)->list:
-        "For each cell, the first cell that shares its operations and their strengths."
-        if self.constraint == 3: return list(range(self.cells))
-        return [next(d.index for d in self.cell if d.reduction == c.reduction) for c in self.cell]
+    def kinds(self)->list: # for each cell, the first cell that shares its operations and their strengths
+        first = {c.reduction: c.index for c in reversed(self.cell)}
+        return [c.index if self.constraint == 3 else first[c.reduction] for c in self.cell]
     @property
     def stem_kind(self)->str: return self.stem if self.stem != "auto" else "cifar" if self.size <= 64 else "imagenet"
     @property
-    def ends(self)->tuple:
-        "Last cell of each of the three sub-nets of the multi-stage search."
-        return self.cells // 3 - 1, 2 * self.cells // 3 - 1, self.cells - 1
+    def ends(self)->tuple: return self.cells // 3 - 1, 2 * self.cells // 3 - 1, self.cells - 1 # last cells of sub-nets
+    @property
+    def aux_cell(self)->int: return self.ends[1] + 1 # which the auxiliary head of retraining reads
+    @property
+    def params(self)->int: # everything but the auxiliary heads
+        return self.stem_params + sum(c.params for c in self.cell) + self.top(self.cell[-1].out)[0]
 
-    def head(self, stage: int, # 0 or 1
-             size: str = "medium" # small, medium or large
+# %% ../../nbs/space/space.ipynb #14b005ca
+def aux_head(spec: Space, cell: int, # which it stands on
+             shape: tuple[int, int, int] = (128, 768, 1), # channels, channels, kernel; by default those of retraining
+             width: int|None = None # channels of the cell's output, where they are not those of the full cell
             )->HeadSpec:
-        "Describe the auxiliary head of an early stage."
-        return self.aux_head(self.ends[stage], AUX[size])
-    def aux_head(self, cell: int, # which it stands on
-                 shape: tuple = (128, 768, 1), # channels, channels, kernel; by default those of retraining
-                 width: int|None = None # channels of the cell's output, where they are not those of the full cell
-                )->HeadSpec:
-        "Describe an auxiliary head. On an 8-pixel map that of retraining is pooling 5 with stride 3, 1x1 to 128, 2x2 to 768, linear."
-        return HeadSpec(width or self.cell[cell].out, self.cell[cell].side, *shape, self.classes)
-    @property
-    def aux_cell(self)->int:
-        "The cell that the auxiliary head of retraining reads: the first of the third sub-net."
-        return self.ends[1] + 1
-    @property
-    def classifier_params(self)->int: return self.top(self.cell[-1].out)[0]
-    @property
-    def params(self)->int:
-        "Everything but the auxiliary heads."
-        return self.stem_params + sum(c.params for c in self.cell) + self.classifier_params
+    "Describe an auxiliary head."
+    return HeadSpec(width or spec.cell[cell].out, spec.cell[cell].side, *shape, spec.classes)
+
+def stage_head(spec: Space, stage: int, # 0 or 1
+               size: str = "medium" # small, medium or large
+              )->HeadSpec:
+    "Describe the auxiliary head of an early stage."
+    return aux_head(spec, spec.ends[stage], AUX[size])
 
 # %% ../../nbs/space/space.ipynb #8ef330d7
 def count_supernet(spec: Space)->dict: # main, stem, stages, aux, classifier, ops
     "Count the parameters of the full super-net: `main` is everything but the auxiliary heads."
     stages = [sum(c.params for c in spec.cell if c.stage == s) for s in range(3)]
-    return {"main": spec.params, "stem": spec.stem_params, "stages": stages,
-            "aux": {k: [spec.head(s, k).params for s in (0, 1)] for k in AUX}, "classifier": spec.classifier_params,
-            "ops": spec.cells * sum(spec.node_sizes)}
+    aux = {size: [stage_head(spec, stage, size).params for stage in (0, 1)] for size in AUX}
+    return {"main": spec.params, "stem": spec.stem_params, "stages": stages, "aux": aux,
+            "classifier": spec.top(spec.cell[-1].out)[0], "ops": spec.cells * sum(spec.node_sizes)}

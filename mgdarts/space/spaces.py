@@ -13,16 +13,18 @@ from .space import Space
 __all__ = ['SPACES', 'add_space', 'space_of']
 
 # %% ../../nbs/space/spaces.ipynb #39786859
-SPACES = {space.kind: space for space in (NetSpec, MobileSpec)}
+SPACES: dict[str, type[Space]] = {space.kind: space for space in (NetSpec, MobileSpec)}
 
-def add_space(cls: type)->type: # the same
-    "Make a space known by its kind, to settings too; usable as a decorator. `ValueError` where another one has the name."
-    if SPACES.get(cls.kind, cls).__name__ != cls.__name__: raise ValueError(f"there is a space {cls.kind} already: {SPACES[cls.kind].__name__}")
+def add_space(cls: type[Space])->type[Space]: # the same
+    "Make a space known by its kind, to settings too; a decorator. `ValueError` where another one has the name."
+    there = SPACES.setdefault(cls.kind, cls)
+    if there.__name__ != cls.__name__: raise ValueError(f"there is a space {cls.kind} already: {there.__name__}")
     SPACES[cls.kind] = cls
     if cls.kind not in SPACE_KINDS: SPACE_KINDS.append(cls.kind)
     return cls
 
 def space_of(cfg: Config, classes: int, size: int, in_channels: int = 3)->Space:
-    "Return the space that a configuration asks for, for images of that kind; `InputError` where there is none of that name."
-    if cfg.space.kind not in SPACES: raise InputError(f"space.kind={cfg.space.kind!r} is not one of its values: {closest(cfg.space.kind, SPACES)}")
-    return SPACES[cfg.space.kind].of_config(cfg, classes, size, in_channels)
+    "Return the space that a configuration asks for, for images of that kind; `InputError` where none has that name."
+    kind = cfg.space.kind
+    if kind not in SPACES: raise InputError(f"space.kind={kind!r} is not one of its values: {closest(kind, SPACES)}")
+    return SPACES[kind].of_config(cfg, classes, size, in_channels)
