@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
 
 from mgdarts.fast.compiled import compiled
-from mgdarts.fast.kernels import (Pair, from_phases, images_abreast, narrow, pairs, pixels, from_pixels, weighted_sum,
-                                  widen)
+from mgdarts.fast.convolutions import Pair, pairs
+from mgdarts.fast.layout import from_phases, images_abreast, narrow, pixels, from_pixels, widen
+from mgdarts.fast.norms import weighted_sum
 from mgdarts.space.darts import EDGES, INPUTS, NODE_EDGES, OPS, STATES, NetSpec
 from mgdarts.net.supernet import SuperNet
 from mgdarts.net.engine import Engine

@@ -8,7 +8,7 @@ from nbdev.doclinks import nbglob
 from nbdev.test import test_nb as run_nb
 
 from mgdarts.base.files import read_json
-from mgdarts.paper.study import TARGETS
+from mgdarts.paper.data import TARGETS
 
 CFG = get_config()
 PARAMETERISED = ("start/quickstart", "start/workbench", "runs/benchmarks", "runs/fault_suite", "paper/claims")

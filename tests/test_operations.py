@@ -1,7 +1,7 @@
 "Tensor functions against plain PyTorch."
 import pytest, torch, torch.nn.functional as F
 from hypothesis import given, settings, strategies as st
-from mgdarts.fast.kernels import from_phases, to_phases
+from mgdarts.fast.layout import from_phases, to_phases
 from mgdarts.fast.parts import even_odd, reduced
 from mgdarts.space.darts import NetSpec
 from mgdarts.space.layers import AuxHead, Stem, avg_pool, depthwise, factorized_reduce, init_conv, max_pool
