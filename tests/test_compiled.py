@@ -8,7 +8,8 @@ import torch
 
 from mgdarts.runs.folder import read_record
 from mgdarts.fast import compiled
-from mgdarts.fast import kernels
+from mgdarts.fast.convolutions import Pair, pairs
+from mgdarts.fast.norms import normalise, spread_index
 from mgdarts.runs import run as runs
 from mgdarts.methods.registry import preset
 
@@ -16,15 +17,20 @@ build = compiled.library.__wrapped__
 TINY = " ".join(f'extern "C" void {name}() {{}}' for name in ("pairs", "pointwise", "norms"))
 
 
+def write(folder, source):
+    for name, text in zip(compiled.SOURCES, (source, "")): (folder / name).write_text(text)
+
+
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     "A small source, an empty cache, and a compiler that counts its calls."
-    command = compiled._compiler()
+    command = compiled.find_compiler()
     if not command: pytest.skip("no C++ compiler")
     script = tmp_path / "counting"
     script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo called >> {tmp_path}/calls;; esac\nexec {" ".join(command)} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    monkeypatch.setattr(compiled, "SOURCE", TINY)
+    write(tmp_path, TINY)
+    monkeypatch.setattr(compiled, "files", lambda _: tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", str(script))
     monkeypatch.delenv("MGDARTS_KERNELS", raising=False)
@@ -40,15 +46,16 @@ def test_compiled_once_and_kept(tiny, capsys):
     assert [p.suffix for p in (tiny / "cache/mgdarts").iterdir()] == [".so"]
 
 
-def test_another_source_is_another_library(tiny, monkeypatch):
+@pytest.mark.parametrize("name", compiled.SOURCES)
+def test_another_source_is_another_library(tiny, name):
     build()
-    monkeypatch.setattr(compiled, "SOURCE", TINY + " // changed")
+    with open(tiny / name, "a") as f: f.write(" // changed")
     build()
     assert calls(tiny) == 2
 
 
 def test_a_damaged_library_is_compiled_again(tiny):
-    code = f"from mgdarts.fast import compiled; compiled.SOURCE = {TINY!r}; print(compiled.library() is not None)"
+    code = f"from pathlib import Path; from mgdarts.fast import compiled; compiled.files = lambda _: Path({str(tiny)!r}); print(compiled.library() is not None)"
     def process(): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert process() == "True\n"
     path, = (tiny / "cache/mgdarts").iterdir()
@@ -57,9 +64,10 @@ def test_a_damaged_library_is_compiled_again(tiny):
     assert calls(tiny) == 2
 
 
-def test_source_that_does_not_compile(tiny, monkeypatch):
-    monkeypatch.setattr(compiled, "SOURCE", "nonsense")
-    with pytest.warns(UserWarning, match="cannot be compiled, PyTorch's are used: .*error"): assert build() is None
+def test_source_that_does_not_compile(tiny):
+    "The compiler's own words, with the line of the file that was shipped."
+    write(tiny, TINY + "\n\nnonsense")
+    with pytest.warns(UserWarning, match=f"cannot be compiled, PyTorch's are used: {tiny}/kernels.cpp:3:.*error"): assert build() is None
     assert not list((tiny / "cache/mgdarts").iterdir())
 
 
@@ -96,7 +104,7 @@ def test_a_search_is_the_same_search_with_both(tmp_path, monkeypatch):
 def test_a_diverged_map_stays_visible():
     "NaN passes the ReLU of both."
     x = torch.full((2, 16, 4, 4), float("nan")).to(memory_format=torch.channels_last)
-    y, = kernels.pairs(x, [kernels.Pair(torch.randn(16, 1, 3, 3), torch.randn(8, 16, 1, 1))], relu=True)
+    y, = pairs(x, [Pair(torch.randn(16, 1, 3, 3), torch.randn(8, 16, 1, 1))], relu=True)
     assert y.isnan().all()
-    ys, _, _ = kernels.normalise([x], torch.ones(16), torch.zeros(16), (None, None), kernels.spread_index([16], 1), 1, True, relu=True)
+    ys, _, _ = normalise([x], torch.ones(16), torch.zeros(16), (None, None), spread_index([16], 1), 1, True, relu=True)
     assert ys[0].isnan().all()

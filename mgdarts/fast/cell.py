@@ -87,7 +87,8 @@ class CellPlan:
         convs = [(op, node) for node, plan in self.nodes.items() for op in plan.sep + plan.dil + plan.phased]
         self.readers = [[(op, node) for op, node in convs if graph.edges[op.edge][0] == s] for s in range(graph.states)]
         self.shapes, self.weights = cell.shapes["omega"], cell.sizes["omega"]
-        self.deep = [i for i, s in enumerate(self.shapes) if s[2] > 1] # depthwise kernels
+        searched = [seg for seg, _ in cell.layout.kernels if seg.group == "omega"]
+        self.deep = [i for i, seg in enumerate(searched) if seg.depthwise]
         through = [[op.edge * len(cell.spec.ops) + op.op for op in plan.through] for plan in self.nodes.values()]
         self.through_sizes = [len(t) for t in through]
         self.through = torch.tensor(sum(through, []), dtype=torch.long, device=cell.omega.device)
@@ -210,7 +211,7 @@ class CellPass:
     def source(self, op: LiveOp)->int: return self.cell.spec.graph.edges[op.edge][0]
     def got(self, op: LiveOp)->Tensor: return self.reached.pop((op.edge, op.op))
 
-# %% ../../nbs/fast/cell.ipynb #fdc038c3
+# %% ../../nbs/fast/cell.ipynb #f0616008
 def views(cell: Cell, v: Tensor, group: str)->list:
     "Cut a flat vector into kernels."
     return [w.view(s) for w, s in zip(v.split(cell.sizes[group]), cell.shapes[group])]
@@ -223,7 +224,7 @@ def wide_kernels(cell: Cell, plan: CellPlan, omega: Tensor, b: int)->list:
     for i, w in zip(plan.deep, wide): out[i] = w.view(-1, *plan.shapes[i][1:])
     return out
 
-# %% ../../nbs/fast/cell.ipynb #6562a367
+# %% ../../nbs/fast/cell.ipynb #101205b6
 def preprocess(p: CellPass, maps: tuple):
     "Make the first states: all inputs, preprocessed."
     out, own = [], lambda i: None if i is None else p.plain[i]
@@ -262,7 +263,7 @@ def strided_skip(p: CellPass, op: LiveOp, node: int)->Tensor:
     if s not in p.halves: p.halves[s] = even_odd(F.relu(p.states[s]))
     return p.put(reduced(p.halves[s], a * m[:len(a)], c * m[len(a):], p.b), op, node)
 
-# %% ../../nbs/fast/cell.ipynb #421f8a16
+# %% ../../nbs/fast/cell.ipynb #276ea3e6
 def node_sum(p: CellPass, i: int, node: int, drop: tuple|None)->Tensor:
     "Add up all operations into a node (Eq. 4)."
     plan = p.plan.nodes[node]

@@ -32,7 +32,7 @@ def processor()->str:
     own = platform.machine() + platform.processor()
     return next((line for line in lines if line.startswith(("flags", "Features"))), own)
 
-# %% ../../nbs/fast/compiled.ipynb #0f2fd3b9
+# %% ../../nbs/fast/compiled.ipynb #b054b8de
 def cache_folder()->Path:
     "Return where the library is kept: the user's cache, or where that cannot be written a folder for this process."
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgdarts"
@@ -52,7 +52,7 @@ def compile_library(folder, # of the sources: from `importlib.resources`
                        check=True, capture_output=True, text=True, timeout=600)
         os.replace(made, path)
 
-# %% ../../nbs/fast/compiled.ipynb #43cc186b
+# %% ../../nbs/fast/compiled.ipynb #8ac63f66
 def load_library(folder, command: list)->ctypes.CDLL: # as for `compile_library`
     "Load the library of these sources, of this compiler and processor; compile it where it is missing or damaged."
     said = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
@@ -71,15 +71,16 @@ def library()->ctypes.CDLL|None:
     if os.environ.get("MGDARTS_KERNELS") == "torch" or not (command := find_compiler()): return None
     try: lib = load_library(files("mgdarts.fast"), command)
     except (OSError, subprocess.SubprocessError) as e:
-        said = (getattr(e, "stderr", None) or str(e)).strip().splitlines()
-        warnings.warn(f"kernels cannot be compiled, PyTorch's are used: {said[0] if said else e}")
+        said = (getattr(e, "stderr", None) or str(e)).strip().splitlines() or [str(e)]
+        first = next((line for line in said if "error" in line), said[0]) # it names the file and the line
+        warnings.warn(f"kernels cannot be compiled, PyTorch's are used: {first}")
         return None
     for name, letters in SIGNATURES.items():
         f = getattr(lib, name)
         f.argtypes, f.restype = [TYPES[c] for c in letters.replace(" ", "")], None
     return lib
 
-# %% ../../nbs/fast/compiled.ipynb #530db740
+# %% ../../nbs/fast/compiled.ipynb #82cd0ff8
 def kernels_in_use(device: str = "cpu" # its type
                   )->str:
     "Say what a run's last bits depend on: `compiled` or `torch`."
@@ -108,7 +109,7 @@ def run_pairs(back: bool, x: Tensor, # [N/B, B C, H, W]
     library().pairs(back, x.data_ptr(), 0 if d_x is None else d_x.data_ptr(), *x.shape, b, relu, len(jobs),
                     _addresses([v for j in jobs for v in j]), torch.get_num_threads())
 
-# %% ../../nbs/fast/compiled.ipynb #74138bfe
+# %% ../../nbs/fast/compiled.ipynb #8e2322df
 def run_pointwise(back: bool, x: Tensor, # [N, C, H, W]
                   w: Tensor, # [F, C, 1, 1]
                   g: Tensor|None, # gradient of the result

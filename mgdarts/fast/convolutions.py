@@ -30,7 +30,7 @@ class _Mixed(torch.autograd.Function):
         run_pointwise(True, x, w, dense(g), *out)
         return tuple(out)
 
-# %% ../../nbs/fast/convolutions.ipynb #eac5e640
+# %% ../../nbs/fast/convolutions.ipynb #2cc8b044
 def mixed(x: Tensor, # [N, C, H, W]
           w: Tensor # [F, C, 1, 1]
          )->Tensor: # [N, F, H, W]
@@ -77,7 +77,7 @@ def full_kernel(point: Tensor, # [F, C, 1, 1]
     "Put the rows of a kernel among zeros."
     return point if place is None else point.new_zeros(width, *point.shape[1:]).index_copy_(0, place, point)
 
-# %% ../../nbs/fast/convolutions.ipynb #7801aaae
+# %% ../../nbs/fast/convolutions.ipynb #07454df0
 _backward = torch.ops.aten.convolution_backward.default
 
 def mix(u: Tensor, full: Tensor)->Tensor: # dense memory
@@ -96,7 +96,7 @@ def mix_backward(g: Tensor, u: Tensor, full: Tensor)->tuple: # (of u, dense memo
     g = rows(g, f)
     return torch.mm(g, full.view(f, c)), torch.mm(g.t(), rows(u, c)).view(full.shape)
 
-# %% ../../nbs/fast/convolutions.ipynb #b01e52fa
+# %% ../../nbs/fast/convolutions.ipynb #992399b0
 def _couples(x): # [N, C, H, W] dense, W even, to [N, 2C, H, W/2]: the same memory
     n, c, h, w = x.shape
     return x.as_strided((n, 2 * c, h, w // 2), (h * w * c, 1, w * c, 2 * c))
@@ -122,7 +122,7 @@ def kernel_gradient(g: Tensor, x: Tensor, # dense
     outer = outer[:c] + outer[c:]
     return torch.cat([outer[..., :1], inner, outer[..., 2:]], -1)
 
-# %% ../../nbs/fast/convolutions.ipynb #48bd8ff7
+# %% ../../nbs/fast/convolutions.ipynb #7e794273
 def depth_backward(x: Tensor, g: Tensor, # dense: what a depthwise convolution read, the gradient of what it gave
                    depth: Tensor, dilation: int, stride: int)->tuple: # (of x, of the kernel)
     "Compute the gradients of a depthwise convolution."
@@ -145,7 +145,7 @@ def map_gradient(total: dict, # what was read -> its gradient
         g[:, :, ::2, ::2] += total["second"]
     return torch.ops.aten.threshold_backward.default(g, r, 0) if relu else g
 
-# %% ../../nbs/fast/convolutions.ipynb #f4cc0368
+# %% ../../nbs/fast/convolutions.ipynb #8208b17a
 class _Pairs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, how, b, relu, x, *weights):
@@ -177,7 +177,7 @@ class _Pairs(torch.autograd.Function):
             out += [gd, gp if place is None else gp[place]]
         return None, None, None, map_gradient(total, r, ctx.relu), *out
 
-# %% ../../nbs/fast/convolutions.ipynb #e83d65d3
+# %% ../../nbs/fast/convolutions.ipynb #ac952fcd
 def sides_of(what: str, stride: int, shape: tuple)->tuple: # (N, H, W)
     "Return the shape of what a depthwise convolution of a map [N, C, H, W] gives, without its channels."
     n, _, h, w = shape
@@ -211,13 +211,14 @@ class _CompiledPairs(torch.autograd.Function):
         run_pairs(True, x, d_x, b, relu, jobs)
         return None, None, None, d_x, *out
 
-# %% ../../nbs/fast/convolutions.ipynb #258953e6
+# %% ../../nbs/fast/convolutions.ipynb #b264accf
 def pairs(x: Tensor, # [N/B, B C, H, W] channels-last
           jobs: list, # of `Pair`
           b: int = 1, relu: bool = False # before
          )->list: # [N/B, B width, H/stride, W/stride] each
-    "Compute pairs of convolutions that read the same map."
+    "Compute pairs of convolutions that read the same map. `ValueError` where a kernel does not fit it."
     if not jobs: return []
+    if any(len(p.depth) != x.shape[1] for p in jobs): raise ValueError(f"a depthwise kernel for other channels than {x.shape[1]}")
     how = [(p.place, p.width, *p.reads(x.shape[-1])) for p in jobs]
     weights = [w for p in jobs for w in (p.depth, p.point)]
     if not native(x): return list((_CompiledPairs if compiled(x) else _Pairs).apply(how, b, relu, x, *weights))
