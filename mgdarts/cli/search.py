@@ -128,7 +128,6 @@ def train(what: Annotated[Path, typer.Argument(
     from mgdarts.net.sample import random_like
     from mgdarts.runs import run as runs
     from mgdarts.runs.folder import read_config
-    from mgdarts.runs.make import random_like
     if not what.exists(): raise InputError(f"{what} is not there: give a run folder or an architecture")
     is_run = (what / "config.json").exists() and (what / "events.jsonl").exists()
     if not is_run and preset is None:

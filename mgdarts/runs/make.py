@@ -13,9 +13,7 @@ from ..base.options import Config, InputError
 from ..fast.engine import make
 from ..methods.registry import parts_of
 from ..net.architecture import Architecture
-from ..net.count import counts
 from ..net.derive import inherited
-from ..net.sample import random_architecture
 from .folder import device_of, read_config
 from ..search.loop import Search
 from ..search.train import Trainer
@@ -23,8 +21,7 @@ from ..space.space import Space
 from ..space.spaces import SPACES, space_of
 
 # %% auto #0
-__all__ = ['net_spec', 'make_search', 'refuse_other_images', 'make_trainer', 'random_like', 'NoData', 'bare_search',
-           'supernet_weights']
+__all__ = ['net_spec', 'make_search', 'refuse_other_images', 'make_trainer', 'NoData', 'bare_search', 'supernet_weights']
 
 # %% ../../nbs/runs/make.ipynb #4c3f2bce
 def net_spec(cfg: Config, splits: Splits)->Space:
@@ -64,11 +61,6 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits,
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment)}
     loaders |= {k: Loader(splits, k) for k in ("val", "test") if getattr(splits, k)}
     return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state=init_state, engine=make())
-
-# %% ../../nbs/runs/make.ipynb #1ae8b5f8
-def random_like(arch: Architecture, seed: int)->Architecture:
-    "Draw a random architecture of the same space, with about as many non-zero parameters and not more."
-    return random_architecture(arch.spec, counts(arch)["params_nonzero"], seed, name="random")
 
 # %% ../../nbs/runs/make.ipynb #a24c8be2
 class NoData:

@@ -15,12 +15,12 @@ from ..net import files as architecture
 from ..net.architecture import Architecture
 from ..net.count import counts
 from ..net.derive import derive
-from ..net.sample import fitted
+from ..net.sample import fitted, random_like
 from .folder import (BITS, device_of, environment, free_name, new_folder, read_config, read_record,
                                  record_of, run_name)
 from .frames import REPLAY_FILE, FrameRecorder
 from .listen import LARGEST, Clock, Progress, Recorder, Saver, Signals, mark
-from .make import make_search, make_trainer, random_like, supernet_weights
+from .make import make_search, make_trainer, supernet_weights
 from .memory import step_memory
 from .records import load_run
 from ..search.loop import Search
