@@ -29,7 +29,7 @@ def test_the_plan_is_what_real_tensors_take(recompute):
 
 
 def test_more_recomputing_needs_less_memory():
-    def plan(how): return memory_plan(NetSpec(4, 3, size=16), Settings(), 32, 3, engine=make(Compute(recompute=how)))
+    def plan(how): return memory_plan(NetSpec(4, 3, size=16), Settings(), 32, 3, compute=Compute(recompute=how))
     peak = {how: {m.name: m.peak_bytes for m in plan(how)} for how in ("none", "earlier", "all")}
     assert peak["all"]["stage 3"] <= peak["earlier"]["stage 3"] < peak["none"]["stage 3"]
     assert peak["earlier"]["stage 1"] == peak["none"]["stage 1"]  # there is no earlier one

@@ -10,14 +10,14 @@ from typing import Annotated, Optional
 import typer
 from ..base.options import Config, InputError, closest, knobs as all_knobs
 from .shared import Json, page_to_write, show, table
-from ..methods.registry import METHODS
 
 # %% auto #0
-__all__ = ['COLUMNS', 'methods', 'knobs', 'runs', 'compare', 'replay', 'lab']
+__all__ = ['COLUMNS', 'methods', 'described', 'knobs', 'runs', 'compare', 'replay', 'lab']
 
 # %% ../../nbs/cli/look.ipynb #ea70ad79
 def methods(as_json: Json = False):
     "List the search methods, where they come from, and the knobs that each of them sets."
+    from mgdarts.methods.registry import METHODS
     out = [{"name": m.name, "what": m.doc, "source": m.source, "settings": m.settings} for m in METHODS.values()]
     rows = [(m["name"], m["what"], m["source"], len(m["settings"])) for m in out]
     show({"methods": out}, as_json, table("methods", ["name", "what it is", "source", "knobs"], rows))
@@ -26,8 +26,14 @@ def methods(as_json: Json = False):
 def _knob(name: str, owner, field)->dict: # JSON-ready
     "Describe a knob: its value when nothing is said, its range or its choices, and what it does."
     m, default = field.metadata, getattr(owner, field.name)
-    return {"name": name, "default": list(default) if isinstance(default, tuple) else default,
-            "from": m["lo"], "to": m["hi"], "choices": m["choices"] and list(m["choices"]), "what": m["doc"]}
+    return {"name": name, "default": list(default) if isinstance(default, tuple) else default, "from": m["lo"],
+            "to": m["hi"], "choices": None if m["choices"] is None else list(m["choices"]), "what": m["doc"]}
+
+# %% ../../nbs/cli/look.ipynb #7754ef96
+def described()->list:
+    "Describe all knobs, with the values that parts of methods stand for."
+    import mgdarts.methods.registry # noqa: F401 -- loads the parts
+    return [_knob(name, *of) for name, of in all_knobs(Config()).items()]
 
 # %% ../../nbs/cli/look.ipynb #6c13fe2a
 def _range(knob: dict)->str:
@@ -40,11 +46,13 @@ def _range(knob: dict)->str:
 def knobs(word: Annotated[Optional[str], typer.Argument(help="Only those with this word in name or meaning.")] = None,
           as_json: Json = False):
     "List what --set can set: names, defaults, ranges, meanings."
-    every = [_knob(name, *of) for name, of in all_knobs(Config()).items()]
+    every = described()
     out = [k for k in every if word is None or word.lower() in f"{k['name']} {k['what']}".lower()]
     if not out:
-        hint = closest(word, {part for k in every for part in k["name"].split(".")})
-        raise InputError(f"no knob has {word!r} in its name or meaning" + hint * hint.startswith(" "))
+        words = {part for k in every for name in k["name"].split(".") for part in (name, *name.split("_"))}
+        hint = closest(word, sorted(words))
+        raise InputError(f"no knob has {word!r} in its name or meaning: "
+                         + (hint if hint.startswith("did you") else "mgdarts knobs lists them all"))
     rows = [(k["name"], json.dumps(k["default"]), _range(k), k["what"]) for k in out]
     show({"knobs": out}, as_json, table("knobs", ["name", "default", "may be", "what it does"], rows))
 

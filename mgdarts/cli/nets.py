@@ -11,8 +11,8 @@ import typer
 from ..base.options import Config, InputError, configure
 from .shared import Json, page_to_write, show, table
 from ..space.darts import NetSpec
-from ..space.space import count_supernet
 from ..space.mobile import MobileSpec
+from ..space.space import count_supernet
 
 # %% auto #0
 __all__ = ['Channels', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'USUAL', 'GB', 'Usual', 'net_size', 'net_spec', 'net_name',

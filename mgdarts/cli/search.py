@@ -11,7 +11,6 @@ import typer
 from ..base.options import DECISIONS, LONG, Config, InputError, configure
 from .shared import (DataDir, Dataset, Device, Json, Preset, SaveEvery, Seed, Sets, configuration, given,
                                 reported, show, table)
-from ..methods.registry import METHODS
 
 # %% auto #0
 __all__ = ['Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'train']
@@ -71,7 +70,7 @@ Out = Annotated[Optional[Path], typer.Option(help="Run folder; a new one under r
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train a random architecture of the same size instead.")]
 
 def search(preset: Preset = "smoke",
-           method: Annotated[Optional[str], typer.Option(help="One of: " + ", ".join(METHODS) + ".")] = None,
+           method: Annotated[Optional[str], typer.Option(help="One of those that mgdarts methods lists.")] = None,
            dataset: Annotated[Optional[str], typer.Option(
                help="digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder of images under the data folder.")
                ] = None,

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.options import PRESETS, Config, InputError
-from ..methods.registry import preset as preset_config
 
 # %% auto #0
 __all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'SaveEvery', 'settings_in', 'given', 'configuration',
@@ -46,7 +45,8 @@ def given(sets: list|None, method: str|None = None, dataset: str|None = None, da
 
 def configuration(preset: str, sets: list|None, **options)->Config:
     "Make a preset's configuration with what was said on the command line."
-    return preset_config(preset, **given(sets, **options))
+    from mgdarts.methods import registry
+    return registry.preset(preset, **given(sets, **options))
 
 # %% ../../nbs/cli/shared.ipynb #4bce17e3
 def _text(v)->str:

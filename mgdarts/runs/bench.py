@@ -9,24 +9,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._pytree import tree_leaves
-from ..net.discrete import DerivedNet
 from ..base.options import Compute, Config, InputError, Search as Settings
 from ..fast.compiled import kernels_in_use
+from ..fast.engine import make
 from ..net.architecture import Architecture
 from ..net.count import count
+from ..net.discrete import DerivedNet
 from ..net.sample import random_architecture
 from ..net.supernet import SuperNet
 from .make import make_search
 from .memory import prune_to, tensor_bytes
 from .run import search
-from ..fast.engine import make
-from ..search.step import make_optimizer
 from ..search.loss import regulariser
+from ..search.step import make_optimizer
 from ..space.darts import NetSpec
 
 # %% auto #0
-__all__ = ['PARTS_OF_A_STEP', 'PARTS_OF_A_SEARCH', 'matmul_gflops', 'peak_rss_mb', 'rss_mb', 'allocated', 'Stopwatch', 'Step',
+__all__ = ['PARTS_OF_A_STEP', 'LAPS', 'METHODS', 'matmul_gflops', 'peak_rss_mb', 'rss_mb', 'allocated', 'Stopwatch', 'Step',
            'bench_step', 'bench_train', 'bench_data', 'Enough', 'Watched', 'bench_search', 'measured']
 
 # %% ../../nbs/runs/bench.ipynb #54fe374c
@@ -71,23 +70,28 @@ def allocated(step # a function
 
 # %% ../../nbs/runs/bench.ipynb #29a38f85
 class Stopwatch:
-    "CPU and clock seconds in named parts; a part inside another one is not counted twice."
-    def __init__(self): self.cpu, self.wall, self.calls, self._inside = {}, {}, {}, []
+    "CPU seconds in named parts; a part inside another one is not counted twice."
+    def __init__(self): self.cpu, self.calls, self._inside, self._last = {}, {}, [0.], time.process_time()
+    def _note(self, part: str, seconds: float):
+        self.cpu[part], self.calls[part] = self.cpu.get(part, 0.) + seconds, self.calls.get(part, 0) + 1
+    def lap(self, part: str|None # None: nobody asks for it
+           ):
+        "Note what has passed since the last lap, without what wrapped methods took of it."
+        now = time.process_time()
+        if part: self._note(part, now - self._last - self._inside[0])
+        self._last, self._inside[0] = now, 0.
     def wrap(self, owner, method: str, # name of a method of `owner`, replaced by one that is timed
              part: str):
         inner = getattr(owner, method)
         def timed(*args, **kwargs):
-            before = time.process_time(), time.perf_counter()
-            self._inside.append([0., 0.])
+            start, depth = time.process_time(), len(self._inside)
+            self._inside.append(0.)
             try: return inner(*args, **kwargs)
-            finally: self._note(part, time.process_time() - before[0], time.perf_counter() - before[1])
+            finally:
+                spent, own = time.process_time() - start, self._inside.pop()
+                self._note(part, spent - own)
+                self._inside[depth - 1] += spent
         setattr(owner, method, timed)
-    def _note(self, part: str, cpu: float, wall: float):
-        own = self._inside.pop()
-        self.cpu[part] = self.cpu.get(part, 0.) + cpu - own[0]
-        self.wall[part] = self.wall.get(part, 0.) + wall - own[1]
-        self.calls[part] = self.calls.get(part, 0) + 1
-        if self._inside: self._inside[-1] = [self._inside[-1][0] + cpu, self._inside[-1][1] + wall]
 
 # %% ../../nbs/runs/bench.ipynb #cfe4f76a
 PARTS_OF_A_STEP = ("forward", "backward", "optimizer")
@@ -125,11 +129,11 @@ class Step:
         return [(b[0] - a[0], b[1] - a[1]) for a, b in zip(marks, marks[1:])]
 
     def held(self)->int: # bytes
-        "Return what stays between two steps: parameters, buffers, gradients, momentum, indices of the layout."
-        indices = tree_leaves([(c._spread, c._repeated) for c in self.net.cells])
+        "Return what stays between two steps: parameters, buffers, gradients, momentum, the engine's indices."
         grads = [p.grad for p in self.net.parameters() if p.grad is not None]
         momentum = [v["momentum_buffer"] for v in self.opt.state.values()]
-        return tensor_bytes([*self.net.parameters(), *self.net.buffers(), *indices, *grads, *momentum])
+        fixed = [*self.net.parameters(), *self.net.buffers(), *self.net.engine.held(self.net)]
+        return tensor_bytes(fixed + grads + momentum)
 
 # %% ../../nbs/runs/bench.ipynb #db40ea25
 def _net(spec: NetSpec, stage: int, live: float, compute: Compute, device: str, seed: int)->SuperNet:
@@ -178,11 +182,11 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
 
 # %% ../../nbs/runs/bench.ipynb #d525fea8
 def _in_turns(arch: Architecture, cfg: Config, x, y, steps: int)->dict: # way of computing -> CPU seconds of each step
-    seen, nets = {"fused": [], "reference": []}, {}
-    for impl in seen:
-        net = DerivedNet(arch, seed=cfg.seed)
-        net.impl, opt = impl, torch.optim.SGD(net.parameters(), cfg.train.lr, cfg.train.momentum)
-        nets[impl] = net.to(memory_format=torch.channels_last), opt
+    engines, nets = {"fused": make(), "reference": None}, {}
+    seen = {impl: [] for impl in engines}
+    for impl, engine in engines.items():
+        net = DerivedNet(arch, seed=cfg.seed, engine=engine).to(memory_format=torch.channels_last)
+        nets[impl] = net, torch.optim.SGD(net.parameters(), cfg.train.lr, cfg.train.momentum)
     for i in range(steps + 1):
         for impl, (net, opt) in nets.items():
             start = time.process_time()
@@ -228,10 +232,10 @@ def bench_data(cfg: Config, batches: int = 20)->dict: # JSON-ready
             "size": cfg.data.size, "peak_rss_mb": peak_rss_mb(), "threads": torch.get_num_threads()}
 
 # %% ../../nbs/runs/bench.ipynb #e2d1bf6a
-PARTS_OF_A_SEARCH = {"_batch": "data", "_forward": "forward", "_backward": "backward", "_update": "optimizers",
-                     "validate": "validation", "snapshot": "counting", "_commit": "commit",
-                     "state_dict": "copy of the state", "_open": "stages", "_close": "stages",
-                     "_begin_joint": "stages"}
+# what an event ends, since the one before; None: nothing that is asked for
+LAPS = {"batch": "data", "forward": "forward", "backward": "backward", "update": "optimizers", "rest": None,
+        "epoch": None, "commit": "commit", "regrow": "stages", "start": "stages", "stage": "stages", "done": "stages"}
+METHODS = {"validate": "validation", "snapshot": "counting", "state_dict": "copy of the state"} # of a search
 
 class Enough(Exception): "As many epochs as were asked for are over."
 
@@ -240,9 +244,10 @@ class Watched:
     def __init__(self, epochs: int|None): self.epochs, self.watch, self.seen = epochs, Stopwatch(), []
     def __call__(self, loop):
         self.loop = loop
-        for method, part in PARTS_OF_A_SEARCH.items(): self.watch.wrap(loop, method, part)
-        self.watch.wrap(loop.events, "emit", "logging and checkpoints")
+        for method, part in METHODS.items(): self.watch.wrap(loop, method, part)
         self.watch.wrap(loop.net, "rebuild", "compaction")
+        self.watch.wrap(loop.events, "emit", "logging and checkpoints")
+        loop.events.listen(lambda e: self.watch.lap(LAPS[e.type]), *LAPS)
         loop.events.listen(self._epoch, "epoch")
     def _epoch(self, event):
         count, cpu = self.loop.net.count(), self.watch.cpu["forward"] + self.watch.cpu["backward"]

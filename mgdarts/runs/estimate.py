@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from ..base.data import Splits, load_data
 from ..base.options import Config, configure
-from .folder import device_of
 from ..net.sample import random_architecture
+from .folder import device_of
 from .make import make_search, make_trainer
 from .memory import memory_plan
 from ..search.loop import Search

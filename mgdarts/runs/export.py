@@ -13,11 +13,10 @@ from ..base.files import Checkpoints, pickled, read_json, write_whole
 from ..base.options import InputError
 from ..net import files as architecture
 from ..net.architecture import Architecture
+from ..net.count import counts
 from ..net.discrete import DerivedNet
 from ..space.darts import DARTS_GRAPH, NetSpec
 from ..space.operation import DARTS_OPS
-from ..net.count import counts
-
 
 # %% auto #0
 __all__ = ['FORMATS', 'to_python', 'plain_net', 'trained', 'Logits', 'has_source', 'weights_of', 'outgoing', 'export_arch']
@@ -137,7 +136,8 @@ def has_source(arch: Architecture)->bool:
 def _refuse(arch: Architecture, format: str, out: Path, weights: str|None):
     "Raise `InputError` on an order that cannot be carried out."
     if not has_source(arch) and format in ("python", "torch"):
-        raise InputError(f"--format {format}: networks of the MobileNet-like space, and with operations of your own, can be written as onnx or json")
+        raise InputError(f"--format {format}: networks of the MobileNet-like space, and with operations of "
+                         "your own, can be written as onnx or json")
     if out.suffix != FORMATS[format]:
         raise InputError(f"--out {out}: the name of a file of format {format} ends in {FORMATS[format]}")
     if not out.absolute().parent.is_dir(): raise InputError(f"--out {out}: there is no folder {out.parent}")

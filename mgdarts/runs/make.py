@@ -10,15 +10,15 @@ from ..base.batches import Loader
 from ..base.data import Splits, halves, load_data, train_and_val
 from ..base.files import Checkpoints
 from ..base.options import Config, InputError
-from ..net.architecture import Architecture
-from ..methods.registry import parts_of
-from .folder import device_of, read_config
 from ..fast.engine import make
+from ..methods.registry import parts_of
+from ..net.architecture import Architecture
 from ..net.derive import inherited
-from ..space.space import Space
-from ..space.spaces import SPACES, space_of
+from .folder import device_of, read_config
 from ..search.loop import Search
 from ..search.train import Trainer
+from ..space.space import Space
+from ..space.spaces import SPACES, space_of
 
 # %% auto #0
 __all__ = ['net_spec', 'make_search', 'refuse_other_images', 'make_trainer', 'NoData', 'bare_search', 'supernet_weights']

@@ -12,9 +12,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..base.options import Compute, Search as Settings
+from ..fast.engine import make
 from ..net.supernet import SuperNet
-from ..search.stages import plan
 from ..search.loss import regulariser
+from ..search.stages import plan
 from ..space.darts import NetSpec
 
 # %% auto #0
@@ -149,7 +150,7 @@ def memory_plan(spec: NetSpec, # or a MobileSpec
                 aux_size: str = "medium", compute: Compute|None = None, seed: int = 0
                )->list: # of StepMemory
     "Say what memory each stage of a search needs when it starts, which is when it needs most."
-    net, g, out = SuperNet(spec, aux_size, seed=seed, compute=compute), torch.Generator().manual_seed(seed), []
+    net, g, out = SuperNet(spec, aux_size, seed=seed, engine=make(compute)), torch.Generator().manual_seed(seed), []
     keep = cfg.stage_keep if len(cfg.stage_keep) == stages else (cfg.stage_keep[0],) * stages
     for i, (name, end, head) in enumerate(plan(spec, stages)):
         if i < stages: net.open(end, head)

@@ -14,11 +14,11 @@ from ..base.options import Config, InputError, to_dict
 from ..net import files as architecture
 from ..net.architecture import Architecture
 from ..net.count import counts
+from ..net.derive import derive
 from ..net.sample import fitted, random_like
 from .folder import (BITS, device_of, environment, free_name, new_folder, read_config, read_record,
                                  record_of, run_name)
 from .frames import REPLAY_FILE, FrameRecorder
-from ..net.derive import derive
 from .listen import LARGEST, Clock, Progress, Recorder, Saver, Signals, mark
 from .make import make_search, make_trainer, supernet_weights
 from .memory import step_memory

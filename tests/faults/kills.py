@@ -17,9 +17,8 @@ from mgdarts.base.files import Checkpoints
 from mgdarts.net.supernet import SuperNet
 from mgdarts.runs import run as runs
 from mgdarts.runs.listen import Recorder
-from mgdarts.search import loop
+from mgdarts.search import loop, stages, train
 from mgdarts.search.loop import Search
-from mgdarts.search.train import Trainer
 from mgdarts.views import report
 
 from .disk import watch_writes
@@ -54,12 +53,12 @@ def _at_the_end(trainer):
 
 
 PARTS = {
-    "search": Part(Search, "step", _searching), "fine-tuning": Part(Search, "step", _fine_tuning),
+    "search": Part(loop, "step", _searching), "fine-tuning": Part(loop, "step", _fine_tuning),
     "validation": Part(Search, "validate"), "commit": Part(loop, "commit"), "compaction": Part(SuperNet, "rebuild"),
-    "regrowing": Part(loop, "regrow"), "opening a stage": Part(SuperNet, "open"),
+    "regrowing": Part(stages, "regrow"), "opening a stage": Part(SuperNet, "open"),
     "checkpoint": Part(Checkpoints, "save"), "force to disk": Part(os, "fsync"), "rename": Part(os, "replace"),
     "event": Part(Recorder, "__call__"), "derivation": Part(runs, "finish"), "report": Part(report, "write_report"),
-    "retraining": Part(Trainer, "step"), "test": Part(Trainer, "step", _at_the_end)}
+    "retraining": Part(train, "step"), "test": Part(train, "step", _at_the_end)}
 
 
 @dataclass

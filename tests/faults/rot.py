@@ -16,7 +16,7 @@ from mgdarts.base.data import load_data
 from mgdarts.base.files import Checkpoints
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
-from mgdarts.net import architecture
+from mgdarts.net import files as architecture
 from mgdarts.net.genotype import import_genotype, read_genotypes
 from mgdarts.runs.frames import REPLAY_FILE, to_line
 from mgdarts.runs.listen import Recorder

@@ -15,9 +15,9 @@ from rich.console import Console
 
 from mgdarts.base.data import load_data
 from mgdarts.base.files import write_json
-from mgdarts.methods.registry import preset
 from mgdarts.cli.main import main as command
 from mgdarts.cli.shared import table
+from mgdarts.methods.registry import preset
 from mgdarts.runs.folder import environment
 
 from . import inputs, strangers
