@@ -6,7 +6,8 @@
 from __future__ import annotations
 import threading
 import torch
-from ..base.data import Loader, load_data
+from ..base.batches import Loader
+from ..base.data import load_data
 from ..base.options import Config
 from ..runs.memory import step_memory
 from ..search.loop import Search
@@ -30,6 +31,7 @@ def accuracy_answer(w: WhatIf, images: list)->str:
     return (f"validation accuracy on {len(images[0][1])} fixed images: now {now:.2f} %, what if {then:.2f} % "
             f"({then - now:+.2f})")
 
+# %% ../../nbs/views/answers.ipynb #8a5a29c5
 def _kept(o: Outcome)->str:
     return ", ".join(f"{g}s {v:.1%}" for g, v in o.count.retention().items() if v is not None)
 
@@ -41,6 +43,7 @@ def fixed_answer(w: WhatIf, images: list)->str:
     return (f"fixed ratio: cutting {share:.1%} everywhere gives {other.count.params:,} parameters ({_kept(other)}) and "
             f"{b:.2f} %; these thresholds give {mine.count.params:,} ({_kept(mine)}) and {a:.2f} %")
 
+# %% ../../nbs/views/answers.ipynb #0a2fda9f
 def memory_answer(w: WhatIf)->str:
     "Say what a step of the what-if net needs."
     m = step_memory(pruned(w.view, w.outcome().masks), w.view.cfg, w.view.batch)

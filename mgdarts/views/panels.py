@@ -6,11 +6,11 @@
 from __future__ import annotations
 import html
 from pathlib import Path
-import ipywidgets as ui, torch
+import ipywidgets as ui
 from ..base.events import plain
-from ..base.options import PRESETS, Config, knobs, settings_of
-from ..methods.registry import METHODS
-from ..runs import run as runs
+from ..base.options import PRESETS, Config, knobs
+from ..methods.registry import METHODS, settings_of
+from ..runs.records import list_runs
 from . import compare, replay
 from .difference import difference_figure
 from .figures import progress
@@ -34,6 +34,7 @@ def row(*widgets, **layout)->ui.HBox:
     "Put widgets beside each other, or below where there is no room."
     return ui.HBox(widgets, layout=ui.Layout(flex_flow="row wrap", **layout))
 
+# %% ../../nbs/views/panels.ipynb #f5e46da1
 def button(text: str, tip: str, do, style: str = "")->ui.Button:
     "Make a button as wide as its text."
     b = ui.Button(description=text, tooltip=tip, button_style=style, layout=ui.Layout(width="auto"))
@@ -46,6 +47,7 @@ def strongest_of(view: View, c: int = 0)->tuple: # (cell, edge, operation)
     live = [(c, *place) for place in view.live[c].nonzero().tolist()]
     return max(live, key=lambda unit: (row_of(view, unit)[3] > 0, float(view.strength[unit])))
 
+# %% ../../nbs/views/panels.ipynb #bfe35243
 class Selection:
     "The operation that is picked."
     def __init__(self, changed=lambda: None): self.unit, self.shape, self.changed = None, None, changed
@@ -82,6 +84,7 @@ def facts_html(view: View, unit: tuple)->str:
              "weights": f"{weights:,} of {weights0:,}" if weights0 else "–"}
     return f'<div class="mg-line">{"".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts.items())}</div>'
 
+# %% ../../nbs/views/panels.ipynb #2662c93c
 def past_svg(history: list, # of a `Diary`
              unit: tuple)->str: # SVG
     "Draw how an operation came to where it is."
@@ -89,6 +92,7 @@ def past_svg(history: list, # of a `Diary`
     def number(v): return None if v is None or bool(v[unit].isnan()) else float(v[unit])
     return history_svg([h[0] for h in past], *([number(h[i]) for h in past] for i in (1, 2)))
 
+# %% ../../nbs/views/panels.ipynb #2cd4cb94
 class LivePanel:
     "Charts over the epochs, all cells, one cell, one operation."
     def __init__(self, bench):
@@ -273,7 +277,7 @@ class ComparePanel:
     def load(self):
         "See which runs there are: those beside the one that is open."
         s = self.bench.stepper
-        found = runs.list_runs(s.folder.absolute().parent if s and s.folder else None)
+        found = list_runs(s.folder.absolute().parent if s and s.folder else None)
         self.rows = {Path(r["run"]).name: r for r in found}
         self.table.rows = [[name, *(plain(r.get(k)) for k in list(self.COLUMNS)[1:])] for name, r in self.rows.items()]
         self.table.chosen = [k for k in self.table.chosen if k in self.rows] or list(self.rows)[:2]

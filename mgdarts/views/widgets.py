@@ -51,6 +51,7 @@ class Library(anywidget.AnyWidget):
     _esm = asset("plotly.js", "library.js")
     def __init__(self): super().__init__(code=get_plotlyjs())
 
+# %% ../../nbs/views/widgets.ipynb #caf50de4
 class Chart(anywidget.AnyWidget):
     "A place for figures, as wide as there is room. What the reader has zoomed into stays when other numbers come."
     figure = tr.Unicode().tag(sync=True) # as plotly's JSON
