@@ -364,24 +364,26 @@ class Study(Ran):
                theirs: dict|None = None # label -> the paper's value
               ):
         "A figure: ours with its spread, and the paper's, arm by arm."
-        from mgdarts.views import plots
+        from plotly.subplots import make_subplots
+        from mgdarts.views.theme import RUN_COLOURS, theme
         order = list(dict.fromkeys([*(theirs or {}), *self.labels]))[::-1]
         theirs = {k: v for k, v in (theirs or {}).items() if v is not None}
-        fig = plots.make_subplots(1, 2 if theirs else 1, subplot_titles=[f"ours, {self.record['scale']}"] + ["the paper"] * bool(theirs), shared_yaxes=True, horizontal_spacing=.06)
+        fig = make_subplots(1, 2 if theirs else 1, subplot_titles=[f"ours, {self.record['scale']}"] + ["the paper"] * bool(theirs), shared_yaxes=True, horizontal_spacing=.06)
         found = {n: self.stat(n, metric) for n in order}
         ours = [n for n in order if found[n][0] is not None]
-        fig.add_scatter(x=[found[n][0] for n in ours], y=ours, error_x={"array": [found[n][1] or 0. for n in ours], "color": plots.RUN_COLOURS[0]}, mode="markers", marker={"size": 11, "color": plots.RUN_COLOURS[0]}, name="ours" + ", mean and standard deviation" * any(found[n][1] is not None for n in ours), hovertemplate="%{x:.4g}", row=1, col=1)
-        if theirs: fig.add_scatter(x=list(theirs.values()), y=list(theirs), mode="markers", marker={"size": 11, "symbol": "diamond-open", "color": plots.RUN_COLOURS[2], "line": {"width": 2}}, name="the paper", hovertemplate="%{x:.4g}", row=1, col=2)
+        fig.add_scatter(x=[found[n][0] for n in ours], y=ours, error_x={"array": [found[n][1] or 0. for n in ours], "color": RUN_COLOURS[0]}, mode="markers", marker={"size": 11, "color": RUN_COLOURS[0]}, name="ours" + ", mean and standard deviation" * any(found[n][1] is not None for n in ours), hovertemplate="%{x:.4g}", row=1, col=1)
+        if theirs: fig.add_scatter(x=list(theirs.values()), y=list(theirs), mode="markers", marker={"size": 11, "symbol": "diamond-open", "color": RUN_COLOURS[2], "line": {"width": 2}}, name="the paper", hovertemplate="%{x:.4g}", row=1, col=2)
         fig.update_yaxes(categoryorder="array", categoryarray=order)
-        return plots.theme(fig, 150 + 30 * len(order), 80, "closest").update_xaxes(title=title)
+        return theme(fig, 150 + 30 * len(order), 80, "closest").update_xaxes(title=title)
 
     def scatter(self, x: str, y: str, x_title: str, y_title: str, # metrics, and titles of the axes
                 theirs: dict # label -> (x, y), Nones where the paper has none
                ):
         "A figure: each arm by two of its values; the paper's rows in a panel of their own. In a crowd only some have their names, those that were run here first; all have them under the pointer."
-        from mgdarts.views import plots
+        from plotly.subplots import make_subplots
+        from mgdarts.views.theme import GREY, RUN_COLOURS, names_apart, theme
         height, panel = 460, (300, 350) # pixels, of the figure and about of a panel
-        fig = plots.make_subplots(1, 2, subplot_titles=[f"ours, {self.record['scale']}", "the paper"], horizontal_spacing=.1)
+        fig = make_subplots(1, 2, subplot_titles=[f"ours, {self.record['scale']}", "the paper"], horizontal_spacing=.1)
         for col, points in enumerate(({n: (self.stat(n, x)[0], self.stat(n, y)[0]) for n in self.labels}, theirs), 1):
             rank = lambda n: (not n.startswith("MG-DARTS"), n not in self.labels)
             points = {n: points[n] for n in sorted(points, key=rank) if None not in points[n]}
@@ -394,11 +396,11 @@ class Study(Ran):
                 margin = max(.2 * (high - low), least / 2 * high)
                 spans.append((low - margin, high + margin))
             pixels = [tuple(w * (v - low) / (high - low) for w, v, (low, high) in zip(panel, p, spans)) for p in points.values()]
-            names, sides = plots.names_apart([(a, panel[1] - b) for a, b in pixels], list(points), panel[0] + 30)
-            fig.add_scatter(x=xs, y=ys, error_y={"array": spread, "color": plots.GREY}, text=names, hovertext=list(points), mode="markers+text", textposition=sides, textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{hovertext}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
-                            marker={"size": 10, "color": [plots.RUN_COLOURS[2] if m else plots.RUN_COLOURS[0] for m in mine], "symbol": ["star" if m else "circle" for m in mine]}, row=1, col=col)
+            names, sides = names_apart([(a, panel[1] - b) for a, b in pixels], list(points), panel[0] + 30)
+            fig.add_scatter(x=xs, y=ys, error_y={"array": spread, "color": GREY}, text=names, hovertext=list(points), mode="markers+text", textposition=sides, textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{hovertext}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
+                            marker={"size": 10, "color": [RUN_COLOURS[2] if m else RUN_COLOURS[0] for m in mine], "symbol": ["star" if m else "circle" for m in mine]}, row=1, col=col)
             for update, span in zip((fig.update_xaxes, fig.update_yaxes), spans): update(range=span, col=col)
-        return plots.theme(fig, height, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
+        return theme(fig, height, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
 
     def signed(self, figure):
         "Write at the foot of a figure what it stands on, for when it is seen alone."

@@ -231,11 +231,12 @@ VERDICT_LOOKS = {REPRODUCED: "#009E73", UNSURE: "#E69F00", NOT: "#D55E00", NOT_R
 def verdict_figure(found: list # of `judge`
                   ):
     "Every claim with its verdict."
-    from mgdarts.views import plots
-    fig, names = plots.go.Figure(), [f"{v['id']} ({v['item']})" for v in found]
+    import plotly.graph_objects as go
+    from mgdarts.views.theme import theme
+    fig, names = go.Figure(), [f"{v['id']} ({v['item']})" for v in found]
     for scale, symbol in (("paper", "star"), ("scaled down", "circle"), (None, "circle-open")):
         mine = [(n, v) for n, v in zip(names, found) if v["scale"] == scale]
         if mine: fig.add_scatter(x=[v["verdict"] for _, v in mine], y=[n for n, _ in mine], mode="markers+text", name={"paper": "at the paper's scale", None: "not run"}.get(scale, scale), text=[f"{v['seeds']} seed" + "s" * (v["seeds"] != 1) if scale == "scaled down" else "" for _, v in mine], textposition="middle right",
                                  textfont={"size": 10}, hovertext=[f"{v['text']}<br>{v['why']}" for _, v in mine], hovertemplate="%{hovertext}<extra></extra>", marker={"size": 12, "symbol": symbol, "color": [VERDICT_LOOKS[v["verdict"]] for _, v in mine], "line": {"width": 2, "color": VERDICT_LOOKS[NOT_RUN]} if scale is None else {}})
     fig.update_xaxes(categoryorder="array", categoryarray=list(VERDICT_LOOKS), range=[-.5, len(VERDICT_LOOKS) - .4], side="top").update_yaxes(categoryorder="array", categoryarray=names[::-1])
-    return plots.theme(fig, 120 + 24 * len(names), 80, "closest")
+    return theme(fig, 120 + 24 * len(names), 80, "closest")
