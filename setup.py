@@ -19,7 +19,8 @@ extras["all"] = sorted({r for rs in extras.values() for r in rs})
 setup(
     name=cfg["lib_name"], version=cfg["version"], description=cfg["description"], author=cfg["author"],
     author_email=cfg["author_email"], keywords=cfg["keywords"], license="Apache-2.0", url=cfg["git_url"],
-    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]), include_package_data=True,
+    packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]) + ["mgdarts.views.static"],  # no Python
+    include_package_data=True,
     python_requires=f">={cfg['min_python']}", install_requires=requirements("requirements"), extras_require=extras,
     long_description=Path("README.md").read_text("utf-8"), long_description_content_type="text/markdown",
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Science/Research"],

@@ -18,7 +18,7 @@ from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.sample import random_architecture
 from mgdarts.runs import export, run as runs
 from mgdarts.space.darts import NetSpec
-from mgdarts.views import plots
+from mgdarts.views.theme import empty
 from mgdarts.views.save import save_figure
 
 SPECS = {"cifar": (NetSpec(8, 6, size=16), 60_000), "odd sides, one channel": (NetSpec(6, 3, 7, 15, 1), 30_000),
@@ -182,11 +182,11 @@ def test_missing_packages_are_named(run, tmp_path, monkeypatch, capsys):
     assert "mgdarts[export]" in capsys.readouterr().err and not list(tmp_path.iterdir())
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="kaleido"):
-        save_figure(plots.empty("x"), tmp_path / "x.png")
+        save_figure(empty("x"), tmp_path / "x.png")
 
 
 def test_figures_as_files(tmp_path, monkeypatch):
-    fig = plots.empty("nothing yet")
+    fig = empty("nothing yet")
     page = save_figure(fig, tmp_path / "a.html")
     assert page.stat().st_size > 4e6 and "nothing yet" in page.read_text("utf-8")
     for bad in ("a.bmp", "a", "no/a.png"):

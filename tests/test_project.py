@@ -78,7 +78,7 @@ def test_runs_without_notebook_tools():
 import sys
 tools = "nbdev", "fastcore", "execnb", "IPython", "ipykernel", "jupyterlab", "ipywidgets", "papermill"
 for name in tools: sys.modules[name] = None
-import mgdarts.cli.main, mgdarts.runs.run, mgdarts.views.plots
+import mgdarts.cli.main, mgdarts.runs.run, mgdarts.views.figures
 """
     assert python("-c", code) == (0, "")
 

@@ -27,7 +27,7 @@ from mgdarts.runs.make import make_search, make_trainer, supernet_weights
 from mgdarts.runs.records import list_runs, load_run, run_row
 from mgdarts.space.darts import NetSpec
 from mgdarts.space.space import count_supernet
-from mgdarts.views import compare, plots
+from mgdarts.views import compare, figures
 from mgdarts.views.report import report, write_report
 
 SHARED = Path(os.environ.get("MGDARTS_SHARED", Path(__file__).resolve().parent.parent.parent / "shared"))
@@ -229,7 +229,7 @@ def test_retraining_on_all_images_and_everything_that_shows_it(run, tmp_path, ca
     assert [e["type"] for e in events] == ["epoch", "epoch", "result"]
     assert not [k for e in events for k in e if "val" in k]
     assert call([*order, "--resume", "--json"], capsys)[0] == 0
-    assert [t.name for t in plots.learning(events).data] == ["train", "train"]
+    assert [t.name for t in figures.learning(events).data] == ["train", "train"]
     page = (copy / "report.html").read_text("utf-8")
     assert "train+val" in page and "best validation epoch" not in page and "images it learns from" in page
     both = (run / "report.html").read_text("utf-8")

@@ -88,7 +88,7 @@ def publish(run: Path):
         return publish_notebook(run)
     from mgdarts.base.files import write_json
     from mgdarts.runs.records import load_run
-    from mgdarts.views import plots
+    from mgdarts.views import drawings, figures
     folder = ROOT / "figures" / run.name
     if (run / "record.json").exists():  # of the benchmark notebook
         import plotly.io
@@ -103,9 +103,9 @@ def publish(run: Path):
     write_json(folder / "record.json", record)
     (folder / "events.jsonl").write_bytes((run / "events.jsonl").read_bytes())
     curves = {{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()}
-    draw(folder, {"dynamics": plots.dynamics(data["events"]), "size": plots.size_and_lambda(data["events"]),
-                  "cells": plots.cells(data["arch"]), "distribution": plots.distribution(data["arch"]),
-                  "retraining": plots.retrain_curves(curves)})
+    draw(folder, {"dynamics": figures.dynamics(data["events"]), "size": figures.size_and_lambda(data["events"]),
+                  "cells": drawings.cells(data["arch"]), "distribution": drawings.distribution(data["arch"]),
+                  "retraining": figures.retrain_curves(curves)})
 
 
 def publish_notebook(path: Path):

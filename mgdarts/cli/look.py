@@ -80,8 +80,8 @@ def compare(what: Annotated[list[Path], typer.Argument(
     found = c.entries(what)
     out = c.compare(found)
     if figure is not None:
-        from mgdarts.views.plots import write_report
-        write_report(figure, c.page(found))
+        from mgdarts.views.page import write_page
+        write_page(figure, c.page(found))
     names = [r["name"] for r in out["runs"]]
     show(out, as_json, table("runs", ["", *names], [[k, *(r.get(k) for r in out["runs"])] for k in c.ROW_KEYS]))
     for d in out["differences"] if not as_json else ():

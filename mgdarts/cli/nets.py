@@ -91,11 +91,12 @@ GB = ("peak_bytes", "activations", "params", "grads", "optimizer")
 def _kind(stages: int)->str: return "multi-stage" if stages == 3 else "single-stage"
 
 def _draw(figure: Path, name: str, plans: dict, facts: dict):
-    from mgdarts.views.plots import memory_figure, report, write_report
+    from mgdarts.views.figures import memory_figure
+    from mgdarts.views.page import report, write_page
     peaks = {f"{_kind(n)} peak, GB": max(m["peak_bytes"] for m in p) / 1e9 for n, p in plans.items()}
     drawn = memory_figure({_kind(n): p for n, p in plans.items()})
     page = report("memory plan", {"super-net": name, **facts, **peaks}, {"Peak training memory": drawn}, {})
-    write_report(figure, page)
+    write_page(figure, page)
 
 # %% ../../nbs/cli/nets.ipynb #287661ad
 def plan_answer(plans: dict, # 3 or 1 stages -> dictionaries of `StepMemory`; with both, the first is what was asked

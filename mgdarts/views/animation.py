@@ -25,6 +25,7 @@ def thin(frames: list, most: int)->list: # places
     others = pick([i for i in range(len(frames)) if i not in set(marked)], most - len(kept))
     return sorted({*kept, *others}) if frames else []
 
+# %% ../../nbs/views/animation.ipynb #305360df
 def shown(rep: Replay, most: int|None = None # None: as many as make about 4 MB
          )->list: # places
     "Choose the moments that an animation has."
@@ -44,6 +45,7 @@ def _slider(rep: Replay, moments: list)->dict:
             "currentvalue": {"prefix": "epoch ", "font": {"size": 13, "color": GREY}}, "borderwidth": 1,
             "font": {"size": 1, "color": CLEAR}, "bgcolor": GREY, "bordercolor": GREY, "activebgcolor": RING}
 
+# %% ../../nbs/views/animation.ipynb #c5d86258
 def _buttons()->dict:
     "Make the buttons that play and pause."
     play, pause = [None, _go(fromcurrent=True)], [[None], _go(frame={"duration": 0, "redraw": False})]
@@ -52,6 +54,7 @@ def _buttons()->dict:
             "buttons": [{"label": "▶ play", "method": "animate", "args": play},
                         {"label": "❚❚ pause", "method": "animate", "args": pause}]}
 
+# %% ../../nbs/views/animation.ipynb #36a14175
 def animated(rep: Replay, most: int|None = None # moments; None: as many as make about 4 MB
             )->go.Figure:
     "Draw all moments as a figure with a slider and a button that plays."

@@ -6,13 +6,12 @@
 from __future__ import annotations
 from pathlib import Path
 import torch
-from ..runs.listen import Recorder, mark
-from ..runs.folder import environment, new_folder, read_record
-from ..runs.make import bare_search
 from ..base.files import Checkpoints, lock, read_bytes, write_json
 from ..base.options import InputError
-from ..runs import run as runs
+from ..runs.folder import environment, new_folder, read_record
 from ..runs.frames import REPLAY_FILE, FrameRecorder
+from ..runs.listen import LARGEST, Recorder, mark
+from ..runs.make import bare_search
 from ..search.loop import Search
 from ..search.prune import Commit, commit
 from .inspector import KEYS, WhatIf
@@ -43,14 +42,15 @@ def origin(run: str|Path, search: Search, done: Commit, whatif: WhatIf)->dict: #
             "params_before": done.before.params, "params": done.after.params, "pruned": done.pruned,
             "mean_thresholds": means}
 
+# %% ../../nbs/views/branch.ipynb #c4e487fd
 def _begin(run: Path, out: Path, search: Search, done: Commit, lines: bytes):
     "Write the record of a new run: the lines of another one, its frames, and the commit; then the state."
     (out / "events.jsonl").write_bytes(lines)
-    if (run / REPLAY_FILE).exists(): (out / REPLAY_FILE).write_bytes(read_bytes(run / REPLAY_FILE, 1 << 32))
+    if (run / REPLAY_FILE).exists(): (out / REPLAY_FILE).write_bytes(read_bytes(run / REPLAY_FILE, LARGEST))
     recorder = Recorder(out / "events.jsonl", mark(lines))
     frames = FrameRecorder(search, out / REPLAY_FILE, recorder.count) # those of later events are cut off
     for listener in (recorder, frames): search.events.listen(listener, "commit")
-    search._emit("commit", None, max(search.epoch - (search.epoch_step == 0), 0), pruned=done.pruned,
+    search.emit("commit", None, max(search.epoch - (search.epoch_step == 0), 0), pruned=done.pruned,
                  params_before=done.before.params, target=search.target, **{"lambda": search.lam.value},
                  **done.after.summary())
     marked = recorder.mark()
@@ -58,6 +58,7 @@ def _begin(run: Path, out: Path, search: Search, done: Commit, lines: bytes):
     frames.lines.close()
     Checkpoints(out / "checkpoint").save(search.state_dict() | {"record": marked})
 
+# %% ../../nbs/views/branch.ipynb #0557838d
 def branch(run: str|Path, # folder of the run
            state: dict, # `Search.state_dict()` of that run
            whatif: WhatIf, # on a view of that state
@@ -73,7 +74,7 @@ def branch(run: str|Path, # folder of the run
         raise InputError("the thresholds were moved on another state of the search: look at it anew")
     record, done = read_record(run), commit_moved(search, whatif)
     record |= {"environment": environment(search.device), "branch": origin(run, search, done, whatif)}
-    lines = read_bytes(run / "events.jsonl", 1 << 32)
+    lines = read_bytes(run / "events.jsonl", LARGEST)
     if events is None: lines = lines[:state["record"]["bytes"]]
     else: lines = b"".join(lines.splitlines(keepends=True)[:events])
     out.mkdir(parents=True, exist_ok=True)

@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
-from ..runs.records import is_training, list_runs, load_run, run_row
-from ..runs.folder import read_record
 from ..base.options import InputError
 from ..net import files as arch_files
 from ..net.architecture import Architecture
 from ..net.count import counts
-from ..runs import run as runs
+from ..runs.folder import read_record
+from ..runs.records import is_training, load_run, run_row
 from .difference import difference, difference_figure, difference_table
 from .figures import epochs_of, linked, millions, of, series
 from .page import report
@@ -35,6 +34,7 @@ class Entry:
     arch: Architecture|None # None: a search that is not finished
     row: dict # as `list_runs` gives them, as far as it is known
 
+# %% ../../nbs/views/compare.ipynb #0485d6d9
 def _without_search(path: Path, data: dict|None # records of a training; None: there are none
                    )->Entry:
     "Read an architecture, and what came of training it."
@@ -47,6 +47,7 @@ def _without_search(path: Path, data: dict|None # records of a training; None: t
                 **{k: result.get(f"{k}_final") for k in ("test_acc", "val_acc")}}
     return Entry(arch.name, path, [], arch, row)
 
+# %% ../../nbs/views/compare.ipynb #f9db0ed2
 def entries(paths: list # run folders, architectures
            )->list: # of Entry
     "Read what is to be compared. `InputError` on what is neither a run nor an architecture."
@@ -132,6 +133,7 @@ def _points(rows: list, size: str, accuracy: str)->dict: # (kind, label) -> poin
             if None not in at: groups.setdefault((kind, label), []).append((at[0] / 1e6, at[1], r))
     return dict(sorted(groups.items(), key=lambda g: g[0][0] == "random"))
 
+# %% ../../nbs/views/compare.ipynb #39f4cbb2
 def pareto(rows: list, # of `list_runs`
            size: str = "params_nonzero", # of `SIZES`
            accuracy: str = "test_acc" # or val_acc
@@ -168,6 +170,7 @@ def alike(found: list # of Entry
     first, *others = found
     return [e for e in others if first.arch and e.arch and e.arch.spec.kind == first.arch.spec.kind]
 
+# %% ../../nbs/views/compare.ipynb #aa303b4d
 def compare(found: list # of Entry, two or more
            )->dict: # JSON-ready: runs, and differences to the first
     "Tell the facts of several runs or architectures. `InputError` if there is only one."
@@ -176,6 +179,7 @@ def compare(found: list # of Entry, two or more
     return {"runs": [{"name": e.name, **e.row} for e in found],
             "differences": [{**difference(first.arch, e.arch), "a": first.name, "b": e.name} for e in alike(found)]}
 
+# %% ../../nbs/views/compare.ipynb #5eca313a
 def page(found: list, # of Entry
          plotlyjs: str = "inline")->str: # HTML
     "Make a page that compares runs or architectures."

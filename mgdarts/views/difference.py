@@ -6,10 +6,10 @@
 from __future__ import annotations
 import plotly.graph_objects as go
 from ..base.options import InputError
-from ..space.found import ArchCell
 from ..net.architecture import Architecture
-from ..net.count import counts
-from .drawings import MARGIN, Look, cell_ops, draw_cell, grid, net_count, unit_of, used
+from ..net.count import count, counts
+from ..space.found import ArchCell
+from .drawings import MARGIN, Look, draw_cell, grid, unit_of, used
 from .theme import GREY, RUN_COLOURS, legend, op_legend, theme
 
 # %% auto #0
@@ -19,8 +19,8 @@ __all__ = ['ONLY', 'facts_of', 'difference', 'difference_table', 'difference_fig
 def facts_of(arch: Architecture, c: int)->dict: # (edge, operation) -> facts
     "List the operations of a cell, and what they consist of."
     if c >= len(arch.cells): return {}
-    rows, out = net_count(arch).cells[c].by_op, {}
-    for op in cell_ops(arch, c).ops:
+    rows, out = count(arch).cells[c].by_op, {}
+    for op in arch.cells[c].ops:
         unit = unit_of(arch.spec, op)
         _, _, kept, initial, params = rows[unit]
         out[unit] = {"op": op.op, "src": op.src, "dst": op.dst, "widths": list(op.widths), "params": params,
@@ -34,19 +34,21 @@ def _both(one: dict, two: dict)->dict:
              for name, o in (("a", one), ("b", two))}
     return {**{k: one[k] for k in ("op", "src", "dst")}, **sides}
 
+# %% ../../nbs/views/difference.ipynb #95cbd51c
 def _cell(a: Architecture, b: Architecture, c: int)->dict:
     "Compare a cell."
     one, two = facts_of(a, c), facts_of(b, c)
-    def widths(x): return list(cell_ops(x, c).widths) if c < len(x.cells) else None
+    def widths(x): return list(x.cells[c].widths) if c < len(x.cells) else None
     return {"cell": c, "only_a": [one[k] for k in sorted(one.keys() - two.keys())],
             "only_b": [two[k] for k in sorted(two.keys() - one.keys())],
             "both": [_both(one[k], two[k]) for k in sorted(one.keys() & two.keys())],
             "widths_a": widths(a), "widths_b": widths(b)}
 
+# %% ../../nbs/views/difference.ipynb #d3b24ec2
 def difference(a: Architecture, b: Architecture)->dict: # JSON-ready
     "Say what two architectures share, and what only one of them has. `InputError` if they are of different spaces."
-    if a.space != b.space:
-        raise InputError(f"{a.name} is of the space {a.space}, {b.name} of {b.space}: they have no operation in common")
+    if a.spec.kind != b.spec.kind:
+        raise InputError(f"{a.name} is of the space {a.spec.kind}, {b.name} of {b.spec.kind}: they have no operation in common")
     cells = [_cell(a, b, c) for c in range(max(len(a.cells), len(b.cells)))]
     n = {k: sum(len(cell[k]) for cell in cells) for k in ("only_a", "only_b", "both")}
     sizes = [{k: counts(x)[k] for k in ("params_nonzero", "params_deployable", "macs", "ops")} for x in (a, b)]
@@ -74,13 +76,14 @@ def _said(o: dict, label: str)->str:
     lines = [line(f"{s.upper()}: ", f"_{s}") for s in "ab"] if "widths_a" in o else [line("", "")]
     return "<br>".join([f"<b>{o['op']}</b>, state {o['src']} to {o['dst']}, {label}", *lines])
 
+# %% ../../nbs/views/difference.ipynb #426e397b
 def _draw(fig, a: Architecture, b: Architecture, cell: dict, # from `difference`
           at: dict, small: bool):
     "Draw a cell of both."
     c, graph, looks = cell["cell"], a.spec.graph, {}
     for kind, (label, colour, dash) in ONLY.items():
         for o in cell[kind]: looks[o["op"], o["src"], o["dst"]] = Look(_said(o, label), 1 if kind == "both" else 3, colour, dash)
-    ops = {unit_of(x.spec, op): op for x in (b, a) if c < len(x.cells) for op in cell_ops(x, c).ops}
+    ops = {unit_of(x.spec, op): op for x in (b, a) if c < len(x.cells) for op in x.cells[c].ops}
     ordered = tuple(ops[k] for k in sorted(ops))
     draw_cell(fig, ArchCell(ordered, tuple(cell["widths_a"] or cell["widths_b"])), graph, c,
               {op: looks[op.op, op.src, op.dst] for op in ordered}, at, small)
@@ -88,6 +91,7 @@ def _draw(fig, a: Architecture, b: Architecture, cell: dict, # from `difference`
     fig.data[-1].hovertext = [f"<b>state {s}</b><br>" + ", ".join(f"{x}: {w[s]} channels" for x, w in sides)
                               for s in range(graph.states)]
 
+# %% ../../nbs/views/difference.ipynb #5c1d0196
 def difference_figure(a: Architecture, b: Architecture, cells: tuple|None = None, # None: all
                       columns: int = 2)->go.Figure:
     "Draw cells of two architectures on top of each other. `InputError` if there is no such cell."

@@ -9,29 +9,19 @@ from dataclasses import dataclass
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 from ..base.options import InputError
-from ..net.count import count
-from ..space.found import ArchCell, Op
 from ..net.architecture import Architecture
-from ..net.count import counts
-from ..net.size import NetCount
+from ..net.count import count, counts
+from ..space.found import ArchCell, Op
 from ..space.graph import Graph
+from ..space.space import Space
 from .theme import GRANULARITY_COLOURS, RING, legend, op_legend, sign, theme
 
 # %% auto #0
-__all__ = ['MARGIN', 'cell_ops', 'net_count', 'unit_of', 'arc_heights', 'Look', 'quarters', 'row_text', 'derived_look',
-           'draw_cell', 'cell_title', 'used', 'cell_graph', 'grid', 'cells', 'distribution']
+__all__ = ['MARGIN', 'unit_of', 'arc_heights', 'Look', 'quarters', 'row_text', 'derived_look', 'draw_cell', 'cell_title', 'used',
+           'cell_graph', 'grid', 'cells', 'distribution']
 
 # %% ../../nbs/views/drawings.ipynb #db5079a5
-def cell_ops(arch: Architecture, c: int # cell
-            )->ArchCell: # operations (name, from, to, widths), and the widths of the states
-    "Return a cell of an architecture of any space in the one form that is drawn."
-    return arch.cells[c]
-
-def net_count(arch: Architecture)->NetCount:
-    "Count an architecture of any space."
-    return count(arch)
-
-def unit_of(spec, op: Op)->tuple: # (edge, operation)
+def unit_of(spec: Space, op: Op)->tuple: # (edge, operation)
     "Return the place of an operation in the rows of `CellCount.by_op`."
     return spec.graph.edges.index((op.src, op.dst)), spec.ops.index(op.op)
 
@@ -65,6 +55,7 @@ def quarters(part: float, whole: float)->int: # 0 to 4
     "Return a share in four steps, rounded up."
     return math.ceil(4 * min(1, part / whole)) if whole else 0
 
+# %% ../../nbs/views/drawings.ipynb #80198a26
 def row_text(row: list # filters, of how many, weights, of how many, parameters: see `CellCount.by_op`
             )->str:
     "Say what is left of an operation, for a hover text."
@@ -72,10 +63,11 @@ def row_text(row: list # filters, of how many, weights, of how many, parameters:
     text = f"<br>filters {filters:,} of {filters0:,}<br>weights {kept:,} of {initial:,} kept" if initial else ""
     return text + (f" ({kept / initial:.1%})" if initial else "") + f"<br>parameters {params:,}"
 
+# %% ../../nbs/views/drawings.ipynb #91e45dd8
 def derived_look(arch: Architecture, c: int)->dict: # operation -> Look
     "Return the looks of the operations of a cell."
-    rows, out = net_count(arch).cells[c].by_op, {}
-    for op in cell_ops(arch, c).ops:
+    rows, out = count(arch).cells[c].by_op, {}
+    for op in arch.cells[c].ops:
         row = rows[unit_of(arch.spec, op)]
         channels = " → ".join(map(str, op.widths))
         text = f"<b>{op.op}</b>, state {op.src} to {op.dst}<br>channels {channels}{row_text(row)}"
@@ -97,6 +89,7 @@ def _arcs(fig, drawn, small, at):
         fig.add_scatter(x=x, y=y, mode="lines", line=line, hoverinfo="skip", name=name, legendgroup=name,
                         showlegend=False, **at)
 
+# %% ../../nbs/views/drawings.ipynb #253fa0f3
 def _signs(fig, drawn, small, at):
     "Add the signs of (operation, height, Look): five points of an arc answer to the pointer, the top one shows."
     marks = {}
@@ -115,6 +108,7 @@ def _signs(fig, drawn, small, at):
                         marker={"symbol": "circle-open", "size": 11 if small else 17, "color": RING,
                                 "line": {"width": 2, "color": RING}}, **at)
 
+# %% ../../nbs/views/drawings.ipynb #4a89cf97
 def _states(fig, graph, widths, c, small, at):
     "Add the states of cell `c`: squares are inputs."
     def source(s):
@@ -147,25 +141,27 @@ MARGIN = {"l": 10, "r": 10, "b": 10}
 
 def cell_title(arch: Architecture, c: int, short: bool = False)->str:
     "Say what a cell is, in a line."
-    cell, reduction = cell_ops(arch, c), arch.spec.cell[c].reduction
+    cell, reduction = arch.cells[c], arch.spec.cell[c].reduction
     ops = f"{len(cell.ops)} op{'s' * (len(cell.ops) != 1)}"
     if short: return f"cell {c}{' ↓2' if reduction else ''}, {ops}"
     lo, hi = min(cell.widths), max(cell.widths)
     return f"cell {c}{' (reduction)' if reduction else ''}, width {lo if lo == hi else f'{lo}–{hi}'}, {ops}"
 
+# %% ../../nbs/views/drawings.ipynb #22b4f283
 def used(arch: Architecture, cells=None # numbers; None: all
         )->list:
     "List the names of the operations that cells have, in the order of the space."
-    there = {op.op for c in (range(len(arch.cells)) if cells is None else cells) for op in cell_ops(arch, c).ops}
+    there = {op.op for c in (range(len(arch.cells)) if cells is None else cells) for op in arch.cells[c].ops}
     return [name for name in arch.spec.ops if name in there]
 
+# %% ../../nbs/views/drawings.ipynb #94568729
 def cell_graph(arch: Architecture, cell: int)->go.Figure:
     """Draw a discovered cell as a graph: its states in a row, one arc an operation, coloured by type, as wide as it has
     filters. `InputError` if there is no such cell."""
     if not 0 <= cell < len(arch.cells):
         raise InputError(f"there is no cell {cell}: choose from 0 to {len(arch.cells) - 1}")
     fig = make_subplots(subplot_titles=[cell_title(arch, cell)])
-    draw_cell(fig, cell_ops(arch, cell), arch.spec.graph, cell, derived_look(arch, cell), {"row": 1, "col": 1})
+    draw_cell(fig, arch.cells[cell], arch.spec.graph, cell, derived_look(arch, cell), {"row": 1, "col": 1})
     op_legend(fig, used(arch, [cell]))
     return theme(fig, 460 if len(arch.spec.graph.edges) > 1 else 320, 76, "closest").update_layout(margin=MARGIN)
 
@@ -183,6 +179,7 @@ def grid(n: int, columns: int, heads: list, high: int, # pixels of a panel with 
     for free in at[n:]: fig.update_xaxes(visible=False, **free).update_yaxes(visible=False, **free)
     return fig, height, at[:n]
 
+# %% ../../nbs/views/drawings.ipynb #d728339d
 def cells(arch: Architecture,
           columns: int|None = None # None: three, or six where cells have a single edge
          )->go.Figure:
@@ -191,7 +188,7 @@ def cells(arch: Architecture,
     columns = columns or (6 if simple else 3)
     fig, height, at = grid(n, columns, [cell_title(arch, c, simple) for c in range(n)], 130 if simple else 230)
     for c in range(n):
-        draw_cell(fig, cell_ops(arch, c), arch.spec.graph, c, derived_look(arch, c), at[c], small=True)
+        draw_cell(fig, arch.cells[c], arch.spec.graph, c, derived_look(arch, c), at[c], small=True)
     op_legend(fig, used(arch))
     font = {"size": 13 if columns < 4 else 11}
     return theme(fig, height, 76, "closest").update_layout(margin=MARGIN).update_annotations(font=font)

@@ -34,6 +34,7 @@ def stage_spans(epochs: list)->list: # of (name, first, last), in epochs done
     for e in epochs: spans[e["stage"]] = (spans.get(e["stage"], (e["epoch"],))[0], e["epoch"] + 1)
     return [(name, *span) for name, span in spans.items()]
 
+# %% ../../nbs/views/figures.ipynb #0d07c8de
 def series(epochs: list, value # function of an epoch event; it may give None
           )->dict: # x and y, with a gap between stages
     "Return a value over the epochs done."
@@ -61,6 +62,7 @@ def _panels(rows, secondary=None):
     return make_subplots(rows=rows, cols=1, shared_xaxes=True, vertical_spacing=.14 / rows,
                          specs=[[{"secondary_y": r + 1 == secondary}] for r in range(rows)])
 
+# %% ../../nbs/views/figures.ipynb #f924fa6f
 def linked(fig: go.Figure # panels over each other, each with an x axis
           )->go.Figure: # the same one, with a single x axis
     "Link panels that are read together: a line through all of them, and the values of each, follow the pointer."
@@ -87,6 +89,7 @@ def _stages(fig, epochs):
         fig.add_annotation(text=html.escape(text), x=a, y=1, xref="x", yref="paper", xanchor="left", yanchor="bottom",
                            showarrow=False, font={"size": 12}, hovertext=html.escape(name))
 
+# %% ../../nbs/views/figures.ipynb #a4be70ef
 def _commits(fig, commits, at):
     "Mark commits at the foot of a panel."
     def told(e): return ", ".join(f"{n:,} {g}s" for g, n in e.get("pruned", {}).items())
@@ -94,6 +97,7 @@ def _commits(fig, commits, at):
                     cliponaxis=False, hovertext=[f"commit: {told(e)} pruned" for e in commits], hoverinfo="text",
                     marker={"symbol": "line-ns", "size": 10, "line": {"width": 1.5, "color": GREY}, "color": GREY}, **at)
 
+# %% ../../nbs/views/figures.ipynb #0b7fc7e1
 def _frame(fig, events, epochs, rows):
     "Add stages, warm-up and commits to a figure of `_panels`, and give it the theme."
     _stages(fig, epochs)
@@ -130,6 +134,7 @@ def _dynamics_axes(fig, row):
                      color=GRANULARITY_COLOURS["weight"])
     return fig.update_yaxes(title_text="retention ratio", range=[0, 1.05], row=row + 1, col=1)
 
+# %% ../../nbs/views/figures.ipynb #787ec2cb
 def dynamics(events: list)->go.Figure: # events of a search
     "Draw mean learned threshold and retention ratio of each granularity against epochs (Fig. 8)."
     epochs = epochs_of(events)
@@ -146,6 +151,7 @@ def size_name(epochs: list # from `epochs_of`
     derived = any("params_searched" in e for e in epochs)
     return "parameters, derived" if derived else "parameters, before alignment"
 
+# %% ../../nbs/views/figures.ipynb #c610f67a
 def _size(fig, epochs, row):
     _line(fig, series(epochs, lambda e: millions(e.get("params"))), size_name(epochs), RUN_COLOURS[0], "circle", row,
           hover="%{y:.4g} M")
@@ -158,6 +164,7 @@ def _size(fig, epochs, row):
                     hovertemplate="%{y:.4g} M target<extra></extra>", row=row, col=1)
     _line(fig, series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", row + 1, hover="%{y:.4g}")
 
+# %% ../../nbs/views/figures.ipynb #e3d0f8ee
 def _size_axes(fig, row):
     fig.update_yaxes(title_text="parameters (millions)", row=row, col=1)
     return fig.update_yaxes(title_text="λ", row=row + 1, col=1)
@@ -185,6 +192,7 @@ def _learning_axes(fig, row):
     fig.update_yaxes(title_text="cross-entropy (nats)", row=row, col=1)
     return fig.update_yaxes(title_text="accuracy (%)", range=[0, 102], row=row + 1, col=1)
 
+# %% ../../nbs/views/figures.ipynb #7a52771f
 def learning(events: list)->go.Figure: # of a search, or else of a retraining
     "Draw cross-entropy and accuracy, on training and validation images, against epochs."
     epochs = epochs_of(events) or epochs_of(events, training=True)
@@ -209,6 +217,7 @@ def _prunings(fig, events, row):
     fig.add_scatter(x=[0, end], y=[.5, .5], mode="lines", line={"color": GREY, "width": 1, "dash": "dot"},
                     showlegend=False, hoverinfo="skip", row=row, col=1)
 
+# %% ../../nbs/views/figures.ipynb #9194bfde
 def _prunings_axes(fig, row):
     return fig.update_yaxes(title_text="chance that the weaker goes", range=[0, 1.05], row=row, col=1)
 

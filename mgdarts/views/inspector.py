@@ -29,11 +29,9 @@ __all__ = ['MAPS', 'KEYS', 'freeze', 'View', 'place_of', 'row_of', 'regrown_in',
 def freeze(net: SuperNet)->SuperNet:
     "Copy a net to the CPU, for looking at: same numbers, no gradients, nothing shared that a search changes in place."
     own = ("_parameters", "_buffers", "_modules", "training")
-    shared = [v for cell in net.cells for k, v in vars(cell).items() if k not in own] + [net.spec, net.compute]
-    memo = {id(v): v for v in shared}
-    if compiled := getattr(net, "_compiled", None): memo[id(compiled)] = {}
-    out = copy.deepcopy(net, memo).cpu()
-    out.compute = replace(net.compute, compile=False, recompute="none")
+    shared = [v for cell in net.cells for k, v in vars(cell).items() if k not in own] + [net.spec]
+    out = copy.deepcopy(net, {id(v): v for v in shared}).cpu()
+    out.engine.compute = replace(net.engine.compute, compile=False, recompute="none")
     return out
 
 # %% ../../nbs/views/inspector.ipynb #2ce3563d
@@ -44,7 +42,7 @@ class View:
         def cpu(t): return t.detach().to("cpu", copy=True)
         self.net, self.cfg, self.spec = freeze(search.net), search.cfg, search.net.spec
         self.batch = getattr(search.loaders["train"], "batch_size", search.cfg.batch)
-        self.recompute, self.warmup, self.finished = search.net.compute.recompute, search.warmup, search.finished
+        self.recompute, self.warmup, self.finished = search.net.engine.compute.recompute, search.warmup, search.finished
         n, grad = len(self.net.cells), search.net.alpha.grad
         self.mom = cpu(search.mom[:n]) # all of these: [cells, edges, operations]
         self.grad = torch.zeros_like(self.mom) if grad is None else cpu(grad[:n])
@@ -90,6 +88,7 @@ def row_of(view: View, unit: tuple # (cell, edge, operation)
     "Return what an operation consists of; zeros where it is pruned."
     return view.count.cells[unit[0]].by_op.get(unit[1:], [0] * 5)
 
+# %% ../../nbs/views/inspector.ipynb #0a116ab1
 def regrown_in(spec, events: list # of a run, as dictionaries
               )->set: # of (cell, edge, operation)
     "List the operations that have ever returned."
@@ -105,13 +104,14 @@ def maps_of(net: SuperNet, cell, # of it
     spec, graph = cell.spec, net.spec.graph
     def live(x): return x.op < 0 or bool(ops[x.edge, x.op])
     def area(first, width, side): return int(unit[first:first + width].sum()) * side ** 2
-    gates = sum(area(g.unit0, g.width, spec.gate_side(g)) * (1 if g.role in ("pre", "out", "rest") else 2)
+    gates = sum(area(g.unit0, g.width, g.side) * (1 if g.role in ("pre", "out", "rest") else 2)
                 for g in spec.gates if live(g))
     out = int(cell.index.out(unit).sum()) * spec.side ** 2
     node, kernels = out / len(graph.nodes), {(k.edge, k.op) for k in spec.segments}
     bare = sum((e, o) not in kernels for e, o in ops.nonzero().tolist())
     return gates + out + bare * node + 2 * graph.inputs * node * (spec.side_in / spec.side) ** 2, out
 
+# %% ../../nbs/views/inspector.ipynb #f7ce6a2b
 def memory_estimate(view: View, ops: Tensor, units: list # [cells, edges, operations] bool, per cell [units] bool
                    )->int: # bytes
     "Estimate what a training step needs; the exact plan is `memory.step_memory`."
@@ -132,6 +132,7 @@ class Outcome:
     memory: int # bytes, about, of a training step
     off: Tensor|None = None # [n] bool: what goes, over all units stored; where thresholds say so
 
+# %% ../../nbs/views/inspector.ipynb #c9652e4a
 def outcome(view: View, masks: dict)->Outcome:
     "Count what masks leave."
     count, units = view.net.count(**masks), view.net.channels_left(masks["ops"], masks["gates"], derived=False)
@@ -156,6 +157,7 @@ def _picked(view: View, which: str|tuple)->Tensor: # [cells, edges, operations] 
         raise InputError(f"there is no operation {which}: {ends}")
     return keep
 
+# %% ../../nbs/views/inspector.ipynb #959c5d94
 def scope(view: View, granularity: str,
           which: str|tuple = "all" # all, a type of operation, or (cell, edge, operation)
          )->dict: # threshold name -> bool, like its first cells
@@ -209,6 +211,7 @@ class WhatIf:
         found = candidates(self.view.net, self.thresholds())
         return replace(outcome(self.view, found.masks(found.off)), off=found.off)
 
+# %% ../../nbs/views/inspector.ipynb #84d277cb
 def _shift(w: WhatIf, scope: dict, to: float):
     "Move the mean of some thresholds. Those that stop at 0 leave it too high: then the distance is bisected."
     def by(distance):
@@ -238,6 +241,7 @@ def _units(view: View, granularity: str, scope: dict)->Iterator: # of (|g|, bool
             yield cell.omega.detach().abs(), of.repeat_interleave(cell.conv_len) & cell.omega_live, start
         start += len(cell.omega)
 
+# %% ../../nbs/views/inspector.ipynb #3ed31303
 @dataclass
 class Distribution:
     "A histogram of |g|: bins of equal width from `low` to `high`."
@@ -246,6 +250,7 @@ class Distribution:
     kept: list # units a bin that stay
     going: list # units a bin that would be pruned
 
+# %% ../../nbs/views/inspector.ipynb #65eef7a9
 def distribution(whatif: WhatIf, granularity: str, which: str|tuple = "all", bins: int = 48,
                  off: Tensor|None = None # [n] bool: what goes, if it is known already
                 )->Distribution|None: # None: the scope is empty
@@ -275,6 +280,7 @@ def pruned(view: View, masks: dict)->SuperNet:
     net.discretising = False
     return net
 
+# %% ../../nbs/views/inspector.ipynb #75dd5851
 def some_images(loader, # the validation split's
                 n: int = 500)->list: # of one (images, labels)
     "Take the same images every time, spread evenly over a split."
@@ -298,6 +304,7 @@ def _groups(view: View, granularity: str)->Tensor: # [units of the granularity]
     lists = [(torch.arange(len(c.gate_n)), c.gate_n) if filters else (c.conv, c.conv_len) for c in cells]
     return torch.cat([ids.repeat_interleave(n) + 1000 * i for i, (ids, n) in enumerate(lists)])
 
+# %% ../../nbs/views/inspector.ipynb #08faf662
 def _shares(g: Tensor, group: Tensor)->Tensor: # [n]
     "The share of its group at which each unit goes, the weakest first."
     order = torch.argsort(g, stable=True)
@@ -306,6 +313,7 @@ def _shares(g: Tensor, group: Tensor)->Tensor: # [n]
     first = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
     return torch.empty(len(g)).index_copy_(0, order, (torch.arange(len(g)) - first + 1) / sizes.repeat_interleave(sizes))
 
+# %% ../../nbs/views/inspector.ipynb #14456fcd
 @torch.no_grad()
 def fixed_ratio(view: View,
                 params: int, # wanted size

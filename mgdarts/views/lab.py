@@ -6,7 +6,7 @@
 from __future__ import annotations
 import asyncio, itertools, signal, sys
 from pathlib import Path
-sys.modules.setdefault("rfc3987_syntax", None) # optional to jsonschema, for formats that Jupyter has not: it takes two seconds to load
+sys.modules.setdefault("rfc3987_syntax", None) # optional to jsonschema, for formats that Jupyter has not: it takes 2 s
 import nbformat
 from jupyter_server.services.contents.largefilemanager import AsyncLargeFileManager
 from jupyterlab.labapp import LabApp
@@ -14,26 +14,41 @@ from nbclient import NotebookClient
 from ..base.options import InputError, root
 
 # %% auto #0
-__all__ = ['NOTEBOOK', 'workbench_notebook', 'PatientFiles', 'run_notebook', 'open_lab']
+__all__ = ['NOTEBOOK', 'book_on', 'own_cells', 'workbench_notebook', 'PatientFiles', 'run_notebook', 'open_lab']
 
 # %% ../../nbs/views/lab.ipynb #da5841ed
 NOTEBOOK = "runs/workbench.ipynb" # in the project's folder
 
+def book_on(book, # the workbench's notebook
+            run: str|Path|None):
+    "Have a notebook open on a run."
+    if run is not None:
+        at = next(i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
+        source = f"# Parameters\nfolder = {str(Path(run).absolute())!r}"
+        cell = nbformat.v4.new_code_cell(source, metadata={"tags": ["injected-parameters"]})
+        book.cells.insert(at + 1, cell)
+    for cell in book.cells:
+        if cell.cell_type == "code": cell.metadata["jupyter"] = {"source_hidden": True}
+    return book
+
+def own_cells(book)->list: # of text
+    "Return what of a notebook is not about its run."
+    return [cell.source for cell in book.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+
+# %% ../../nbs/views/lab.ipynb #751a9381
 def workbench_notebook(run: str|Path|None = None # None: the demo run, or else the newest
                       )->Path:
-    "Write the notebook that opens the workbench on a run. `InputError` where there is no such run, or no such notebook."
-    if run is not None and not (Path(run) / "config.json").exists(): raise InputError(f"{run} is not a run folder: mgdarts runs lists those there are")
+    "Write the notebook that opens the workbench on a run. `InputError` without such a run, or such a notebook."
+    if run is not None and not (Path(run) / "config.json").exists():
+        raise InputError(f"{run} is not a run folder: mgdarts runs lists those there are")
     source, copy = root() / "nbs/start/workbench.ipynb", root() / NOTEBOOK
-    if not source.exists(): raise InputError(f"{source} is not there: call mgdarts lab in the project's folder, or set MGDARTS_ROOT to it")
-    book = nbformat.read(source, 4)
-    if run is not None: # as papermill would do it
-        at = next(i for i, cell in enumerate(book.cells) if "parameters" in cell.metadata.get("tags", []))
-        book.cells.insert(at + 1, nbformat.v4.new_code_cell(f"# Parameters\nfolder = {str(Path(run).absolute())!r}", metadata={"tags": ["injected-parameters"]}))
-    for cell in book.cells:
-        if cell.cell_type == "code": cell.metadata["jupyter"] = {"source_hidden": True} # a click shows it
+    if not source.exists():
+        raise InputError(f"{source} is not there: call mgdarts lab in the project's folder, or set MGDARTS_ROOT to it")
+    book = book_on(nbformat.read(source, 4), run)
     copy.parent.mkdir(exist_ok=True)
-    own = lambda b: [cell.source for cell in b.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
-    if copy.exists() and own(nbformat.read(copy, 4)) != own(book): copy.rename(next(p for i in itertools.count(2) if not (p := copy.with_stem(f"workbench-{i}")).exists()))
+    if copy.exists() and own_cells(nbformat.read(copy, 4)) != own_cells(book):
+        others = (copy.with_stem(f"workbench-{i}") for i in itertools.count(2))
+        copy.rename(next(p for p in others if not p.exists()))
     nbformat.write(book, copy)
     return copy
 
@@ -47,6 +62,7 @@ class PatientFiles(AsyncLargeFileManager):
         if content and path.strip("/") == NOTEBOOK: await self.ready.wait()
         return await super().get(path, content, **kw)
 
+# %% ../../nbs/views/lab.ipynb #83c8a3dc
 async def run_notebook(server, # jupyter_server's ServerApp
                        path: Path # the notebook
                       ):
@@ -54,7 +70,8 @@ async def run_notebook(server, # jupyter_server's ServerApp
     book = nbformat.read(path, 4)
     try:
         session = await server.session_manager.create_session(NOTEBOOK, path.name, "notebook", "python3")
-        client = NotebookClient(book, km=server.kernel_manager.get_kernel(session["kernel"]["id"]), store_widget_state=False, allow_errors=True, record_timing=False)
+        kernel = server.kernel_manager.get_kernel(session["kernel"]["id"])
+        client = NotebookClient(book, km=kernel, store_widget_state=False, allow_errors=True, record_timing=False)
         await client.async_start_new_kernel_client()
         for i, cell in enumerate(book.cells): await client.async_execute_cell(cell, i)
         client.kc.stop_channels()
@@ -67,11 +84,15 @@ def open_lab(run: str|Path|None = None, # None: the demo run, or else the newest
              browser: bool = True, # open one
              tell=lambda facts: None # called when the page can be opened
             ):
-    "JupyterLab with the workbench open, until Ctrl-C; its kernels end with it, and searches are saved."
-    path = workbench_notebook(run)
-    server = LabApp.initialize_server([f"--ServerApp.root_dir={root()}", f"--ServerApp.port={port}", f"--ServerApp.open_browser={browser}", "--ServerApp.contents_manager_class=mgdarts.views.lab.PatientFiles",
-                                       "--ServerApp.allow_root=True", "--KernelManager.shutdown_wait_time=60", "--ServerApp.log_level=WARN", f"--LabApp.default_url=/lab/tree/{NOTEBOOK}", "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"])
-    signal.signal(signal.SIGINT, lambda *_: server.stop(from_signal=True)) # at once, and in order, with a terminal or without
+    "Open JupyterLab with the workbench, until Ctrl-C; its kernels end with it, and searches are saved."
+    path, page = workbench_notebook(run), f"/lab/tree/{NOTEBOOK}"
+    own = {"ServerApp.root_dir": root(), "ServerApp.port": port, "ServerApp.open_browser": browser,
+           "ServerApp.contents_manager_class": "mgdarts.views.lab.PatientFiles", "ServerApp.allow_root": True,
+           "KernelManager.shutdown_wait_time": 60, "ServerApp.log_level": "WARN", "LabApp.default_url": page,
+           "LabApp.news_url": None, "LabApp.check_for_updates_class": "jupyterlab.NeverCheckForUpdate"}
+    server = LabApp.initialize_server([f"--{k}={v}" for k, v in own.items()])
+    signal.signal(signal.SIGINT, lambda *_: server.stop(from_signal=True)) # at once, and in order
+    url = f"{server.connection_url.rstrip('/')}{page}?token={server.identity_provider.token}"
     server.io_loop.add_callback(run_notebook, server, path)
-    server.io_loop.add_callback(tell, {"url": f"{server.connection_url}lab/tree/{NOTEBOOK}?token={server.identity_provider.token}", "notebook": str(path)})
+    server.io_loop.add_callback(tell, {"url": url, "notebook": str(path)})
     server.start()

@@ -31,6 +31,7 @@ def said(value)->str:
 
 def text_of(value)->str: return html.escape(said(value))
 
+# %% ../../nbs/views/page.ipynb #e0256965
 def table(rows: list # of dictionaries
          )->str: # HTML
     "Make a table; its columns are those of all rows, in order."
@@ -53,6 +54,7 @@ def script(plotlyjs: str # directory, inline or cdn
     if plotlyjs not in places: raise InputError(f"plotlyjs is {plotlyjs!r}: choose directory, inline or cdn")
     return f'<script src="{places[plotlyjs]}"></script>'
 
+# %% ../../nbs/views/page.ipynb #1fda881f
 def figure(fig, # plotly figure
            name: str, number: int)->str: # HTML
     "Put a figure under its heading."

@@ -53,6 +53,7 @@ def status_of(view: View, unit: tuple, # (cell, edge, operation)
     if not bool(view.live[unit]): return "pruned"
     return "off" if bool((view.off if off is None else off)[unit]) else "live"
 
+# %% ../../nbs/views/pictures.ipynb #479aae5d
 def describe(view: View, unit: tuple, off=None)->str:
     "Describe an operation in a line."
     c, e, o = unit
@@ -75,6 +76,7 @@ def _levels(graph: Graph)->list: # one an edge, from 1
         out[e] = 1 + max(under, default=0)
     return [out[e] for e in range(len(edges))]
 
+# %% ../../nbs/views/pictures.ipynb #ca899bd8
 def strands(graph: Graph, ops: int # operations on every edge
            )->dict: # (edge, operation) -> pixels above the row of states; negative: below
     "Say where the strands of a cell run."
@@ -104,6 +106,7 @@ def _strand(view: View, unit: tuple, ends: tuple, # x of its two states
             f'<path d="{d}" fill="none" stroke="{legend(name).colour}" {look}/>'
             f'<path class="hit" d="{d}" fill="none" stroke="transparent" stroke-width="6"/>{marks}</g>')
 
+# %% ../../nbs/views/pictures.ipynb #eac981ea
 def _caption(view, unit, status, x, y):
     "Write over a strand what it is."
     filters, filters0, *_ = row_of(view, unit)
@@ -117,6 +120,7 @@ def _state(s: int, inputs: int, x: float, mid: float)->str:
              f'<circle cx="{x:g}" cy="{mid:g}" r="13" fill="#5b626b"/>')
     return f'<g>{shape}<text x="{x:g}" y="{mid + 4:g}" text-anchor="middle" style="fill:#fff" font-size="12">{s}</text></g>'
 
+# %% ../../nbs/views/pictures.ipynb #1495fb84
 def cell_svg(view: View, c: int, # cell
              off=None # [cells, edges, operations] bool: what would go, in place of the view's own
             )->str: # SVG
@@ -139,6 +143,7 @@ def _dot(view: View, unit: tuple, x: float, y: float, off)->str:
     ring = f'<circle {at} r="3.4" fill="none" stroke="{GREY}"/>' if unit in view.regrown else ""
     return f"<circle {at} {look[status]}/>{ring}"
 
+# %% ../../nbs/views/pictures.ipynb #498f02cf
 def _map(view: View, c: int, x: float, y: float, off)->str: # left and upper end
     "Draw the operations of a cell as dots; of a single edge with the filters that are left."
     edges, ops = view.live.shape[1:]
@@ -151,6 +156,7 @@ def _map(view: View, c: int, x: float, y: float, off)->str: # left and upper end
         dots.append(f'{bar}75" opacity=".15"/>{bar}{75 * filters / max(filters0, 1):.1f}" fill="{colour}"/>')
     return "".join(dots)
 
+# %% ../../nbs/views/pictures.ipynb #8cbee4a4
 def _kept(rates: dict, # granularity -> retention ratio
           x: float, y: float, width: float)->str:
     "Draw retention ratios as bars."
@@ -177,6 +183,7 @@ def _frame(view: View, c: int, x: float, y: float, off)->str:
             f'<text x="{x + wide - 6}" y="{y + 13}" text-anchor="end">{live}</text>'
             f"{_map(view, c, x, y, off)}{_kept(rates, x + 6, y + high - 15, wide - 12)}</g>")
 
+# %% ../../nbs/views/pictures.ipynb #6824c035
 def overview_svg(view: View, off=None)->str: # SVG
     "Draw all cells; `data-pick` is the cell."
     total, per_row = view.spec.cells, 7
@@ -189,6 +196,7 @@ LEFT, RIGHT, TOP, FOOT, WIDE = 10, 450, 38, 108, 460 # of a histogram, pixels
 
 def number(v: float)->str: return f"{v:.3f}" if v >= .1 else f"{v:.3g}"
 
+# %% ../../nbs/views/pictures.ipynb #8451e2da
 def _bars(d: Distribution, colour: str)->str:
     "Draw the bars of a distribution: what stays, and above it what goes."
     step, out = (RIGHT - LEFT) / len(d.kept), []
@@ -202,6 +210,7 @@ def _bars(d: Distribution, colour: str)->str:
         if going: out.append(bar(x + .4, kept + going, kept, step - 1.6, pale))
     return "".join(out)
 
+# %% ../../nbs/views/pictures.ipynb #0c8c1bf8
 def _scale(d: Distribution)->str:
     "Draw the axis under a distribution."
     ticks = [f'<text x="{LEFT + (RIGHT - LEFT) * t / 4:g}" y="{FOOT + 13}" text-anchor="'
@@ -209,6 +218,7 @@ def _scale(d: Distribution)->str:
              f'{number(d.low + (d.high - d.low) * t / 4) if t else "0"}</text>' for t in range(5)]
     return f'<path d="M{LEFT} {FOOT}H{RIGHT}" stroke="{GREY}"/>{"".join(ticks)}'
 
+# %% ../../nbs/views/pictures.ipynb #a412246d
 def _handle(d: Distribution, g: str, value: float, moved: bool, said: str, x: float)->str:
     "Draw the handle of a threshold: a slider for pointer and keyboard."
     facts = {"low": d.low, "high": d.high, "left": LEFT, "right": RIGHT, "width": WIDE, "value": value, "drag": g, "key": g}
@@ -255,6 +265,7 @@ def _path(x: list, y: list, px, py)->str: # functions from values to pixels
         pen = "M" if b is None else "L"
     return "".join(out)
 
+# %% ../../nbs/views/pictures.ipynb #61a7669f
 def history_svg(x: list, y: list, # epochs, values; None: a gap
                 thresholds: list = (), label: str = "σ(α)")->str: # SVG
     "Draw a value over the epochs, with its threshold dashed."

@@ -7,35 +7,35 @@ from __future__ import annotations
 import html, math
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
-from ..runs.make import net_spec
-from ..runs.folder import read_config
-from ..runs.listen import read_events
 from ..base.options import Config, InputError
-from ..space.found import ArchCell, Op
-from ..runs import run as runs
+from ..runs.folder import read_config
 from ..runs.frames import BINS, Frame, kinds, read_frames
+from ..runs.listen import read_events
+from ..space.found import ArchCell, Op
+from ..space.space import Space
+from ..space.spaces import space_of
 from .drawings import MARGIN, Look, draw_cell, quarters
 from .figures import epochs_of, millions, of, series, size_name
 from .theme import GRANULARITY_COLOURS, GREY, RING, RUN_COLOURS, empty, legend, op_legend, sign, theme
 
 # %% auto #0
-__all__ = ['DECADES', 'SYMBOLS_X', 'space_of', 'Replay', 'replay', 'histograms', 'hover', 'grown', 'updates', 'title', 'Panels',
+__all__ = ['DECADES', 'SYMBOLS_X', 'spec_of', 'Replay', 'replay', 'histograms', 'hover', 'grown', 'updates', 'title', 'Panels',
            'columns', 'panels', 'skeleton', 'frame_figure', 'cell_of', 'cell_figure']
 
 # %% ../../nbs/views/replay.ipynb #8c9ec874
-def space_of(cfg: Config):
+def spec_of(cfg: Config)->Space:
     "Return the super-net that a configuration means, for images of any kind: its graph, operations and cells."
-    return net_spec(cfg, SimpleNamespace(num_classes=10, size=32, in_channels=3))
+    return space_of(cfg, 10, 32)
 
+# %% ../../nbs/views/replay.ipynb #a204aa35
 @dataclass
 class Replay:
     "A recorded search."
     name: str
-    spec: object # of the super-net
+    spec: Space # of the super-net
     events: list # of the run, as dictionaries
     frames: list # of Frame, by time
     missing: str = "" # what cannot be replayed, in words
@@ -55,6 +55,7 @@ class Replay:
         there = f"choose from {ends[0]} to {ends[1]}" if ends else "none is done yet"
         raise InputError(f"{self.name} has no epoch {epoch}: {there}")
 
+# %% ../../nbs/views/replay.ipynb #9c65031e
 def replay(run: str|Path # a run folder; the search in it may still be going on
           )->Replay:
     "Read the moments of a run. `InputError` if it is not a run folder."
@@ -63,7 +64,7 @@ def replay(run: str|Path # a run folder; the search in it may still be going on
     lost = sum(f.at is None for f in frames)
     if lost: missing = f"cells and thresholds of {lost} of {len(frames)} moments, whose frames are missing or damaged"
     if lost == len(frames) > 0: missing = "cells and thresholds: this run kept no frames of them"
-    return Replay(Path(run).resolve().name, space_of(cfg), events, frames, missing)
+    return Replay(Path(run).resolve().name, spec_of(cfg), events, frames, missing)
 
 # %% ../../nbs/views/replay.ipynb #bb5931e2
 def _thresholds(f: Frame, mine, # [n] bool: operations
@@ -79,6 +80,7 @@ def _counted(f: Frame, mine)->tuple: # (off, on), [bins] each
     bins = (torch.bucketize(f.alpha, edges, right=True) - 1).clamp(0, len(edges) - 2)
     return tuple(torch.bincount(bins[mine & (f.on == on)], minlength=len(edges) - 1) for on in (False, True))
 
+# %% ../../nbs/views/replay.ipynb #212a82e9
 def histograms(spec, f: Frame, cell: int|None = None, # None: all
                kind: str|None = None # an operation, or input, the filters before them; None: all
               )->dict: # granularity -> (edges, off [bins], on [bins], thresholds)
@@ -100,6 +102,7 @@ def histograms(spec, f: Frame, cell: int|None = None, # None: all
 def _scale(g, v): # position on the axis of a granularity
     return v.clamp(min=1e-5, max=10).log10() if g == "weight" else v
 
+# %% ../../nbs/views/replay.ipynb #8d060484
 def _bars(g, found: tuple|None # from `histograms`
          )->list: # updates of five traces: off, on, band, line, text
     "Return a distribution as the data of its traces."
@@ -130,6 +133,7 @@ def grown(f: Frame, i: int)->bool:
     "Say whether an operation has come back."
     return f.regrown is not None and bool(f.regrown[i])
 
+# %% ../../nbs/views/replay.ipynb #a55aba37
 def _matrix(f: Frame, c: int)->list: # updates of the traces of a cell: operations, rings, text
     "Return the operations of a cell as the data of its traces."
     n, ops = math.prod(f.grid), f.grid[1]
@@ -160,6 +164,7 @@ def updates(rep: Replay, i: int # place in `rep.frames`
     for c in range(rep.cells): out += _matrix(f, c)
     return list(enumerate(out))
 
+# %% ../../nbs/views/replay.ipynb #f75a38f7
 def title(rep: Replay, i: int)->str:
     "Say what a moment is, in a line."
     d, parts = rep[i].data, [rep[i].stage, rep[i].label]
@@ -191,6 +196,7 @@ class Panels:
     def of(self, name)->tuple: # the x axis and the y axis of a panel
         return tuple(self.fig.layout[self.layout(a)] for a in self.axes[name].values())
 
+# %% ../../nbs/views/replay.ipynb #078db877
 def columns(cells: int)->int: return 3 if cells <= 3 else 4 if cells in (4, 7, 8) else 6
 
 def panels(spec)->Panels:
@@ -221,6 +227,7 @@ def _add_bars(fig, g, axes: dict, legend: bool): # xaxis and yaxis
     fig.add_scatter(x=[-5 if g == "weight" else 0], y=[1.16], mode="text", textposition="middle right",
                     textfont={"size": 12}, showlegend=False, hoverinfo="skip", cliponaxis=False, **axes)
 
+# %% ../../nbs/views/replay.ipynb #6ec08885
 def _add_matrix(fig, spec, axes: dict, legend_too: bool):
     "Add the three traces of a cell, empty: operations, rings, text."
     edges, n = spec.graph.edges, len(spec.ops)
@@ -236,6 +243,7 @@ def _add_matrix(fig, spec, axes: dict, legend_too: bool):
     fig.add_scatter(x=[(n - 1) / 2], y=[-1.3], mode="text", textfont={"size": 11}, showlegend=False, hoverinfo="skip",
                     cliponaxis=False, **axes)
 
+# %% ../../nbs/views/replay.ipynb #f998b3b3
 def _add_lines(fig, epochs: list, axes: dict):
     "Add the lines that stay: size, target, retention ratios."
     mode = "lines+markers" if len(epochs) <= 60 else "lines"
@@ -278,6 +286,7 @@ def _label(board: Panels, spec, end: int, top: float): # epochs, millions
                              xanchor="left", y=1 - 498 / board.tall, yref="paper", yanchor="bottom", showarrow=False,
                              font={"size": 12})
 
+# %% ../../nbs/views/replay.ipynb #699323c8
 def skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
             )->go.Figure:
     "Make axes and traces; `updates` has the data. The traces that change come first, in its order."
@@ -302,6 +311,7 @@ def skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
     _label(board, spec, max((e["epoch"] + 1 for e in epochs), default=1), tops["size"])
     return fig
 
+# %% ../../nbs/views/replay.ipynb #80e0d71a
 def frame_figure(rep: Replay, i: int = -1 # place in `rep.frames`
                 )->go.Figure:
     "Draw charts, thresholds and cells at a moment."
@@ -322,10 +332,12 @@ def cell_of(spec, f: Frame, c: int)->dict: # live operation -> its place in the 
         if cell == c: out[Op(spec.ops[o], src, dst, (w[src], w[dst]))] = i
     return out
 
+# %% ../../nbs/views/replay.ipynb #15875298
 def _live_look(f: Frame, op: Op, i: int)->Look:
     text = f"<b>{legend(op.op).label} on {op.src}→{op.dst}</b><br>{hover(f, i)}"
     return Look(text, quarters(float(f.alpha[i]), 1), dash="solid" if f.on[i] else "dot", ring=grown(f, i))
 
+# %% ../../nbs/views/replay.ipynb #c3792214
 def cell_figure(rep: Replay, i: int, c: int # place in `rep.frames`, cell
                )->go.Figure:
     "Draw a cell at a moment as a graph."

@@ -6,11 +6,13 @@
 from __future__ import annotations
 from pathlib import Path
 from ..base.events import Event
-from ..base.options import InputError
+from ..base.options import InputError, from_dict
+from ..net.architecture import Architecture
 from ..net.count import counts
 from ..runs.records import load_run, size_kind
-from ..net.architecture import Architecture
-from . import plots
+from ..space.spaces import space_of
+from . import drawings, figures, page
+from .theme import net_name
 
 # %% auto #0
 __all__ = ['advantage', 'facts_of', 'tables_of', 'figures_of', 'write_report', 'report']
@@ -35,10 +37,6 @@ def _sizes(r: dict)->dict:
             "size of the derived network": million(r["derived"]["params_nonzero"])}
 
 # %% ../../nbs/views/report.ipynb #8dacab9e
-def _net(space: dict)->str:
-    if space["kind"] == "darts": return f"C={space['channels']}, L={space['cells']}"
-    return f"MobileNet-like, width {space['width']:g}, L={space['cells']}"
-
 def _finished(data: dict)->dict: # train, random -> result
     return {k: t["result"] for k, t in data["trainings"].items() if t["result"]}
 
@@ -49,7 +47,7 @@ def facts_of(data: dict # from `load_run`
     record, r, done = data["record"], data["result"], _finished(data)
     cfg, env, origin = record["config"], record["environment"], record.get("data_source")
     out = {"dataset": record["dataset"] + (f" ({origin})" if origin else ""), "method": cfg["method"],
-           "preset": cfg["preset"] or "none", "scale": record["scale"], "super-net": _net(cfg["space"]),
+           "preset": cfg["preset"] or "none", "scale": record["scale"], "super-net": net_name(space_of(from_dict(cfg), 10, 32)),
            "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)",
            "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
     if r: out |= {"target reached": "yes" if r["reached"] else "no: target not reached", **_sizes(r),
@@ -101,32 +99,32 @@ def figures_of(data: dict # from `load_run`
               )->dict: # heading -> figure
     "Return the figures of a report."
     events, arch = data["events"], data["arch"]
-    out = {"Thresholds and retention ratios": plots.dynamics(events), "Size and lambda": plots.size_and_lambda(events),
-           "Learning": plots.learning(events)}
-    if any(e.get("auc") for e in events): out["Do the weak ones go?"] = plots.prunings(events)
-    if any(e["type"] == "start" for e in events): out["Where the thresholds start"] = plots.starts(events)
-    if arch and arch.spec.kind == "darts":
-        out |= {"Derived cells": plots.cells(arch), "What is left, by cell and type": plots.distribution(arch)}
+    out = {"Thresholds and retention ratios": figures.dynamics(events),
+           "Size and lambda": figures.size_and_lambda(events), "Learning": figures.learning(events)}
+    if any(e.get("auc") for e in events): out["Do the weak ones go?"] = figures.prunings(events)
+    if any(e["type"] == "start" for e in events): out["Where the thresholds start"] = figures.starts(events)
+    if arch:
+        out |= {"Derived cells": drawings.cells(arch), "What is left, by cell and type": drawings.distribution(arch)}
     if _finished(data):
         curves = {{"train": "searched", "random": "random"}[k]: t["events"] for k, t in data["trainings"].items()}
-        out["Retraining"] = plots.retrain_curves(curves)
+        out["Retraining"] = figures.retrain_curves(curves)
     return out
 
 # %% ../../nbs/views/report.ipynb #14fe3ee8
 def _page(name: str, data: dict)->str:
     replay = data["folder"] / "replay.html" # written by `mgdarts replay`
     links = {"Replay of the search, epoch by epoch": replay.name} if replay.exists() else None
-    return plots.report(f"mgdarts run {name}", facts_of(data), figures_of(data), tables_of(data), links=links)
+    return page.report(f"mgdarts run {name}", facts_of(data), figures_of(data), tables_of(data), links=links)
 
 # %% ../../nbs/views/report.ipynb #f18a5227
 def write_report(run: str|Path)->Path:
     "Write report.html into a run folder. `InputError` when its records are not a run's."
     data = load_run(run)
-    try: page = _page(Path(run).name, data)
+    try: text = _page(Path(run).name, data)
     except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:
         raise InputError(f"{run} holds records that no run writes ({type(e).__name__}: {e}): "
                          "there is no report of them") from e
-    return plots.write_report(Path(run) / "report.html", page)
+    return page.write_page(Path(run) / "report.html", text)
 
 # %% ../../nbs/views/report.ipynb #0353a6bd
 def report(event: Event):

@@ -8,7 +8,7 @@ import importlib.util, re
 from pathlib import Path
 from ..base.files import write_whole
 from ..base.options import InputError
-from . import plots
+from .page import report, write_page
 
 # %% auto #0
 __all__ = ['save_figure']
@@ -16,7 +16,7 @@ __all__ = ['save_figure']
 # %% ../../nbs/views/save.ipynb #168a5a46
 def _page(fig, path: Path, plotlyjs: str)->Path:
     heading = re.sub("<[^>]*>", "", fig.layout.title.text or "") or path.stem
-    return plots.write_report(path, plots.report(path.stem, {}, {heading: fig}, {}, plotlyjs=plotlyjs))
+    return write_page(path, report(path.stem, {}, {heading: fig}, {}, plotlyjs=plotlyjs))
 
 def save_figure(fig, # plotly figure
                 path: str|Path, # .html, .png, .svg or .pdf

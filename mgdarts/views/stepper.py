@@ -11,17 +11,18 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 import torch
-from ..runs.listen import read_events
-from ..runs.folder import read_config
-from ..runs.make import bare_search
 from ..base.events import Event
 from ..base.files import Checkpoints, read_bytes
 from ..base.options import Config, InputError
 from ..runs import run as runs
+from ..runs.folder import read_config
 from ..runs.frames import read_frames
+from ..runs.listen import LARGEST, read_events
+from ..runs.make import bare_search
 from ..search.loop import Search
 from .inspector import place_of, regrown_in
-from .replay import space_of
+from .replay import spec_of
+from .report import report
 
 # %% auto #0
 __all__ = ['Diary', 'past_of', 'recorded', 'Halt', 'Stepper', 'save', 'hold', 'after_step', 'attach', 'on_search', 'on_new',
@@ -64,15 +65,17 @@ def past_of(frames: list # of a recorded search
         out.append((f.epoch + 1, *values))
     return out
 
+# %% ../../nbs/views/stepper.ipynb #04c752a6
 def recorded(folder: Path)->Diary:
     "Begin a diary with the record of a run."
-    events, spec = read_events(folder / "events.jsonl"), space_of(read_config(folder))
+    events, spec = read_events(folder / "events.jsonl"), spec_of(read_config(folder))
     return Diary(events, regrown_in(spec, events), past_of(read_frames(folder, events)))
 
 # %% ../../nbs/views/stepper.ipynb #d1363cd8
 class Halt(Exception):
     "Ends a run between two steps; its state has been saved."
 
+# %% ../../nbs/views/stepper.ipynb #a66e9f9e
 class Stepper:
     "A thread that runs a search as it is told."
     ENDED, HZ = ("finished", "stopped", "failed"), 5 # looks at the running loss a second
@@ -141,6 +144,7 @@ def save(search: Search):
     "Have the run's saver save the state; in the search's thread only."
     search.events.emit(Event("save", search.steps, search.epoch, search.stage_name))
 
+# %% ../../nbs/views/stepper.ipynb #a7d0e188
 def hold(s: Stepper):
     "Answer questions, and come back when the search shall go on; or save, and end it."
     while True:
@@ -158,6 +162,7 @@ def hold(s: Stepper):
     if s.search is not None and s.search.events.wants("save"): save(s.search)
     raise Halt
 
+# %% ../../nbs/views/stepper.ipynb #16b1003d
 def _main(s: Stepper):
     "Work, and say how it ended."
     try:
@@ -192,6 +197,7 @@ def after_step(s: Stepper, event: Event):
         s.changed()
     if waits or s.questions: hold(s)
 
+# %% ../../nbs/views/stepper.ipynb #2873f61f
 def attach(s: Stepper, search: Search):
     "Take a search that is about to be run, or to be looked at."
     s.search, s.busy = search, False
@@ -221,7 +227,7 @@ def on_new(cfg: Config, out: str|Path):
     "Work on a new run."
     def work(s):
         s.folder = Path(out)
-        runs.search(cfg, out, prepare=partial(attach, s))
+        runs.search(cfg, out, listeners=(report,), prepare=partial(attach, s))
     return work
 
 # %% ../../nbs/views/stepper.ipynb #502a5dcd
@@ -229,6 +235,7 @@ def bytes_of(folder: Path)->int:
     record = folder / "events.jsonl"
     return record.stat().st_size if record.exists() else 0
 
+# %% ../../nbs/views/stepper.ipynb #02963020
 def on_run(folder: str|Path):
     "Work on a run folder: to look at, and to go on with where it is not finished. `InputError` if it is none."
     folder = Path(folder)
@@ -241,8 +248,8 @@ def on_run(folder: str|Path):
         s.changed()
         if (folder / "result.json").exists(): return
         hold(s)
-        kept = read_bytes(folder / "events.jsonl", 1 << 32)[:found["record"]["bytes"]] if found else b""
+        kept = read_bytes(folder / "events.jsonl", LARGEST)[:found["record"]["bytes"]] if found else b""
         del s.diary.events[kept.count(b"\n"):] # a resumed run repeats what came after its state
         s.looking = False
-        runs.search(None, folder, resume=True, prepare=partial(attach, s))
+        runs.search(None, folder, resume=True, listeners=(report,), prepare=partial(attach, s))
     return work

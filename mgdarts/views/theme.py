@@ -8,11 +8,13 @@ import html, math, re
 from dataclasses import dataclass
 from zlib import crc32
 import plotly.graph_objects as go
+from ..space.operation import OPERATIONS
+from ..space.space import Space
 
 # %% auto #0
 __all__ = ['GREY', 'GRID', 'BAND', 'RING', 'CLEAR', 'GRANULARITY_COLOURS', 'GRANULARITY_SYMBOLS', 'SPLIT_COLOURS', 'RUN_COLOURS',
-           'RUN_SYMBOLS', 'LEGENDS', 'PALETTE', 'MARKERS', 'SIDES', 'theme', 'empty', 'Legend', 'legend', 'sign',
-           'op_legend', 'names_apart']
+           'RUN_SYMBOLS', 'PALETTE', 'MARKERS', 'SIGNS', 'TITLES', 'SIDES', 'theme', 'empty', 'Legend', 'legend',
+           'sign', 'op_legend', 'net_name', 'names_apart']
 
 # %% ../../nbs/views/theme.ipynb #2ecef2b9
 GREY, GRID, BAND = "#7f8790", "rgba(127,135,144,.25)", "rgba(127,135,144,.18)" # text and axes, lines, warm-up
@@ -56,26 +58,20 @@ class Legend:
     colour: str
     marker: str # its sign, as plotly calls it
 
-LEGENDS = {"skip_connect": Legend("skip", GREY, "circle-open"), "sep_conv_3x3": Legend("sep 3×3", "#EE6677", "square"),
-           "sep_conv_5x5": Legend("sep 5×5", "#AA3377", "diamond"),
-           "dil_conv_3x3": Legend("dil 3×3", "#66CCEE", "triangle-up"),
-           "dil_conv_5x5": Legend("dil 5×5", "#4477AA", "triangle-down"),
-           "avg_pool_3x3": Legend("avg 3×3", "#CCBB44", "circle"),
-           "max_pool_3x3": Legend("max 3×3", "#228833", "cross"),
-           "irb_3x3": Legend("block 3×3", "#EE6677", "square"),
-           "irb_5x5": Legend("block 5×5", "#4477AA", "triangle-down"),
-           "irb_7x7": Legend("block 7×7", "#CCBB44", "circle")}
+# %% ../../nbs/views/theme.ipynb #5ac8720e
 PALETTE = ("#EE6677", "#AA3377", "#66CCEE", "#4477AA", "#CCBB44", "#228833")
-MARKERS = ("square", "diamond", "triangle-up", "triangle-down", "circle", "cross") # known names: each with its colour
+MARKERS = ("square", "diamond", "triangle-up", "triangle-down", "circle", "cross")
+SIGNS = {"sep_conv_3x3": 0, "sep_conv_5x5": 1, "dil_conv_3x3": 2, "dil_conv_5x5": 3, "avg_pool_3x3": 4, "max_pool_3x3": 5,
+         "irb_3x3": 0, "irb_5x5": 3, "irb_7x7": 4} # known operations have a colour and the sign at the same place
 
 def legend(name: str # of an operation, as in files
           )->Legend:
-    "Look up how an operation is shown; one that is not known gets a colour and a sign by its name."
-    if name in LEGENDS: return LEGENDS[name]
-    n = len(PALETTE)
-    colour, off = crc32(name.encode()) % n, crc32(name.encode()) // n % (n - 1) + 1
-    label = re.sub(r"(?<=\d)x(?=\d)", "×", name.replace("_", " "))
-    return Legend(label, PALETTE[colour], MARKERS[(colour + off) % n])
+    "Look up how an operation is shown; one without a sign of its own gets colour and sign by its name."
+    label = OPERATIONS[name].label if name in OPERATIONS else name.replace("_", " ")
+    label, n, code = re.sub(r"(?<=\d)x(?=\d)", "×", label), len(PALETTE), crc32(name.encode())
+    if name == "skip_connect": return Legend(label, GREY, "circle-open")
+    if name in SIGNS: return Legend(label, PALETTE[SIGNS[name]], MARKERS[SIGNS[name]])
+    return Legend(label, PALETTE[code % n], MARKERS[(code + code // n % (n - 1) + 1) % n])
 
 # %% ../../nbs/views/theme.ipynb #296bbda3
 def sign(look: Legend, size=9, # pixels; a number, or one a point
@@ -87,6 +83,7 @@ def sign(look: Legend, size=9, # pixels; a number, or one a point
     width = lines if isinstance(size, list) else lines[0]
     return {"symbol": look.marker, "size": size, "color": colour, "opacity": 1, "line": {"width": width, "color": colour}}
 
+# %% ../../nbs/views/theme.ipynb #4ba72861
 def op_legend(fig: go.Figure, names, # of operations
               colour: str = "", # of all; empty: each its own, with a line
               **at # the axes, where they are not the first
@@ -98,6 +95,15 @@ def op_legend(fig: go.Figure, names, # of operations
                         legendgroup=name, marker=sign(look, 9, colour), **line, **at)
     return fig
 
+# %% ../../nbs/views/theme.ipynb #034ed711
+TITLES = {"darts": "", "mobilenet": "MobileNet-like, "}
+
+def net_name(spec: Space)->str:
+    "Say which super-net this is."
+    own = [f for f in spec.head_fields if f not in Space.head_fields]
+    sizes = [f"{'C=' if f == 'channels' else f + ' '}{getattr(spec, f):g}" for f in own]
+    return TITLES.get(spec.kind, f"{spec.kind}, ") + ", ".join([*sizes, f"L={spec.cells}"])
+
 # %% ../../nbs/views/theme.ipynb #727d6ab8
 SIDES = {"top center": (-.5, -1.7), "bottom center": (-.5, .7), "middle right": (0, -.5), "middle left": (-1, -.5),
          "top right": (0, -1.7), "top left": (-1, -1.7), "bottom right": (0, .7), "bottom left": (-1, .7)}
@@ -105,6 +111,7 @@ SIDES = {"top center": (-.5, -1.7), "bottom center": (-.5, .7), "middle right": 
 def _meet(a: tuple, b: tuple)->bool: # of left, top, right, bottom
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
+# %% ../../nbs/views/theme.ipynb #87709053
 def names_apart(points: list, # of (x, y), in pixels
                 names: list, # one a point
                 wide: float = math.inf, # of the panel, pixels; names stay inside

@@ -6,263 +6,61 @@
 from __future__ import annotations
 import anywidget, plotly.graph_objects as go, traitlets as tr
 from plotly.offline import get_plotlyjs
-from . import plots
+from .page import asset
+from .theme import empty
 
 # %% auto #0
-__all__ = ['STYLE', 'NODE', 'Deck', 'Picture', 'Table', 'Moments', 'Library', 'Chart']
+__all__ = ['Deck', 'Picture', 'Table', 'Moments', 'Library', 'Chart']
 
 # %% ../../nbs/views/widgets.ipynb #9708714c
-STYLE = """
-.mgdarts-wb{font-family:var(--jp-ui-font-family,system-ui,sans-serif);font-size:13px;color:var(--jp-ui-font-color1,#444)}
-.mgdarts-wb svg text{fill:var(--jp-ui-font-color1,#7f8790)}
-.mg-title{font-size:14px;margin:2px 0 6px}.mg-title b{font-size:15px}
-.mg-buttons{display:flex;flex-wrap:wrap;gap:4px;margin-bottom:4px}
-.mg-buttons button,.mg-take button,.mg-moments button{font:inherit;padding:4px 11px;border-radius:4px;border:1px solid var(--jp-border-color1,#bbb);background:var(--jp-layout-color2,#eee);color:inherit;cursor:pointer}
-.mg-buttons button.main{background:#0072B2;border-color:#0072B2;color:#fff}
-.mg-buttons button[aria-disabled=true]{opacity:.45;cursor:default}
-.mg-take{position:absolute;right:2px;bottom:0;display:flex;gap:3px;opacity:0;pointer-events:none}
-.mg-take button,.mg-moments button{padding:1px 7px}.mg-take button{font-size:11px;pointer-events:auto}
-:is(.mg-pic,.mg-plot):hover>.mg-take,.mg-take:focus-within,.mg-box:focus-visible~.mg-take{opacity:1}@media (hover:none){.mg-take{opacity:1}}
-.mg-plot,.mg-pic{position:relative;width:100%;min-width:0;overflow:hidden}
-.mg-moments{display:flex;align-items:center;gap:10px}.mg-moments button{min-width:34px}.mg-moments input{width:420px;max-width:50%;accent-color:#0072B2}.mg-moments span{min-width:220px;font-variant-numeric:tabular-nums}
-:is(.mg-buttons,.mg-take,.mg-moments) button:focus-visible,.mg-moments input:focus-visible,.mg-box:focus-visible,.mg-pic .handle:focus-visible{outline:2px solid #D55E00;outline-offset:-2px}
-.mg-line{display:flex;flex-wrap:wrap;gap:2px 18px;min-height:20px;font-variant-numeric:tabular-nums}
-.mg-line b{font-weight:600}.mg-line .word{display:inline-block;min-width:62px}
-.mg-line .word.running{color:#009E73}.mg-line .word.failed{color:#D55E00}
-.mg-bar{position:relative;height:7px;border-radius:4px;background:rgba(127,135,144,.25);margin:5px 0 3px}
-.mg-bar i{position:absolute;inset:0 auto 0 0;border-radius:4px;background:#56B4E9}
-.mg-bar u{position:absolute;top:-3px;bottom:-3px;width:2px;background:currentColor}
-.mg-keys{margin:4px 0;padding:6px 10px;border:1px solid var(--jp-border-color1,#bbb);border-radius:4px}
-.mg-keys kbd{font:inherit;font-weight:600}
-.mg-pic .op,.mg-pic .cell{cursor:pointer}.mg-pic .handle{cursor:ew-resize}
-.mg-pic .op:hover path:first-child{opacity:1;stroke-width:4}.mg-pic .op.sel path:first-child{opacity:1;stroke-width:5.5}
-.mg-pic .op.sel .hit{stroke:currentColor;stroke-opacity:.18;stroke-width:11}
-.mg-pic .cell:hover rect.hit,.mg-pic .cell.sel rect.hit{stroke:#D55E00;stroke-opacity:1;stroke-width:1.6}
-.mg-said{min-height:34px;font-variant-numeric:tabular-nums;line-height:17px}
-.mg-table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:13px}
-.mg-table th,.mg-table td{padding:2px 14px 2px 0;border-bottom:1px solid rgba(127,135,144,.25);text-align:right}
-.mg-table th[scope=row],.mg-table th:first-child{text-align:left;font-weight:400}.mg-table thead th{font-weight:600}
-.mg-scroll{max-height:230px;overflow:auto;margin:4px 0}.mg-sort{font:inherit;font-weight:600;background:none;border:0;color:inherit;cursor:pointer;padding:0}
-.mg-log{font-family:var(--jp-code-font-family,monospace);font-size:12px;white-space:pre-wrap;line-height:1.45;max-height:520px;overflow:auto}
-.mgdarts-wb .widget-html-content{line-height:1.45}
-"""
-
-# Shared by the widgets: an element; and the buttons that save what `how` makes, a blob or SVG text for each suffix.
-NODE = """
-function node(tag, attrs = {}, ...kids) { const n = document.createElement(tag); for (const [k, v] of Object.entries(attrs)) n.setAttribute(k, v); n.append(...kids); return n; }
-function take(label, how) {
-  const name = label().replace(/[^\\p{L}\\d]+/gu, "-").replace(/^-|-$/g, "");
-  const give = async (kind) => { const link = node("a", { href: URL.createObjectURL(await how[kind]()), download: `${name}.${kind}` }); link.click(); setTimeout(() => URL.revokeObjectURL(link.href), 60000); };
-  return node("div", { class: "mg-take", role: "group", "aria-label": `save ${label()}` }, ...Object.keys(how).map((kind) => {
-    const b = node("button", { type: "button", "aria-label": `save ${label()} as ${kind.toUpperCase()}` }, kind.toUpperCase()); b.addEventListener("click", (e) => { e.stopPropagation(); give(kind); }); return b; }));
-}
-const page = (title, body) => new Blob([`<!doctype html><meta charset="utf-8"><title>${title}</title>`, ...body], { type: "text/html" });
-"""
-
 class Deck(anywidget.AnyWidget):
-    "Buttons, state line, keys."
-    state = tr.Dict().tag(sync=True) # title, can, status, facts, bar
+    "Buttons, state line, keys. Sends {do, n} and {key}."
+    state = tr.Dict().tag(sync=True) # title, about, can, main, word, why, facts, bar
     heard = tr.Float(0.).tag(sync=True) # number of the last command that arrived
-    _css = STYLE
-    _esm = NODE + """
-const BUTTONS = [["run","Run","to the end (space)"],["pause","Pause","after this step (space)"],["step","Step","one step (.)"],["commit","to commit","run to the next commit"],["epoch","to epoch","run to the end of the epoch"],["stage","to stage","run to the end of the stage"],["stop","Stop","save and end"],["checkpoint","Checkpoint","save the state now"],["pictures","Save pictures","charts and cells as files in the run folder"],["keys","Keys","list the keys (?)"]];
-const KEYS = [["space","run, pause"],[".","one step"],["← →","edge of the selected operation"],["↑ ↓","type of operation"],["[ ]","cell"],["?","this list"]];
-function render({ model, el }) {
-  const title = node("div", { class: "mg-title" }), bar = node("div", { class: "mg-buttons", role: "toolbar", "aria-label": "search" });
-  const word = node("b", { class: "word", role: "status", "aria-live": "polite" }), why = node("span"), facts = node("div", { class: "mg-line" });
-  const line = node("div", { class: "mg-line" }, word, why), size = node("div"), keys = node("div", { class: "mg-keys", hidden: "" });
-  keys.append(...KEYS.flatMap(([k, v], i) => [node("kbd", {}, k), " " + v + (i + 1 < KEYS.length ? " · " : "")]));
-  const buttons = {};
-  const act = (what) => { if (what === "keys") { keys.hidden = !keys.hidden; return; } if (buttons[what].getAttribute("aria-disabled") !== "true") order(what, Date.now()); };
-  // a kernel may drop what reaches it right after the page was loaded again: what it does not confirm is said again
-  const order = (what, n, left = 4) => { model.send({ do: what, n }); if (left) setTimeout(() => { if (model.get("heard") < n) order(what, n, left - 1); }, 1500); };
-  for (const [what, label, help] of BUTTONS) { const b = node("button", { type: "button", title: help, "data-do": what }, label); b.addEventListener("click", () => act(what)); buttons[what] = b; bar.append(b); }
-  el.append(title, bar, keys, line, facts, size);
-  function paint() {
-    const s = model.get("state"); if (!s.can) return;
-    title.replaceChildren(node("b", {}, s.title), "  " + s.about);
-    for (const [what, b] of Object.entries(buttons)) { b.setAttribute("aria-disabled", String(what !== "keys" && !s.can.includes(what))); b.classList.toggle("main", what === s.main); }
-    if (word.textContent !== s.word) word.textContent = s.word;
-    word.className = "word " + s.word; why.textContent = s.why;
-    facts.replaceChildren(...s.facts.map((f) => node("span", {}, f)));
-    size.innerHTML = "";
-    if (s.bar) { const b = node("div", { class: "mg-bar", role: "img", "aria-label": s.bar.text }, node("i", { style: `width:${s.bar.at}%` }), node("u", { style: `left:${s.bar.target}%` })); size.append(b, node("span", {}, s.bar.text)); }
-  }
-  model.on("change:state", paint); paint();
-  let tries = 0, root;
-  function onkey(e) {
-    const t = e.target, tag = t.tagName;
-    if (e.ctrlKey || e.metaKey || e.altKey) return;
-    e.stopPropagation(); // JupyterLab's keys are for what is :focus, whatever is around it
-    if (/INPUT|TEXTAREA|SELECT/.test(tag) || t.isContentEditable) return;
-    const k = e.key;
-    if (k === " ") { if (tag === "BUTTON" || t.getAttribute("role") === "tab") return; act(model.get("state").main || "run"); }
-    else if (k === ".") act("step");
-    else if (k === "?") act("keys");
-    else if (/^Arrow|^[\\[\\]]$/.test(k)) { if (/slider|tab/.test(t.getAttribute("role") || "")) return; model.send({ key: k }); }
-    else return;
-    e.preventDefault();
-  }
-  function hook() {
-    root = el.closest(".mgdarts-wb"); if (!root) { if (tries++ < 200) setTimeout(hook, 50); return; }
-    root.setAttribute("data-lm-suppress-shortcuts", "true"); root.addEventListener("keydown", onkey);
-  }
-  hook();
-  return () => { model.off("change:state", paint); root?.removeEventListener("keydown", onkey); };
-}
-export default { render };
-"""
+    _css, _esm = asset("widgets.css"), asset("common.js", "deck.js")
 
+# %% ../../nbs/views/widgets.ipynb #f8f6a6ff
 class Picture(anywidget.AnyWidget):
-    "SVG text, of which parts can be picked and handles dragged."
+    "SVG text, of which parts can be picked and handles dragged. Sends {pick} and {drag, value}."
     svg = tr.Unicode("").tag(sync=True)
     label = tr.Unicode("").tag(sync=True) # what it is, for those who cannot see it, and for files
     hint = tr.Unicode("").tag(sync=True) # what the keys do
     selected = tr.Unicode("").tag(sync=True) # `data-pick` of what is selected
     said = tr.Unicode("").tag(sync=True) # the line under it, when the pointer is elsewhere; empty: no line
     saved = tr.Bool(True).tag(sync=True) # whether there are buttons that save it
-    _esm = NODE + f"const GREY = '{plots.GREY}';" + """
-function still(text) { // by itself: a size, colours of its own, no page behind it
-  const svg = new DOMParser().parseFromString(text.replaceAll("currentColor", GREY), "image/svg+xml").documentElement, [, , w, h] = svg.getAttribute("viewBox").split(" ");
-  svg.removeAttribute("style"); svg.setAttribute("width", w); svg.setAttribute("height", h);
-  return { text: new XMLSerializer().serializeToString(svg), w: +w, h: +h };
-}
-async function raster({ text, w, h }, scale = 3) {
-  const image = new Image(); image.src = URL.createObjectURL(new Blob([text], { type: "image/svg+xml" })); await image.decode();
-  const canvas = node("canvas", { width: w * scale, height: h * scale }), pen = canvas.getContext("2d");
-  pen.fillStyle = "white"; pen.fillRect(0, 0, canvas.width, canvas.height); pen.drawImage(image, 0, 0, canvas.width, canvas.height); URL.revokeObjectURL(image.src);
-  return new Promise((r) => canvas.toBlob(r, "image/png"));
-}
-function render({ model, el }) {
-  el.classList.add("mg-pic");
-  const box = node("div", { class: "mg-box", role: "group", "aria-label": model.get("label"), "aria-description": model.get("hint") }), said = node("div", { class: "mg-said", "aria-live": "polite" }), now = () => still(model.get("svg"));
-  const buttons = take(() => model.get("label"), { png: () => raster(now()), svg: () => new Blob([now().text], { type: "image/svg+xml" }), html: () => page(model.get("label"), [now().text]) });
-  el.append(box); if (model.get("said")) el.append(said); if (model.get("saved")) el.append(buttons);
-  let drag = null, last = 0, later = null;
-  const tell = (name, value) => { const now = performance.now(); clearTimeout(later); if (now - last > 60) { last = now; model.send({ drag: name, value }); } else later = setTimeout(() => tell(name, value), 65); };
-  const speak = (text) => { if (said.textContent !== text) said.textContent = text; };
-  function mark() { box.querySelectorAll(".sel").forEach((n) => n.classList.remove("sel")); const s = model.get("selected"); if (s) box.querySelector(`[data-pick="${s}"]`)?.classList.add("sel"); speak(model.get("said")); }
-  function place(h, value) { const d = h.dataset, x = +d.left + (+d.right - +d.left) * (value - +d.low) / (+d.high - +d.low); h.setAttribute("transform", `translate(${x} 0)`); d.value = value; h.setAttribute("aria-valuenow", value); }
-  function paint() {
-    const f = document.activeElement, key = box.contains(f) ? f.dataset.key : null;
-    box.innerHTML = model.get("svg"); buttons.hidden = !model.get("svg");
-    if (box.querySelector("[data-pick]")) box.tabIndex = 0;
-    if (drag) { const h = box.querySelector(`[data-drag="${drag.name}"]`); if (h) { drag.h = h; place(h, drag.value); } }
-    if (key) box.querySelector(`[data-key="${key}"]`)?.focus({ preventScroll: true });
-    mark();
-  }
-  const pick = (e) => e.target.closest?.("[data-pick]");
-  box.addEventListener("click", (e) => { const p = pick(e); if (p) { model.send({ pick: p.dataset.pick }); box.focus({ preventScroll: true }); } });
-  box.addEventListener("mouseover", (e) => { const p = pick(e); if (p) speak(p.dataset.text); });
-  box.addEventListener("mouseleave", () => speak(model.get("said")));
-  function move(e) { if (!drag) return; const d = drag.h.dataset, r = box.querySelector("svg").getBoundingClientRect(), x = (e.clientX - r.left) * +d.width / r.width; drag.value = Math.min(Math.max(+d.low + (+d.high - +d.low) * (x - +d.left) / (+d.right - +d.left), +d.low), +d.high); place(drag.h, drag.value); tell(drag.name, drag.value); }
-  function drop() { if (drag) { clearTimeout(later); model.send({ drag: drag.name, value: drag.value, end: true }); } drag = null; window.removeEventListener("pointermove", move); window.removeEventListener("pointerup", drop); }
-  box.addEventListener("pointerdown", (e) => { const h = e.target.closest?.("[data-drag]"); if (!h) return; drag = { h, name: h.dataset.drag, value: +h.dataset.value }; h.focus({ preventScroll: true }); window.addEventListener("pointermove", move); window.addEventListener("pointerup", drop); e.preventDefault(); });
-  box.addEventListener("keydown", (e) => {
-    const h = e.target.closest?.("[data-drag]"); if (!h) return;
-    const d = h.dataset, step = (+d.high - +d.low) / (e.shiftKey ? 20 : 200), way = { ArrowLeft: -1, ArrowDown: -1, ArrowRight: 1, ArrowUp: 1, PageDown: -10, PageUp: 10 }[e.key];
-    if (!way) return;
-    const v = Math.min(Math.max(+d.value + way * step, +d.low), +d.high); place(h, v); tell(d.drag, v); e.preventDefault(); e.stopPropagation();
-  });
-  model.on("change:svg", paint); model.on("change:selected", mark); model.on("change:said", mark); paint();
-  return () => { model.off("change:svg", paint); model.off("change:selected", mark); model.off("change:said", mark); };
-}
-export default { render };
-"""
+    _esm = asset("common.js", "picture.js")
 
+# %% ../../nbs/views/widgets.ipynb #3b6e6f16
 class Table(anywidget.AnyWidget):
     "Rows to be sorted by a click on a head, filtered by a word, and chosen."
     columns = tr.List().tag(sync=True)
     rows = tr.List().tag(sync=True) # lists of text and numbers; the first is the key
     chosen = tr.List().tag(sync=True) # keys
-    _esm = NODE + """
-function render({ model, el }) {
-  const filter = node("input", { type: "search", placeholder: "filter", "aria-label": "filter the runs" }), scroll = node("div", { class: "mg-scroll" });
-  let by = 0, down = false;
-  const show = (v) => v === null ? "–" : typeof v === "number" ? (Number.isInteger(v) ? v.toLocaleString("en") : v.toFixed(2)) : v;
-  function paint() {
-    const words = filter.value.toLowerCase().split(/\\s+/), chosen = model.get("chosen");
-    const rows = model.get("rows").filter((r) => words.every((w) => r.join(" ").toLowerCase().includes(w)));
-    if (by >= 0) rows.sort((a, b) => { const x = a[by], y = b[by]; const c = x === null ? 1 : y === null ? -1 : typeof x === "number" && typeof y === "number" ? x - y : String(x).localeCompare(String(y)); return down ? -c : c; });
-    const head = node("tr", {}, node("th", { scope: "col" }, ""), ...model.get("columns").map((c, i) => { const b = node("button", { type: "button", class: "mg-sort" }, c + (i === by ? (down ? " ↓" : " ↑") : "")); b.addEventListener("click", () => { down = i === by ? !down : false; by = i; paint(); }); return node("th", { scope: "col", "aria-sort": i !== by ? "none" : down ? "descending" : "ascending" }, b); }));
-    const body = rows.map((r) => { const box = node("input", { type: "checkbox", "aria-label": "compare " + r[0] }); box.checked = chosen.includes(r[0]); box.addEventListener("change", () => { const now = model.get("chosen").filter((k) => k !== r[0]); model.set("chosen", box.checked ? [...now, r[0]] : now); model.save_changes(); }); return node("tr", {}, node("td", {}, box), ...r.map((v, i) => node("td", {}, String(show(v))))); });
-    scroll.replaceChildren(node("table", { class: "mg-table" }, node("thead", {}, head), node("tbody", {}, ...body)));
-  }
-  filter.addEventListener("input", paint); el.append(filter, scroll);
-  model.on("change:rows", paint); model.on("change:chosen", paint); paint();
-  return () => { model.off("change:rows", paint); model.off("change:chosen", paint); };
-}
-export default { render };
-"""
+    _esm = asset("common.js", "table.js")
 
 class Moments(anywidget.AnyWidget):
     "A slider over moments that have names, and a button that plays them."
     labels = tr.List().tag(sync=True) # a name for each moment
     value = tr.Int(0).tag(sync=True) # place of the moment that is shown
-    _esm = NODE + """
-function render({ model, el }) {
-  el.classList.add("mg-moments");
-  const play = node("button", { type: "button", "aria-label": "play" }, "▶"), slider = node("input", { type: "range", min: 0, "aria-label": "moment of the search" }), said = node("span");
-  let timer = null;
-  const last = () => Math.max(model.get("labels").length - 1, 0), at = () => model.get("value");
-  function paint() { slider.max = last(); slider.value = at(); const t = model.get("labels")[at()]; said.textContent = t === undefined ? "" : `${t} (${at() + 1} of ${last() + 1})`; slider.setAttribute("aria-valuetext", said.textContent); }
-  function go(i) { model.set("value", i); model.save_changes(); }
-  function run(on) { clearInterval(timer); timer = on ? setInterval(() => (at() < last() ? go(at() + 1) : run(false)), 400) : null; play.textContent = on ? "❚❚" : "▶"; play.setAttribute("aria-label", on ? "pause the replay" : "play"); }
-  play.addEventListener("click", () => { if (!timer && at() >= last()) go(0); run(!timer); });
-  slider.addEventListener("input", () => { run(false); go(+slider.value); });
-  el.append(play, slider, said); model.on("change:labels change:value", paint); paint();
-  return () => { run(false); model.off("change:labels change:value", paint); };
-}
-export default { render };
-"""
+    _esm = asset("common.js", "moments.js")
 
+# %% ../../nbs/views/widgets.ipynb #5699e95e
 class Library(anywidget.AnyWidget):
     "Plotly's code, for all charts of a page."
     code = tr.Unicode("").tag(sync=True)
-    _esm = """
-export default { initialize({ model }) {
-  const g = globalThis; g.mgdartsPlotly ??= {}; const p = g.mgdartsPlotly;
-  p.promise ??= new Promise((r) => { p.resolve = r; });
-  if (p.code) return;
-  p.code = model.get("code");
-  const url = URL.createObjectURL(new Blob([p.code], { type: "text/javascript" })); import(url).then(() => { p.resolve(g.Plotly); URL.revokeObjectURL(url); });
-} };
-"""
+    _esm = asset("plotly.js", "library.js")
     def __init__(self): super().__init__(code=get_plotlyjs())
 
+# %% ../../nbs/views/widgets.ipynb #caf50de4
 class Chart(anywidget.AnyWidget):
     "A place for figures, as wide as there is room. What the reader has zoomed into stays when other numbers come."
     figure = tr.Unicode().tag(sync=True) # as plotly's JSON
     label = tr.Unicode("").tag(sync=True) # what it is, for those who cannot see it, and for files
-    _esm = NODE + """
-function render({ model, el }) {
-  const g = globalThis; g.mgdartsPlotly ??= {}; const p = g.mgdartsPlotly; p.promise ??= new Promise((r) => { p.resolve = r; });
-  const plot = node("div", { role: "group", "aria-label": model.get("label") });
-  let due = true, drawing = false;
-  function now() { const f = JSON.parse(model.get("figure")); f.layout.width = el.clientWidth; f.layout.uirevision = f.data.length; return f; }
-  async function draw() { // one at a time; whatever has come meanwhile is drawn next
-    if (drawing) return;
-    drawing = true;
-    try {
-      const Plotly = await p.promise;
-      while (due && el.clientWidth) { due = false; const { data, layout } = now(); el.style.minHeight = `${layout.height}px`; await Plotly.react(plot, data, layout, { displaylogo: false, modeBarButtons: [["zoom2d", "pan2d", "resetScale2d"]] }); }
-    } finally { drawing = false; }
-  }
-  const renew = () => { due = true; draw(); };
-  const picture = async (format) => { const Plotly = await p.promise, { data, layout } = now(); if (format === "png") layout.paper_bgcolor = "white"; return (await fetch(await Plotly.toImage({ data, layout }, { format, width: layout.width, height: layout.height, scale: format === "png" ? 2 : 1 }))).blob(); };
-  const text = (v) => JSON.stringify(v).replaceAll("<", "\\u003c");
-  const whole = () => { const { data, layout } = now(); delete layout.width; return page(model.get("label"), ["<script>", p.code, `<\\/script><div id="f"></div><script>Plotly.newPlot("f", ${text(data)}, ${text(layout)}, { responsive: true })<\\/script>`]); };
-  el.classList.add("mg-plot"); el.append(plot, take(() => model.get("label"), { png: () => picture("png"), svg: () => picture("svg"), html: whole }));
-  let width = 0;
-  const watch = new ResizeObserver(() => { if (el.clientWidth && (due || el.clientWidth !== width)) { width = el.clientWidth; renew(); } });
-  watch.observe(el); model.on("change:figure", renew);
-  return async () => { watch.disconnect(); model.off("change:figure", renew); (await p.promise).purge(plot); };
-}
-export default { render };
-"""
+    _esm = asset("common.js", "plotly.js", "chart.js")
+
     def __init__(self, label: str):
-        self.fig = plots.empty("")
-        super().__init__(label=label, figure=self.fig.to_json())
+        super().__init__(label=label)
+        self.show(empty(""))
     def show(self, fig: go.Figure):
         "Show a figure."
         self.fig, self.figure = fig, fig.to_json()

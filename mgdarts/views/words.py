@@ -65,6 +65,7 @@ def _commit(e):
 def _start(e):
     return "thresholds start: " + ", ".join(f"{g}s at {v:.3g}" for g, v in e["thresholds"].items() if v is not None)
 
+# %% ../../nbs/views/words.ipynb #90c33c78
 def _stage(e):
     if e["status"] != "open": return f"ends: {e['status']}"
     return f"opens: {e['cells']} cells, {e['ops']} operations, {e['params']:,} parameters, down to {e['target']:,.0f}"
@@ -96,6 +97,7 @@ def outcome_rows(view: View, result: Outcome)->list: # of (name, now, next commi
             size("parameters", lambda o: o.count.params, 1), size("MACs, M", lambda o: o.count.macs, 1e6),
             size("memory of a step, about, GB", lambda o: o.memory, 1e9)]
 
+# %% ../../nbs/views/words.ipynb #bf428834
 def rows_html(heads: list, rows: list)->str:
     "Make a table of rows whose first value is their name."
     def cell(v): return f"<td>{html.escape(str(v))}</td>"

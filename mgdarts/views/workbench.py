@@ -4,587 +4,439 @@
 
 # %% ../../nbs/views/workbench.ipynb #42a3d83f
 from __future__ import annotations
-import html, math, os, re, threading, time, traceback
+import math, os, re, threading, time, traceback
+from functools import partial
 from pathlib import Path
-import ipywidgets as ui, torch
+import ipywidgets as ui
+from IPython.display import SVG, display
+from ..base.events import plain
+from ..base.options import Config, InputError, root
+from ..runs.bench import rss_mb
 from ..runs.folder import free_name, new_folder, read_config
-from . import compare
-from . import pictures
-from . import plots
-from . import replay
-from ..base.options import root
 from ..runs.listen import read_events
 from ..runs.make import bare_search
-from ..runs.records import list_runs
-from ..runs import run as runs
-from ..runs.bench import rss_mb
-from ..base.options import Config, InputError, PRESETS
-from ..methods.registry import settings_of
-from ..base.data import load_data
-from ..base.events import plain
-from .save import save_figure
-from .inspector import View, WhatIf, accuracy, distribution, fixed_ratio, some_images
-from .branch import branch
-from ..runs.memory import step_memory
 from ..search.loop import Search
-from ..space.darts import *
-from .stepper import *
-from .widgets import *
+from . import answers as answering
+from . import panels
+from .animation import animation
+from .branch import branch
+from .figures import progress
+from .inspector import KEYS, View, WhatIf, distribution, regrown_in
+from .pictures import cell_svg, histogram_svg, overview_svg
+from .replay import spec_of
+from .save import save_figure
+from .stepper import Stepper, bytes_of, on_new, on_run, on_search, save
+from .theme import GREY, net_name
+from .widgets import Deck, Library
+from .words import short, status_line, time_left, told
 
 # %% auto #0
-__all__ = ['wide', 'LivePanel', 'ThresholdPanel', 'LogPanel', 'ReplayPanel', 'ComparePanel', 'NewPanel', 'at_a_desk',
-           'strongest_of', 'Workbench', 'demo_or_newest']
+__all__ = ['at_a_desk', 'seen_in', 'stills', 'save_stills', 'about', 'size_bar', 'facts', 'deck_state', 'say', 'guard', 'begin',
+           'work', 'release', 'possible', 'command', 'hear', 'ask', 'save_pictures', 'save_replay', 'go_on', 'Pace',
+           'follow', 'look', 'take', 'draw', 'refresh', 'watch', 'Workbench', 'key_of', 'take_over', 'build', 'turn',
+           'demo_or_newest', 'run_named']
 
-# %% ../../nbs/views/workbench.ipynb #319b23ef
-def wide(least: int # pixels
-        )->ui.Layout:
-    "A column that shares its row with another, as long as both have room."
-    return ui.Layout(flex=f"1 1 {least}px", min_width="0")
-
-class LivePanel:
-    "Charts over the epochs, all cells, one cell, one operation."
-    def __init__(self, bench):
-        self.bench, self.drawn, self.base = bench, None, None
-        self.plot = Chart("charts of the search")
-        self.overview, self.cell = Picture(label="all cells", hint="brackets move between them"), Picture(label="selected cell", hint="arrow keys move the selection", said=" ")
-        self.beta, self.omega, self.history = Picture(label="filters of the selected operation"), Picture(label="weights of the selected operation"), Picture(label="strength of the selected operation over the epochs")
-        self.facts = ui.HTML()
-        for pic in (self.overview, self.cell): pic.on_msg(bench._message)
-        self.left = ui.VBox([self.plot], layout=wide(540))
-        self.right = ui.VBox([Picture(svg=pictures.op_legend_svg(), label="operation types", saved=False), self.overview, self.cell, self.facts, self.history, self.beta, self.omega], layout=wide(460))
-        self.widget = ui.HBox([self.left, self.right], layout=ui.Layout(flex_flow="row wrap", overflow="hidden"))
-
-    def charts(self):
-        s = self.bench.stepper
-        events, loss = s.events if s else [], s.running_loss if s and s.state not in s.ENDED else None
-        stamp = (id(s), len(events))
-        if stamp != self.drawn:
-            self.drawn = stamp
-            fig = plots.progress(list(events))
-            self.plot.show(fig)
-            self.base = (list(fig.data[0].x), list(fig.data[0].y)) if len(fig.data) else None
-        if self.base and loss and loss[0] > self.base[0][-1]: # the epoch that is being done
-            fig = self.plot.fig
-            fig.data[0].x, fig.data[0].y = self.base[0] + [loss[0]], self.base[1] + [loss[1]]
-            if loss[0] > fig.layout.xaxis.range[1]: fig.layout.xaxis.range = (0, loss[0] * 1.02)
-            self.plot.show(fig)
-
-    def draw(self):
-        view, bench = self.bench.view, self.bench
-        if view is None: return
-        c, e, o = unit = bench.selected
-        self.overview.svg, self.overview.selected = pictures.overview_svg(view), str(c)
-        self.cell.svg, self.cell.selected, self.cell.said = pictures.cell_svg(view, c), f"{c},{e},{o}", pictures.describe(view, unit)
-        w = WhatIf(view)
-        grad, mom = float(view.grad[unit]), float(view.mom[unit])
-        filters = view.count.cells[c].by_op.get((e, o), [0] * 5)
-        facts = [("σ(α)", f"{float(view.strength[unit]):.4f}"), ("threshold", "–" if view.warmup or not bool(view.live[unit]) else f"{float(view.thresholds['t_alpha'][unit]):.4f}"), ("gradient of α", f"{grad:+.2e}"), ("its smoothed momentum (Eq. 6)", f"{mom:+.2e}"),
-                 ("parameters", f"{filters[4]:,}"), ("filters", f"{filters[0]} of {filters[1]}" if is_conv(o) else "–"), ("weights", f"{filters[2]:,} of {filters[3]:,}" if is_conv(o) else "–")]
-        self.facts.value = '<div class="mg-line">' + "".join(f"<span>{k} <b>{v}</b></span>" for k, v in facts) + "</div>"
-        for pic, g in ((self.beta, "filter"), (self.omega, "weight")):
-            searched = is_conv(o) and bool(view.live[unit])
-            pic.svg = pictures.histogram_svg(distribution(w, g, unit, off=view.due.off), g, w.learned(g, unit)) if searched else ""
-        past = [h for h in bench.stepper.history if len(h[1]) > c] if bench.stepper else []
-        number = lambda v: None if v is None or v[unit].isnan() else float(v[unit])
-        self.history.svg = pictures.history_svg([h[0] for h in past], [number(h[1]) for h in past], [number(h[2]) for h in past])
-
-class ThresholdPanel:
-    "Thresholds to be turned, and what would follow."
-    def __init__(self, bench):
-        self.bench, self.note, self.extra = bench, "", {}
-        self.scope = ui.Dropdown(options=[("all operations", "all"), *((plots.OP_STYLES[o][1], o) for o in OPS), ("the selected operation", "selected")], description="Thresholds of", style={"description_width": "initial"})
-        self.scope.observe(lambda _: bench._later("thresholds"), "value")
-        self.pics, self.fields, rows = {}, {}, []
-        for g in GRANULARITIES:
-            pic = self.pics[g] = Picture(label=f"distribution of the {g}s with their threshold")
-            pic.on_msg(bench._message)
-            field = self.fields[g] = ui.BoundedFloatText(min=0, max=1e6, step=.01, description=f"{g}s", layout=ui.Layout(width="190px"))
-            field.observe(lambda change, g=g: self._typed(g, change), "value")
-            reset = ui.Button(description=f"{g}s as learned", tooltip=f"back to the learned thresholds of {g}s", layout=ui.Layout(width="auto"))
-            reset.on_click(lambda _, g=g: bench.reset(g))
-            rows.append(ui.VBox([pic, ui.HBox([field, reset])]))
-        self.table, self.said, self.overview = ui.HTML(), ui.HTML(), Picture(label="all cells as they would be")
-        self.overview.on_msg(bench._message)
-        def button(text, tip, do, style=""):
-            b = ui.Button(description=text, tooltip=tip, button_style=style, layout=ui.Layout(width="auto"))
-            b.on_click(lambda _: do())
-            return b
-        self.name = ui.Text(description="new run", placeholder="its name", layout=ui.Layout(width="260px"))
-        self.buttons = ui.HBox([button("Validation accuracy", "of the net as it is and of the what-if net, on the same images", bench.accuracy), button("Fixed ratio", "the same size, by cutting one share everywhere", bench.compare_fixed),
-                                button("Exact memory", "of a training step, by running it on fake tensors; takes a while", bench.exact_memory)], layout=ui.Layout(flex_flow="row wrap"))
-        self.go = ui.HBox([self.name, button("Continue as a new run", "commit what these thresholds prune in a copy, and go on there; this run stops, saved", bench.branch, "primary")], layout=ui.Layout(flex_flow="row wrap"))
-        self.left, self.right = ui.VBox([self.scope, *rows], layout=wide(460)), ui.VBox([self.table, self.said, self.buttons, self.go, self.overview], layout=wide(460))
-        self.widget = ui.HBox([self.left, self.right], layout=ui.Layout(flex_flow="row wrap", overflow="hidden"))
-        self._own = False
-
-    @property
-    def which(self): return self.bench.selected if self.scope.value == "selected" else self.scope.value
-    def _typed(self, g, change):
-        if not self._own: self.bench.move(g, change["new"])
-
-    def draw(self):
-        w = self.bench.whatif
-        if w is None: return
-        view, result = w.view, w.outcome()
-        off = result.off
-        for g in GRANULARITIES:
-            value = w.value(g, self.which)
-            self.pics[g].svg = pictures.histogram_svg(distribution(w, g, self.which, off=off), g, w.learned(g, self.which), value, g)
-            self._own = True
-            try:
-                self.fields[g].disabled = value is None
-                if value is not None: self.fields[g].value = round(value, 5)
-            finally: self._own = False
-        self.result = result
-        rows = outcome_rows(view, result)
-        self.table.value = rows_html(["", "now", "next commit", "what if", "difference"], rows)
-        self.said.value = "<br>".join(html.escape(t) for t in ([self.note] if self.note else []) + list(self.extra.values())) or "&nbsp;"
-        going = off[:view.live.numel()].view(view.live.shape)
-        self.overview.svg, self.overview.selected = pictures.overview_svg(view, going), str(self.bench.selected[0])
-
-class LogPanel:
-    "What happened."
-    def __init__(self, bench):
-        self.bench, self.html, self.drawn = bench, ui.HTML(), None
-        self.widget = ui.VBox([self.html])
-    def draw(self):
-        s = self.bench.stepper
-        n = (id(s), len(s.events) if s else 0, len(self.bench.said), s and s.trace)
-        if n == self.drawn: return
-        self.drawn = n
-        lines = [event_line(e) for e in (s.events[-400:] if s else [])]
-        if s and s.trace: lines += s.trace.splitlines()
-        self.html.value = '<div class="mg-log" tabindex="0" role="log" aria-label="log, newest first">' + "\n".join(html.escape(t) for t in reversed(lines + self.bench.said[-50:])) + "</div>"
-
-class ReplayPanel:
-    "A recorded search at any moment."
-    def __init__(self, bench):
-        self.bench, self.rep, self.drawn = bench, None, None
-        self.plot, self.cell, self.slider = Chart("the search at a moment"), Chart("the selected cell at a moment"), Moments()
-        self.slider.observe(lambda _: bench._later("replay"), "value")
-        save = ui.Button(description="Save as a page", tooltip="replay.html in the run folder: plays without a kernel", layout=ui.Layout(width="auto"))
-        save.on_click(lambda _: bench.save_replay())
-        self.widget = ui.VBox([ui.HBox([self.slider, save], layout=ui.Layout(flex_flow="row wrap")), self.plot, self.cell])
-    def load(self):
-        "Read the record anew; the last moment is shown, unless another one was."
-        folder = self.bench.stepper.folder if self.bench.stepper else None
-        rep = replay.replay(folder) if folder and (folder / "config.json").exists() else None
-        last = self.rep is None or rep is None or rep.name != self.rep.name or self.slider.value >= len(self.rep) - 1
-        self.rep = rep
-        with self.slider.hold_sync():
-            self.slider.labels, n = rep.labels if rep else [], max(len(rep) - 1, 0) if rep else 0
-            if last or self.slider.value > n: self.slider.value = n
-    def draw(self):
-        s = self.bench.stepper
-        stamp = (s.folder, len(s.events)) if s else None
-        if self.drawn is None or self.drawn[0] != stamp: self.load()
-        i, rep = self.slider.value, self.rep
-        c = self.bench.selected[0] if self.bench.selected else 0
-        if self.drawn == (stamp, i, c): return
-        if not rep or not len(rep):
-            self.plot.show(plots.empty("there is nothing to replay yet"))
-            self.cell.show(plots.empty(""))
-        else:
-            self.plot.show(replay.frame_figure(rep, i))
-            f = rep[i]
-            self.cell.show(replay.cell_figure(f, min(c, f.cells - 1)) if f.cells else plots.empty(rep.missing or "no cell was recorded at this moment"))
-        self.drawn = (stamp, i, c)
-
-class ComparePanel:
-    "Runs beside each other."
-    COLUMNS = {"run": "run", "method": "method", "preset": "preset", "dataset": "data", "seed": "seed", "status": "status", "params": "parameters", "ops": "operations", "test_acc": "test %", "random_acc": "random, test %"}
-    def __init__(self, bench):
-        self.bench, self.paths, self.drawn = bench, {}, None
-        self.table = Table(columns=list(self.COLUMNS.values()))
-        self.table.observe(lambda _: bench._later("compare"), "chosen")
-        again = ui.Button(description="Look again", tooltip="read the folder of runs anew", layout=ui.Layout(width="auto"))
-        again.on_click(lambda _: (self.load(), bench._later("compare")))
-        self.curves, self.pareto, self.difference, self.said = Chart("curves of the chosen runs"), Chart("accuracy against size"), Chart("difference of two architectures"), ui.HTML()
-        self.settings = ui.HTML()
-        self.widget = ui.VBox([self.table, ui.HBox([again, self.said]), self.settings, self.curves, self.pareto, self.difference])
-    def load(self):
-        "Which runs there are: those beside the one that is open."
-        s = self.bench.stepper
-        found = list_runs(s.folder.absolute().parent if s and s.folder else None)
-        self.paths = {Path(r["run"]).name: r for r in found}
-        self.table.rows = [[name, *(plain(r.get(k)) for k in list(self.COLUMNS)[1:])] for name, r in self.paths.items()]
-        kept = [k for k in self.table.chosen if k in self.paths]
-        self.table.chosen = kept or list(self.paths)[:2]
-    def draw(self):
-        if self.drawn is None: self.load()
-        chosen = [k for k in self.table.chosen if k in self.paths]
-        if self.drawn == chosen: return
-        try:
-            found = compare.entries([self.paths[k]["run"] for k in chosen])
-            rows = compare.settings(found)
-            self.settings.value = rows_html(["settings that differ", *(e.name for e in found)], rows) if rows else ""
-            self.curves.show(compare.overlay({e.name: e.events for e in found if e.events}))
-            trained = [self.paths[k] for k in chosen if self.paths[k].get("test_acc") is not None]
-            self.pareto.layout.display = None if trained else "none"
-            if trained: self.pareto.show(compare.pareto(trained))
-            both = [e for e in found if e.arch is not None][:2]
-            self.difference.show(compare.difference_figure(both[0].arch, both[1].arch) if len(both) == 2 else plots.empty("choose two finished runs to see where their architectures differ"))
-            self.said.value = html.escape((f"A: {both[0].name}, B: {both[1].name}" if len(both) == 2 else f"{len(chosen)} chosen") + ("" if trained else "; none of them has been retrained yet, so there is no accuracy against size"))
-        finally: self.drawn = chosen
-
-class NewPanel:
-    "A new search, in one click."
-    def __init__(self, bench):
-        self.bench = bench
-        small = lambda w: ui.Layout(width=w)
-        cfg = bench.config
-        self.preset = ui.Dropdown(options=list(PRESETS), value=cfg.preset if cfg and cfg.preset in PRESETS else "smoke", description="preset", layout=small("190px"))
-        self.dataset = ui.Text(value="", placeholder="the preset's own", description="dataset", layout=small("230px"))
-        self.seed = ui.BoundedIntText(value=0, min=0, max=2**31 - 1, description="seed", layout=small("170px"))
-        self.settings = ui.Text(value="", placeholder="key=value, key=value", description="settings", layout=small("300px"))
-        go = ui.Button(description="Start a new search", button_style="primary", tooltip="in a new folder under runs/; the search that is open stops, saved", layout=small("auto"))
-        go.on_click(lambda _: self.start())
-        self.widget = ui.HBox([go, self.preset, self.dataset, self.seed, self.settings], layout=ui.Layout(flex_flow="row wrap"))
-    def start(self):
-        self.bench._guard(lambda: self.bench.start(settings_of(self.preset.value, self.dataset.value.strip(), "", self.seed.value, self.settings.value)))
-
-# %% ../../nbs/views/workbench.ipynb #d16dee66
+# %% ../../nbs/views/workbench.ipynb #0e8a1a4b
 def at_a_desk()->bool:
-    "Whether somebody in JupyterLab is looking, who can click."
+    "Say whether somebody in JupyterLab is looking, who can click."
     return "JPY_SESSION_NAME" in os.environ and "IN_TEST" not in os.environ
 
-def strongest_of(view: View, c: int = 0)->tuple: # (cell, edge, op)
-    "The strongest live convolution of a cell, or else the strongest operation."
-    conv = view.live[c] & torch.tensor([is_conv(o) for o in range(len(OPS))])
-    at = int((view.strength[c] * (1 + conv.float()) * view.live[c]).argmax())
-    return c, at // len(OPS), at % len(OPS)
+def seen_in(what: str|Path|Search|Config|None)->tuple: # (events, View or None)
+    "Look at a search, a run folder, or at what has not begun."
+    if isinstance(what, Search): return [], View(what) if what.stage >= 0 else None
+    if what is None or isinstance(what, Config): return [], None
+    events, spec = read_events(Path(what) / "events.jsonl"), spec_of(read_config(what))
+    if not (Path(what) / "checkpoint").exists(): return events, None
+    return events, View(bare_search(what), regrown_in(spec, events))
 
+# %% ../../nbs/views/workbench.ipynb #0514dd55
+def stills(events: list, view: View|None, unit: tuple|None = None # selected: (cell, edge, operation)
+          )->dict: # name -> plotly figure, or SVG text
+    "Draw the views of the workbench as figures."
+    out = {"progress": progress(events)} if events or view is None else {}
+    if view is None: return out
+    c, w = (unit or panels.strongest_of(view))[0], WhatIf(view)
+    out |= {"cells": overview_svg(view), f"cell {c}": cell_svg(view, c)}
+    return out | {f"{g}s": histogram_svg(distribution(w, g), g, w.learned(g)) for g in KEYS}
+
+# %% ../../nbs/views/workbench.ipynb #067b3274
+def save_stills(found: dict, # from `stills`
+                folder: Path):
+    "Write stills: cells as SVG, charts as pages."
+    folder.mkdir(exist_ok=True)
+    for name, still in found.items():
+        file = folder / name.replace(" ", "-")
+        if isinstance(still, str): file.with_suffix(".svg").write_text(still.replace("currentColor", GREY), "utf-8")
+        else: save_figure(still, file.with_suffix(".html"))
+
+# %% ../../nbs/views/workbench.ipynb #17b9ec3a
+def about(cfg: Config|None, search: Search|None)->str:
+    "Say what is searched, in a few words."
+    spec = search.spec if search is not None else spec_of(cfg) if cfg else None
+    if spec is None: return ""
+    start = f"{cfg.method} · {cfg.data.name} · " if cfg else ""
+    return f"{start}{net_name(spec)} · seed {cfg.seed if cfg else search.seed}"
+
+# %% ../../nbs/views/workbench.ipynb #df9a212f
+def size_bar(events: list)->dict|None: # at, target: percent of the size that the stage began with; text
+    "Say how far the stage is."
+    opened = next((e for e in reversed(events) if e["type"] == "stage" and e["status"] == "open"), None)
+    if opened is None: return None
+    sized = ("epoch", "commit", "done")
+    last = next((e for e in reversed(events) if e is opened or e["type"] in sized and "params" in e))
+    size, top = last["params"], max(opened["params"], last["params"])
+    text = f"size {size / 1e6:.4f} M, target of this stage {opened['target'] / 1e6:.4f} M"
+    return {"at": 100 * size / top, "target": 100 * opened["target"] / top, "text": text}
+
+# %% ../../nbs/views/workbench.ipynb #9b664ca1
+def facts(s: Stepper)->list: # of text
+    "Say where a search stands."
+    search, diary = s.search, s.diary
+    out = [f"{search.stage_name} ({max(search.stage, 0) + 1} of {len(search.stages)})", f"epoch {search.epoch}",
+           f"step {search.steps}"]
+    if s.state == "running":
+        left = time_left(diary.events, diary.rate, len(search.loaders["train"]))
+        out += [f"{diary.rate:.1f} steps/s"] + [left] * bool(left)
+    return [*out, f"{rss_mb() / 1024:.2f} GB of memory"]
+
+# %% ../../nbs/views/workbench.ipynb #5f735b8c
+def deck_state(bench)->dict: # as `Deck.state`
+    "Say what the deck shows."
+    s, can = bench.stepper, bench.can()
+    search, (word, why) = s and s.search, status_line(s)
+    name = s.folder.name if s and s.folder else "a search in memory" if s else "no run"
+    main = "pause" if s and s.state == "running" else "run" if "run" in can else ""
+    last = bench.said[-1:] if time.monotonic() - bench.spoke < 20 else []
+    known = search is not None
+    return plain({"title": f"mgdarts  {name}", "about": about(bench.config, search), "can": list(can), "main": main,
+                  "word": word, "why": why, "facts": (facts(s) if known else []) + last,
+                  "bar": size_bar(s.diary.events) if known else None})
+
+# %% ../../nbs/views/workbench.ipynb #ae078044
+def say(bench, text: str):
+    "Put a line into the log and into the state line."
+    bench.said.append(f"{time.strftime('%H:%M:%S')}  {text}")
+    bench.spoke = time.monotonic()
+    bench.later("said")
+
+def guard(bench, do):
+    "Do something that may be refused, and say so."
+    try: return do()
+    except Exception as e: say(bench, f"not done: {told(e)}")
+
+# %% ../../nbs/views/workbench.ipynb #695be55a
+def begin(bench, work, # see `stepper`; None: nothing is open
+          cfg: Config|None = None):
+    "Open something else; what is open stops, saved."
+    old, bench.stepper = bench.stepper, None
+    if old: old.close()
+    bench.config, bench.view, bench.whatif, bench.pending, bench.drawn, bench.images = cfg, None, None, None, None, None
+    bench.answers.clear()
+    if work: bench.stepper = Stepper(work, bench.wake.set)
+
+# %% ../../nbs/views/workbench.ipynb #68037d08
+def work(bench, name: str, do):
+    "Have something answered that takes a while."
+    if not bench.answers.ask(name, do): say(bench, "one question at a time: wait for the answer to the last one")
+
+def release(bench):
+    "Stop drawing; the search goes on."
+    bench.ended = True
+    bench.wake.set()
+    if threading.current_thread() is not bench.thread: bench.thread.join(5)
+
+# %% ../../nbs/views/workbench.ipynb #3a0bc9d5
+def possible(s: Stepper|None, view: View|None, again: bool # whether a search in memory is at hand
+            )->tuple: # names of buttons
+    "Say what can be done now."
+    if s is None: return ()
+    files = ("pictures",) if s.folder and view is not None else ()
+    if s.state in ("finished", "stopping"): return files
+    go = ("run", "step", "commit", "epoch", "stage")
+    if s.state in s.ENDED: return (*files, *go) if s.folder or again else ()
+    kept = ("checkpoint",) if s.search is not None and s.search.events.wants("save") else ()
+    return (*files, *kept, "stop", *(go if s.state == "paused" else ("pause", *go[1:])))
+
+# %% ../../nbs/views/workbench.ipynb #ca1e76a8
+def command(bench, what: str # run, pause, step, commit, epoch, stage, stop, checkpoint, pictures
+           ):
+    "Do what a button says."
+    if what not in bench.can(): return
+    if what == "pictures": return save_pictures(bench)
+    if bench.stepper.state in Stepper.ENDED: # go on with what was stopped
+        folder = bench.stepper.folder
+        begin(bench, on_run(folder) if folder else on_search(bench.by_hand), bench.config)
+    s = bench.stepper
+    if what in ("epoch", "commit", "stage"): s.run(what)
+    elif what == "stop": s.stop(0)
+    elif what == "checkpoint": s.ask(save).add_done_callback(partial(_saved, bench, s))
+    else: {"run": s.run, "step": s.step, "pause": s.pause}[what]()
+    bench.later("deck")
+
+# %% ../../nbs/views/workbench.ipynb #693c11be
+def _saved(bench, s: Stepper, answer):
+    error = answer.exception()
+    say(bench, f"not saved: {told(error)}" if error else f"state saved in {short(s.folder / 'checkpoint')}")
+
+# %% ../../nbs/views/workbench.ipynb #a26a0284
+def hear(bench, widget, content: dict, buffers=None):
+    "Take a message from the page. A command that is said again was heard the first time."
+    if "do" in content:
+        n = content.get("n", math.inf)
+        if n <= bench.deck.heard: return
+        if n < math.inf: bench.deck.heard = n
+        guard(bench, lambda: command(bench, content["do"]))
+    elif "key" in content: bench.selection.key(content["key"])
+    elif "pick" in content: bench.selection.pick(content["pick"])
+    elif "drag" in content: bench.move(content["drag"], content["value"])
+
+# %% ../../nbs/views/workbench.ipynb #a6c7c0c4
+def ask(bench, name: str # accuracy, fixed ratio or exact memory
+       ):
+    "Ask about the what-if."
+    def images():
+        if bench.images is None: bench.images = answering.images_of(bench.stepper.search, bench.config)
+        return bench.images
+    answer = {"accuracy": lambda: answering.accuracy_answer(bench.whatif, images()),
+              "fixed ratio": lambda: answering.fixed_answer(bench.whatif, images()),
+              "exact memory": lambda: answering.memory_answer(bench.whatif)}[name]
+    work(bench, name, answer)
+
+# %% ../../nbs/views/workbench.ipynb #fa024956
+def save_pictures(bench):
+    "Write the stills into the run folder."
+    s, view, unit = bench.stepper, bench.view, bench.selection.unit
+    def do():
+        save_stills(stills(list(s.diary.events), view, unit), s.folder / "pictures")
+        say(bench, f"pictures are in {s.folder / 'pictures'}")
+    work(bench, "pictures", do)
+
+# %% ../../nbs/views/workbench.ipynb #1aac5bed
+def save_replay(bench):
+    "Write `replay.html` into the run folder."
+    s = bench.stepper
+    if s is None or s.folder is None: return say(bench, "not done: a search without a run folder has no record")
+    def do():
+        path = animation(s.folder, s.folder / "replay.html")
+        say(bench, f"{short(path)} is written ({path.stat().st_size / 1e6:.1f} MB)")
+    work(bench, "replay", do)
+
+# %% ../../nbs/views/workbench.ipynb #142a3474
+def go_on(bench, name: str = "" # of the new run; empty: any that is free
+         ):
+    "Go on from the what-if in a new run."
+    s, name = bench.stepper, name.strip()
+    if s is None or s.folder is None:
+        return say(bench, "not done: a search without a run folder cannot be copied; start it from here, or with runs.search")
+    if name and not re.fullmatch(r"[\w.-]+", name):
+        return say(bench, f"not done: {name!r} is not a name: use letters, digits, dots, dashes")
+    def look(search): return search.state_dict(), View(search, s.diary.regrown), len(s.diary.events)
+    def do():
+        out = s.folder.parent / name if name else free_name(bench.config)
+        state, view, events = s.ask(look).result(600)
+        branch(s.folder, state, bench.whatif.at(view), out, events)
+        bench.open(out)
+    work(bench, "new run", do)
+
+# %% ../../nbs/views/workbench.ipynb #822fad26
+class Pace:
+    "When there is time to draw: drawing waits `SHARE` times as long as it took."
+    SHARE = 40
+    def __init__(self): self.next, self.began, self.due = 0., 0., False
+    def start(self, force: bool = False):
+        self.began, self.due = time.thread_time(), force or time.monotonic() >= self.next
+    def stop(self):
+        spent = time.thread_time() - self.began
+        if self.due: self.next = time.monotonic() + max(.2, self.SHARE * spent)
+    def left(self)->float: # seconds
+        return min(max(self.next - time.monotonic(), .2), 5.)
+
+# %% ../../nbs/views/workbench.ipynb #91b5d0ee
+def follow(bench):
+    "Read a run anew that is only looked at, and that another process has gone on with."
+    s = bench.stepper
+    if s is None or not s.looking or s.state != "paused" or time.monotonic() - bench.followed < 3: return
+    bench.followed = time.monotonic()
+    if bytes_of(s.folder) not in (0, s.seen): begin(bench, on_run(s.folder), bench.config)
+
+# %% ../../nbs/views/workbench.ipynb #fd43ce4b
+def look(bench, state: tuple):
+    "Ask the search for a view, unless it has none yet."
+    s = bench.stepper
+    if s.search.stage < 0: return
+    bench.drawn, bench.pending = state, s.ask(lambda search: View(search, s.diary.regrown))
+    bench.pending.stepper = s
+    bench.pending.add_done_callback(lambda f: bench.wake.set())
+
+# %% ../../nbs/views/workbench.ipynb #cac4e2ad
+def take(bench)->bool:
+    "Take a view that has come; the moved thresholds stay moved, if it still has them."
+    pending = bench.pending
+    if pending is None or not pending.done(): return False
+    bench.pending = None
+    if pending.exception() or pending.stepper is not bench.stepper: return False
+    view, old = pending.result(), bench.whatif
+    same = old is not None and all(view.thresholds[k].shape == v.shape for k, v in old.shift.items())
+    bench.view, bench.whatif = view, old.at(view) if same else WhatIf(view)
+    bench.selection.follow(view)
+    return True
+
+# %% ../../nbs/views/workbench.ipynb #424eac2e
+def draw(bench, todo: set, waits: bool): # waits: the search does not run
+    "Draw what is new in the tab that is shown."
+    due, shown = bench.pace.due, bench.tabs.titles[bench.tabs.selected_index or 0]
+    changed, panel = todo & {"view", "selection", "tab"}, bench.panels[shown]
+    if shown == "Live":
+        if due or waits: panel.charts()
+        if changed: panel.draw()
+    elif shown == "Thresholds":
+        if changed or "thresholds" in todo: panel.draw()
+    elif shown != "Replay" or waits or due or todo: guard(bench, panel.draw)
+
+# %% ../../nbs/views/workbench.ipynb #5f5a6321
+def refresh(bench, force: bool = False)->float: # seconds until there is something to draw again
+    "Draw what is new, and what the time allows."
+    with bench.lock:
+        follow(bench)
+        todo, bench.todo = bench.todo, set()
+        s, waits = bench.stepper, bench.stepper is None or bench.stepper.state != "running"
+        bench.pace.start(force)
+        if take(bench): todo |= {"view"}
+        bench.deck.state = deck_state(bench)
+        state = None
+        if s is not None and s.search is not None:
+            state = s.search.steps, s.search.rebuilds, id(s.search), len(s.diary.events)
+        if bench.pending is None and state not in (None, bench.drawn) and (bench.pace.due or waits): look(bench, state)
+        draw(bench, todo, waits)
+        bench.pace.stop()
+        return 1. if waits else bench.pace.left()
+
+# %% ../../nbs/views/workbench.ipynb #88b3c7fc
+def watch(bench):
+    "Draw until the workbench is released."
+    wait = 1.
+    while not bench.ended:
+        bench.wake.wait(wait)
+        bench.wake.clear()
+        if bench.ended: break
+        try: wait = refresh(bench)
+        except Exception: bench.said.append(traceback.format_exc()) # drawing must not end because of one picture
+        running = bench.stepper is not None and bench.stepper.state == "running"
+        time.sleep(1 / Stepper.HZ if running and not bench.todo else .03)
+
+# %% ../../nbs/views/workbench.ipynb #d16dee66
 class Workbench:
     "A search to watch and steer: a run folder, a `Search`, a `Config` for a new run, or None."
-    SHARE = 40 # drawing waits this many times as long as it took
-    _open = {} # what was opened -> Workbench
-    _library, _spoke, _followed = None, 0., 0.
+    opened, library = {}, None # what was opened -> Workbench; plotly's code, for all of them
 
     def __init__(self, what: str|Path|Search|Config|None = None,
                  interactive: bool|None = None # None: in JupyterLab, yes; elsewhere a still
                 ):
-        self.interactive = at_a_desk() if interactive is None else interactive
-        self.lock, self.stepper, self.view, self.whatif, self.selected, self.said, self.config = threading.RLock(), None, None, None, None, [], None
-        self.key = ("search", id(what)) if isinstance(what, Search) else ("new", str(what)) if what is None or isinstance(what, Config) else ("run", str(Path(what).absolute()))
-        if not self.interactive: self.what = what; return
-        old = Workbench._open.pop(self.key, None)
-        self._wake, self._ended, self._todo, self._pending, self._next, self._drawn, self._busy, self._images = threading.Event(), False, set(), None, 0., None, None, None
-        if old: old.release()
-        if old and old.stepper and old.stepper.state not in Stepper.ENDED:
-            self.stepper, self.selected, self.config = old.stepper, old.selected, old.config
-            self.stepper.changed = self._wake.set
-            self.say("the cell was run again: the search goes on")
-        else:
-            if old and old.stepper: old.stepper.close()
-            if isinstance(what, Search): self.stepper = Stepper(on_search(what), self._wake.set)
-            elif isinstance(what, Config): self._begin(on_new(what, free_name(what)), what)
-            elif what is not None: self._begin(on_run(what), read_config(what))
-        self._search = what if isinstance(what, Search) else None
-        self._build()
-        Workbench._open[self.key] = self
-        self.refresh(True)
-        self.thread = threading.Thread(target=self._watch, name="mgdarts-view", daemon=True)
+        self.what, self.interactive = what, at_a_desk() if interactive is None else interactive
+        if not self.interactive: return
+        self.lock, self.wake, self.todo, self.ended = threading.RLock(), threading.Event(), set(), False
+        self.stepper, self.said, self.spoke, self.followed, self.pace = None, [], 0., 0., Pace()
+        self.by_hand = what if isinstance(what, Search) else None
+        self.selection = panels.Selection(lambda: self.later("selection"))
+        self.answers = answering.Answers(lambda: self.later("thresholds"))
+        self.key = key_of(what)
+        take_over(self, Workbench.opened.pop(self.key, None))
+        build(self)
+        Workbench.opened[self.key] = self
+        refresh(self, True)
+        self.thread = threading.Thread(target=watch, args=(self,), name="mgdarts-view", daemon=True)
         self.thread.start()
 
-    def _begin(self, work, cfg=None):
-        old, self.stepper = self.stepper, None
-        if old: old.close()
-        self.config, self.view, self.whatif, self._pending, self._images = cfg, None, None, None, None
-        if hasattr(self, "thresholds"): self.thresholds.extra.clear()
-        self.stepper = Stepper(work, self._wake.set)
-
-    def _build(self):
-        if Workbench._library is None: Workbench._library = Library()
-        self.deck = Deck()
-        self.deck.on_msg(self._message)
-        self.live, self.thresholds, self.replay, self.compare, self.log, self.new = LivePanel(self), ThresholdPanel(self), ReplayPanel(self), ComparePanel(self), LogPanel(self), NewPanel(self)
-        self.panels = {"Live": self.live, "Thresholds": self.thresholds, "Replay": self.replay, "Compare": self.compare, "Log": self.log}
-        self.tabs = ui.Tab([p.widget for p in self.panels.values()], titles=tuple(self.panels))
-        self.tabs.observe(lambda _: self._later("tab"), "selected_index")
-        self.root = ui.VBox([self.deck, self.new.widget, self.tabs])
-        self.root.add_class("mgdarts-wb")
-
-    # what it is told
-    def _guard(self, do):
-        "Do something that may be refused, and say so."
-        try: return do()
-        except (InputError, OSError) as e: self.say(f"not done: {e}")
-    def say(self, text: str):
-        "A line for the log and the state line."
-        self.said.append(f"{time.strftime('%H:%M:%S')}  {text}")
-        self._spoke = time.monotonic()
-        self._later("said")
-    def _later(self, what):
-        self._todo.add(what); self._wake.set()
-    def _message(self, widget, content, buffers=None):
-        if "do" in content:
-            if (n := content.get("n", math.inf)) <= self.deck.heard: return # said again, and heard the first time
-            if n < math.inf: self.deck.heard = n
-            self.do(content["do"])
-        elif "key" in content: self.key_pressed(content["key"])
-        elif "pick" in content: self.pick(content["pick"])
-        elif "drag" in content: self.move(content["drag"], content["value"])
-    def do(self, what: str # run, pause, step, commit, epoch, stage, stop, checkpoint
-          ):
-        "What a button does."
-        s = self.stepper
-        if what not in self.can(): return
-        if what == "pictures": return self.save_pictures()
-        if s.state in s.ENDED: # go on with what was stopped
-            folder = s.folder
-            self._begin(on_run(folder) if folder else on_search(self._search), self.config)
-            s = self.stepper
-        if what == "run": s.run()
-        elif what in ("epoch", "commit", "stage"): s.run(what)
-        elif what == "step": s.step()
-        elif what == "pause": s.pause()
-        elif what == "stop": s.stop(0)
-        elif what == "checkpoint": s.ask(lambda search: s.save()).add_done_callback(lambda f: self.say(f"not saved: {f.exception()}" if f.exception() else f"state saved in {short(s.folder / 'checkpoint')}"))
-        self._later("deck")
-    def can(self)->tuple:
-        "What can be done now."
-        s = self.stepper
-        if s is None: return ()
-        files = ("pictures",) if s.folder and self.view is not None else ()
-        if s.state in ("finished", "stopping"): return files
-        go = ("run", "step", "commit", "epoch", "stage")
-        save = ("checkpoint",) if s.search is not None and s.search.events.wants("save") else ()
-        if s.state in s.ENDED: return (*files, *go) if s.folder or self._search is not None else ()
-        return (*files, *save, "stop", *(go if s.state == "paused" else ("pause", *go[1:])))
-    def pick(self, what: str # "cell" or "cell,edge,op"
-            ):
-        "Select."
-        c, *rest = map(int, str(what).split(","))
-        if self.selected is None: return
-        self.selected = (c, *rest) if rest else (c, *self.selected[1:])
-        self._later("selection")
-    def key_pressed(self, key: str):
-        "Move the selection: arrows within a cell, brackets between cells."
-        if self.view is None: return
-        c, e, o = self.selected
-        cells = len(self.view.live)
-        if key in "[]": c = (c + (1 if key == "]" else -1)) % cells
-        elif key in ("ArrowLeft", "ArrowRight"): e = (e + (1 if key == "ArrowRight" else -1)) % len(EDGES)
-        else: o = (o + (1 if key == "ArrowUp" else -1)) % len(OPS)
-        self.selected = (c, e, o)
-        self._later("selection")
-    def move(self, granularity: str, to: float, which=None # None: the scope that is chosen
-            ):
-        "Turn a threshold."
-        if self.whatif is None: return
-        with self.lock: self._guard(lambda: self.whatif.move(granularity, which or self.thresholds.which, float(to)))
-        self.thresholds.extra.clear() # what was measured belongs to other thresholds
-        self._later("thresholds")
-    def reset(self, granularity: str):
-        "Back to the learned thresholds."
-        if self.whatif is None: return
-        with self.lock: self.whatif.reset(granularity)
-        self.thresholds.extra.clear()
-        self._later("thresholds")
     def start(self, cfg: Config, out: str|Path|None = None):
-        "A new search; the one that is open stops, saved."
+        "Begin a new search; the one that is open stops, saved."
         out = new_folder(out) if out else free_name(cfg)
-        with self.lock: self._begin(on_new(cfg, out), cfg)
+        with self.lock: begin(self, on_new(cfg, out), cfg)
         self.stepper.run()
-        self.say(f"a new search: {out.name}")
+        say(self, f"a new search: {out.name}")
     def open(self, run: str|Path):
-        "Another run; the one that is open stops, saved."
+        "Open another run; the one that is open stops, saved."
         work = on_run(run)
-        with self.lock: self._begin(work, read_config(run))
-        self.say(f"{Path(run).name} is open")
-
-    # longer answers, each in a thread of its own
-    def _task(self, name, do):
-        if self._busy and self._busy.is_alive(): return self.say("one question at a time: wait for the answer to the last one")
-        def work():
-            self.thresholds.note = f"{name}: working ..."
-            self._later("thresholds")
-            try: do()
-            except Exception as e: self.say(f"{name}: {e}"); self.thresholds.extra[name] = f"{name}: {e}"
-            self.thresholds.note = ""
-            self._later("thresholds")
-        self._busy = threading.Thread(target=work, name="mgdarts-answer", daemon=True)
-        self._busy.start()
-    def images(self):
-        "The images that what-if nets are compared on."
-        if self._images is None:
-            loader = self.stepper.search.loaders["val"]
-            if not hasattr(loader, "split"): # the run is only looked at
-                from mgdarts.base.batches import Loader
-                loader = Loader(load_data(self.config.data, self.config.seed, torch.device("cpu")), "val")
-            self._images = [(x.cpu(), y.cpu()) for x, y in some_images(loader)]
-        return self._images
-    def accuracy(self):
-        "Validation accuracy of the net as it is and of the what-if net."
-        def do():
-            w, images = self.whatif, self.images()
-            a, b = (accuracy(w.view, o.masks, images) for o in (w.view.now, w.outcome()))
-            self.answer = {"now": a, "whatif": b, "images": len(images[0][1])}
-            self.thresholds.extra["accuracy"] = f"validation accuracy on {len(images[0][1])} fixed images: now {a:.2f} %, what if {b:.2f} % ({b - a:+.2f})"
-        self._task("accuracy", do)
-    def compare_fixed(self):
-        "A net of the same size, by one share everywhere."
-        def do():
-            w, images = self.whatif, self.images()
-            mine = w.outcome()
-            share, o = fixed_ratio(w.view, mine.count.params)
-            a, b = (accuracy(w.view, x.masks, images) for x in (mine, o))
-            self.fixed = {"share": share, "params": o.count.params, "accuracy": b, "whatif": a}
-            keep = lambda x: ", ".join(f"{g}s {v:.1%}" for g, v in x.count.retention().items() if v is not None)
-            self.thresholds.extra["fixed"] = f"fixed ratio: cutting {share:.1%} everywhere gives {o.count.params:,} parameters ({keep(o)}) and {b:.2f} %; these thresholds give {mine.count.params:,} ({keep(mine)}) and {a:.2f} %"
-        self._task("fixed ratio", do)
-    def exact_memory(self):
-        "The memory plan of the what-if net."
-        def do():
-            from mgdarts.views.inspector import pruned
-            w = self.whatif
-            m = step_memory(pruned(w.view, w.outcome().masks), w.view.cfg, w.view.batch)
-            self.thresholds.extra["memory"] = f"exact plan of a step of the what-if net: {m.peak_bytes / 1e9:.3f} GB, of which {m.activations / 1e9:.3f} for maps"
-        self._task("exact memory", do)
-    def save_pictures(self):
-        "Write the stills into the run folder: cells as SVG, charts as pages."
-        folder = self.stepper.folder / "pictures"
-        def do():
-            folder.mkdir(exist_ok=True)
-            for name, still in self.stills().items():
-                file = folder / name.replace(" ", "-")
-                if isinstance(still, str): file.with_suffix(".svg").write_text(still.replace("currentColor", plots.GREY), "utf-8")
-                else: save_figure(still, file.with_suffix(".html"))
-            self.say(f"pictures are in {folder}")
-        self._task("pictures", do)
-    def save_replay(self):
-        "Write `replay.html` into the run folder."
-        s = self.stepper
-        if s is None or s.folder is None: return self.say("not done: a search without a run folder has no record")
-        def do():
-            path = replay.animation(s.folder, s.folder / "replay.html")
-            self.say(f"{short(path)} is written ({path.stat().st_size / 1e6:.1f} MB)")
-        self._task("replay", do)
-    def branch(self):
-        "Go on from the what-if in a new run."
-        s, name = self.stepper, self.thresholds.name.value.strip()
-        if s is None or s.folder is None: return self.say("not done: a search without a run folder cannot be copied; start it from here, or with runs.search")
-        def do():
-            if name and not re.fullmatch(r"[\w.-]+", name): raise InputError(f"{name!r} is not a name: use letters, digits, dots, dashes")
-            out = s.folder.parent / name if name else free_name(self.config)
-            state, view, events = s.ask(lambda search: (search.state_dict(), View(search, s.regrown), len(s.events))).result(600)
-            branch(s.folder, state, self.whatif.at(view), out, events)
-            self.open(out)
-        self._task("new run", do)
-
-    # what it shows
-    def _deck(self):
-        s = self.stepper
-        word, why = status_line(s)
-        search, facts, bar = s and s.search, [], None
-        if search is not None:
-            total = len(search.stages)
-            facts = [f"{search.stage_name} ({max(search.stage, 0) + 1} of {total})", f"epoch {search.epoch}", f"step {search.steps}"]
-            if s.state == "running":
-                facts.append(f"{s.rate:.1f} steps/s")
-                facts += [t for t in (time_left(s.events, s.rate, len(search.loaders["train"])),) if t]
-            facts.append(f"{rss_mb() / 1024:.2f} GB of memory")
-            opened = next((e for e in reversed(s.events) if e["type"] == "stage" and e["status"] == "open"), None)
-            size = next((e["params"] for e in reversed(s.events) if e["type"] in ("epoch", "commit", "done") and "params" in e), None)
-            if opened:
-                size = opened["params"] if size is None or opened["step"] >= s.events[-1]["step"] and s.events[-1] is opened else size
-                top = max(opened["params"], size)
-                bar = {"at": 100 * size / top, "target": 100 * opened["target"] / top, "text": f"size {size / 1e6:.4f} M, target of this stage {opened['target'] / 1e6:.4f} M"}
-        cfg, name = self.config, (s.folder.name if s and s.folder else "a search in memory" if s else "no run")
-        about = f"{cfg.method} · {cfg.data.name} · C={cfg.space.channels} L={cfg.space.cells} · seed {cfg.seed}" if cfg else f"C={search.spec.channels} L={search.spec.cells} · seed {search.seed}" if search is not None else ""
-        last = self.said[-1] if self.said and time.monotonic() - self._spoke < 20 else ""
-        self.deck.state = plain({"title": f"mgdarts  {name}", "about": about, "can": list(self.can()), "main": "pause" if s and s.state == "running" else "run" if "run" in self.can() else "", "word": word, "why": why, "facts": facts + ([last] if last else []), "bar": bar})
-
-    def _follow(self):
-        "A run that is only looked at may go on in another process."
-        s = self.stepper
-        if s is None or not s._bare or s.state != "paused" or time.monotonic() - self._followed < 3: return
-        self._followed = time.monotonic()
-        if (s.folder / "events.jsonl").exists() and (s.folder / "events.jsonl").stat().st_size != s.size: self._begin(on_run(s.folder), self.config)
-    def refresh(self, force: bool = False)->float: # seconds until there is something to draw again
-        "Draw what is new, and what the time allows."
-        with self.lock:
-            self._follow()
-            todo, self._todo = self._todo, set()
-            s = self.stepper
-            self._deck()
-            now, began = time.monotonic(), time.thread_time()
-            waits = s is None or s.state != "running"
-            if self._pending is not None and self._pending.done():
-                pending, self._pending = self._pending, None
-                if not pending.exception() and pending.stepper is s:
-                    self.view = pending.result()
-                    if self.selected is None or self.selected[0] >= len(self.view.live): self.selected = strongest_of(self.view)
-                    self.whatif = self.whatif.at(self.view) if self.whatif and len(self.whatif.shift["t_alpha"]) == len(self.view.thresholds["t_alpha"]) else WhatIf(self.view)
-                    todo |= {"view"}
-                    self._deck() # there is something to save as pictures now
-            due = force or now >= self._next
-            state = (s.search.steps, s.search.rebuilds, id(s.search), len(s.events)) if s and s.search is not None else None
-            if self._pending is None and state not in (None, self._drawn) and (due or waits): self._ask(state)
-            shown = self.tabs.titles[self.tabs.selected_index or 0]
-            changed = todo & {"view", "selection", "tab"}
-            if shown == "Live":
-                if due or waits: self.live.charts()
-                if changed: self.live.draw()
-            if shown == "Thresholds" and changed | todo & {"thresholds"}: self.thresholds.draw()
-            if shown == "Replay" and (waits or due or todo): self._guard(self.replay.draw)
-            if shown == "Compare": self._guard(self.compare.draw)
-            if shown == "Log": self.log.draw()
-            spent = time.thread_time() - began
-            if due: self._next = now + max(.2, self.SHARE * spent)
-            return 1. if waits else min(max(self._next - now, .2), 5.)
-    def _ask(self, state):
-        s = self.stepper
-        if s.search.stage < 0: return # nothing is open yet
-        self._drawn, self._pending = state, s.ask(lambda search: View(search, s.regrown))
-        self._pending.stepper = s
-        self._pending.add_done_callback(lambda f: self._wake.set())
-    def _watch(self):
-        wait = 1.
-        while not self._ended:
-            self._wake.wait(wait)
-            self._wake.clear()
-            if self._ended: break
-            try: wait = self.refresh()
-            except Exception: self.said.append(traceback.format_exc()) # drawing must not end because of one picture
-            running = self.stepper is not None and self.stepper.state == "running"
-            time.sleep(1 / Stepper.HZ if running and not self._todo else .03)
-    def release(self):
-        "Stop drawing; the search goes on."
-        self._ended = True
-        self._wake.set()
-        if self.interactive and threading.current_thread() is not self.thread: self.thread.join(5)
+        with self.lock: begin(self, work, read_config(run))
+        say(self, f"{Path(run).name} is open")
     def close(self):
         "Stop the search, saved, and close everything."
-        self.release()
+        release(self)
         if self.stepper: self.stepper.close()
-        Workbench._open.pop(self.key, None)
+        Workbench.opened.pop(self.key, None)
 
-    # without a browser
-    def stills(self)->dict: # name -> plotly figure, or SVG text
-        "The same views as figures."
-        if self.interactive: events, view = list(self.stepper.events) if self.stepper else [], self.view
-        elif isinstance(self.what, Search): events, view = [], View(self.what) if self.what.stage >= 0 else None
-        elif self.what is None or isinstance(self.what, Config): events, view = [], None
-        else:
-            events = read_events(Path(self.what) / "events.jsonl")
-            back = {(c, EDGES.index((a, b)), OPS.index(o)) for e in events if e["type"] == "regrow" for c, a, b, o in e["regrown"]}
-            view = View(bare_search(self.what), back) if (Path(self.what) / "checkpoint").exists() else None
-        out = {"progress": plots.progress(events)} if events or view is None else {}
-        if view is not None:
-            c, w = (self.selected or strongest_of(view))[0], WhatIf(view)
-            out |= {"cells": pictures.overview_svg(view), f"cell {c}": pictures.cell_svg(view, c)}
-            out |= {f"{g}s": pictures.histogram_svg(distribution(w, g), g, w.learned(g)) for g in GRANULARITIES}
-        return out
+    # what it is told, by panels, deck and keys: see the functions of these names
+    def later(self, what: str):
+        self.todo.add(what)
+        self.wake.set()
+    def can(self)->tuple: return possible(self.stepper, self.view, self.by_hand is not None)
+    def do(self, what: str): command(self, what)
+    def hear(self, *message): hear(self, *message)
+    def guard(self, do): return guard(self, do)
+    def ask(self, name: str): ask(self, name)
+    def branch(self, name: str = ""): go_on(self, name)
+    def save_replay(self): save_replay(self)
+    def move(self, granularity: str, to: float): turn(self, lambda w: w.move(granularity, self.thresholds.which, float(to)))
+    def reset(self, granularity: str): turn(self, lambda w: w.reset(granularity))
+
     def _ipython_display_(self):
-        from IPython.display import SVG, display
         if self.interactive: return display(self.root)
-        for still in self.stills().values(): display(SVG(still) if isinstance(still, str) else still)
+        for still in stills(*seen_in(self.what)).values(): display(SVG(still) if isinstance(still, str) else still)
+
+# %% ../../nbs/views/workbench.ipynb #5791a043
+def key_of(what)->tuple:
+    "What a workbench is known again by."
+    if isinstance(what, Search): return "search", id(what)
+    if what is None or isinstance(what, Config): return "new", str(what)
+    return "run", str(Path(what).absolute())
+
+# %% ../../nbs/views/workbench.ipynb #da8bf137
+def take_over(bench: Workbench, old: Workbench|None):
+    "Open what is asked for; what was open under this name, and goes on, is taken over."
+    begin(bench, None)
+    if old: release(old)
+    if old and old.stepper and old.stepper.state not in Stepper.ENDED:
+        bench.stepper, bench.config, bench.selection.unit = old.stepper, old.config, old.selection.unit
+        bench.stepper.changed = bench.wake.set
+        return say(bench, "the cell was run again: the search goes on")
+    if old and old.stepper: old.stepper.close()
+    what = bench.what
+    if isinstance(what, Search): begin(bench, on_search(what))
+    elif isinstance(what, Config): begin(bench, on_new(what, free_name(what)), what)
+    elif what is not None: begin(bench, on_run(what), read_config(what))
+
+# %% ../../nbs/views/workbench.ipynb #10626933
+def build(bench: Workbench):
+    "Make the widgets."
+    if Workbench.library is None: Workbench.library = Library()
+    bench.deck, bench.new = Deck(), panels.NewPanel(bench)
+    bench.deck.on_msg(bench.hear)
+    bench.live, bench.thresholds = panels.LivePanel(bench), panels.ThresholdPanel(bench)
+    bench.replay, bench.compare, bench.log = panels.ReplayPanel(bench), panels.ComparePanel(bench), panels.LogPanel(bench)
+    bench.panels = {"Live": bench.live, "Thresholds": bench.thresholds, "Replay": bench.replay,
+                    "Compare": bench.compare, "Log": bench.log}
+    bench.tabs = ui.Tab([p.widget for p in bench.panels.values()], titles=tuple(bench.panels))
+    bench.tabs.observe(lambda _: bench.later("tab"), "selected_index")
+    bench.root = ui.VBox([bench.deck, bench.new.widget, bench.tabs])
+    bench.root.add_class("mgdarts-wb")
+
+# %% ../../nbs/views/workbench.ipynb #034aad49
+def turn(bench: Workbench, how # function of a WhatIf
+        ):
+    "Turn thresholds; what was answered belonged to others."
+    if bench.whatif is None: return
+    with bench.lock: guard(bench, lambda: how(bench.whatif))
+    bench.answers.clear()
+    bench.later("thresholds")
 
 # %% ../../nbs/views/workbench.ipynb #a64655c6
 def demo_or_newest(folder: str|Path|None = None # None: the project's runs/
                   )->Path|None: # None: there is no run
-    "What the workbench opens on when nobody says."
+    "Say what the workbench opens on when nobody says."
     folder = Path(folder) if folder else root() / "runs"
     found = sorted(folder.glob("*/config.json"), key=lambda p: p.stat().st_mtime) if folder.is_dir() else []
     return folder / "demo" if (folder / "demo/config.json").exists() else found[-1].parent if found else None
+
+def run_named(name: str = "")->Path|None:
+    "Find a run by its folder, from here or from the project's; by nothing the demo, or else the newest."
+    if not name: return demo_or_newest()
+    return Path(name) if (Path(name) / "config.json").exists() else root() / name
