@@ -41,7 +41,7 @@ class Plans:
         self.known[cell] = key, device, plan
         return plan
 
-# %% ../../nbs/fast/engine.ipynb #4991bc77
+# %% ../../nbs/fast/engine.ipynb #d431b50a
 def each(f, maps: tuple)->tuple:
     "Return `f` of each map, worked out once where they are the same."
     made = {id(m): f(m) for m in maps}
@@ -117,7 +117,7 @@ class FastEngine(Engine):
             if c == net.aux_cell and net.aux is not None and net.training: aux = run(net.aux, y, b)
         return run(net.classifier, y, b), aux
 
-# %% ../../nbs/fast/engine.ipynb #dcfe1867
+# %% ../../nbs/fast/engine.ipynb #9e2be5bb
 def make(compute: Compute|None = None # None: as a configuration has it where nothing else is said
         )->Engine:
     "Make the engine that a configuration asks for."

@@ -4,473 +4,255 @@
 
 # %% ../../nbs/paper/study.ipynb #a82c8d0e
 from __future__ import annotations
-import dataclasses, statistics, sys, time
-from dataclasses import asdict
+import statistics, sys, time
 from pathlib import Path
-from ..runs.records import load_run
-from ..runs.folder import device_of, environment, read_record
-from ..net import files as arch_files
-from . import data as paper
-from ..runs import run as runs
-from ..net.architecture import Architecture
-from ..net.count import counts
-from .arms import Arm, Job, job, run_arms
-from ..base.options import LONG, Config, InputError, closest, from_dict, resolve
-from ..methods.registry import pairs, preset as preset_config
-from ..base.options import root
-from ..net.genotype import import_genotype
 from ..base.events import RunFailed
-from ..runs.memory import memory_plan
-from ..space.mobile import MobileSpec
-from ..net.sample import weaknas
-from ..space.darts import *
 from ..base.files import read_json, write_json
+from ..base.options import LONG, Config, InputError, closest, resolve, root
+from ..methods.registry import pairs, preset as preset_config
+from ..net.architecture import Architecture
+from .arms import Arm, job
+from .data import TARGETS, paper_rows, target
+from .record import make_record, rebuild, recorded
+from .running import run_arms
+from .show import Results, beside, beside_paper, draw, markdown, scatter, signed
 from .verdicts import home, verdicts
+from ..runs.estimate import estimate, in_words
+from ..space.darts import NetSpec
+from ..space.space import count_supernet
 
 # %% auto #0
-__all__ = ['TARGETS', 'PAPER_DATA', 'EXTRA', 'SMOKE', 'target', 'seeds_of', 'shape_of', 'pace_of', 'rise_of', 'seconds',
-           'measure', 'scale_of', 'planned_memory', 'head_sizes', 'published', 'published_shape', 'darts_sizes',
-           'mobile_sizes', 'paper_rows', 'summary', 'make_record', 'at', 'jobs_in', 'recorded', 'rebuild', 'Asked',
-           'Ran', 'markdown', 'draw', 'Study', 'adaptive_and_fixed', 'run_notebook', 'outcome', 'reproduce',
-           'reproduce_all', 'remake']
+__all__ = ['SMOKE', 'seeds_of', 'Asked', 'chosen', 'run_wanting', 'tell', 'Study', 'save', 'adaptive_and_fixed', 'run_notebook',
+           'outcome', 'reproduce', 'failed_target', 'reproduce_all', 'remake']
 
 # %% ../../nbs/paper/study.ipynb #3e1f37ce
-TARGETS = {
-    "table01": "CIFAR-10 and CIFAR-100, DARTS-like space", "table02": "ImageNet, DARTS-like space", "table03": "ImageNet, MobileNet-like space", "table04": "single-stage and multi-stage",
-    "table05": "regrowing ratios", "table06": "memory reduction in three search spaces", "table07": "DASS against MG-DARTS", "table08": "granularities", "table09": "optimisation strategies",
-    "table10": "auxiliary heads", "methods": "the methods at one size", "thresholds": "where thresholds start", "fig01": "retention ratios at the same size", "fig02": "the search space", "fig03": "pruning", "fig04": "stages", "fig05": "ratios set by hand",
-    "fig06": "fixed rates: retention ratios", "fig07": "fixed rates: accuracy against size", "fig08": "thresholds and ratios during the search", "fig09": "what is kept where"}
-
-def target(name: str)->str: # the same
-    "`InputError` on a table or figure that there is not."
-    if name not in TARGETS: raise InputError(f"unknown target {name!r}: {closest(name, TARGETS)}")
-    return name
-
 def seeds_of(text: str|int|list)->tuple:
     "Seeds as they are typed: 0,1,2. `InputError` when they are not."
     parts = text if isinstance(text, list) else str(text).split(",")
     try: seeds = tuple(dict.fromkeys(int(str(p).strip()) for p in parts))
     except ValueError: seeds = ()
-    if not seeds or min(seeds) < 0 or max(seeds) >= 2**31: raise InputError(f"seeds {text!r} are not whole numbers from 0: write for example 0,1,2")
+    if not seeds or min(seeds) < 0 or max(seeds) >= 2**31:
+        raise InputError(f"seeds {text!r} are not whole numbers from 0: write for example 0,1,2")
     return seeds
 
-# %% ../../nbs/paper/study.ipynb #8cb34859
-def _thirds(values: list)->tuple: # (first third, middle, last third)
-    n = max(1, len(values) // 3)
-    return values[:n], values[n:-n] or values[n - 1:n + 1], values[-n:]
-
-def shape_of(arch: Architecture)->dict:
-    "Where an architecture keeps what (Fig. 9): retention ratios at the ends and in the middle of the net, of separable and of dilated convolutions."
-    n, out = counts(arch), {}
-    mean = lambda vs: statistics.fmean(kept) if (kept := [v for v in vs if v is not None]) else None
-    for g in GRANULARITIES:
-        first, middle, last = _thirds([c["retention"][g] for c in n["cells"]])
-        out |= {f"{g}_first": mean(first), f"{g}_middle": mean(middle), f"{g}_last": mean(last), f"{g}_ends": mean(first + last)}
-        for kind in ("sep", "dil"): out[f"{g}_{kind}"] = mean(r[g] for name, r in n["by_type"].items() if name.startswith(kind))
-    return out
-
-def pace_of(events: list)->dict:
-    "How a search pruned: by how much at a commit, and when (Fig. 6 and 8), as a share of its joint epochs."
-    epochs = [e for e in events if e["type"] == "epoch" and e.get("phase") == "joint" and e.get("retention")]
-    commits, out = [e for e in events if e["type"] == "commit"], {}
-    for g in GRANULARITIES:
-        ratios = [e["retention"][g] for e in epochs if e["retention"].get(g) is not None]
-        if len(ratios) > 1 and ratios[0] > min(ratios): out[f"half_{g}"] = next(i for i, r in enumerate(ratios) if r <= (ratios[0] + min(ratios)) / 2) / (len(ratios) - 1)
-    if commits:
-        filters = [a["retention"]["filter"] - b["retention"]["filter"] for a, b in zip(commits, commits[1:]) if None not in (a["retention"]["filter"], b["retention"]["filter"])]
-        out |= {"ops_a_commit": statistics.fmean(e["pruned"]["operation"] for e in commits), "filters_a_commit": 100 * statistics.fmean(filters) if filters else None}
-    return out | rise_of(events)
-
-def rise_of(events: list)->dict:
-    "When the mean threshold of a granularity has risen half of its way in a stage, as a share of the stage's joint epochs, over the stages in which it rises; late is towards 1 (Fig. 8: that of weights)."
-    joint, out = [e for e in events if e["type"] == "epoch" and e.get("phase") == "joint" and e.get("thresholds")], {}
-    for g in GRANULARITIES:
-        at = []
-        for stage in dict.fromkeys(e["stage"] for e in joint):
-            t = [v for e in joint if e["stage"] == stage and (v := e["thresholds"].get(g)) is not None]
-            if len(t) > 2 and t[-1] > t[0]: at.append(next(i for i, v in enumerate(t) if v >= (t[0] + t[-1]) / 2) / (len(t) - 1))
-        if at: out[f"rise_{g}"] = statistics.fmean(at)
-    return out
-
-def seconds(result: dict, record: dict)->float|None: # None: an older run does not say
-    "What a run cost: CPU seconds on a CPU, whatever else the machine did meanwhile; wall time on a GPU."
-    return result.get("cpu_s" if record["environment"]["device"] == "cpu" else "wall_s")
-
-def measure(job: Job, folder: str|Path)->dict: # one row, JSON-ready
-    "What an arm's files say. `InputError` when they are damaged or missing."
-    run, out, row = job.run(folder), job.training(folder), {"label": job.label, "seed": job.seed}
-    if job.search:
-        data = load_run(run)
-        r = data["result"]
-        if r is None: raise InputError(f"{run.name} is not finished")
-        row |= {"reached": r["reached"], "gap": r.get("gap"), "searched_m": r.get("params_searched", r["params"]) / 1e6, "ops": r["ops"], **{f"ratio_{g}": r["retention"].get(g) for g in GRANULARITIES}, "epochs": r["epochs"], "search_s": seconds(r, data["record"]),
-                **{f"{what}_{g}": d[what] for g, d in (r.get("drift") or {}).items() for what in ("auc", "free")}, **shape_of(data["arch"]), **pace_of(data["events"]), "environment": data["record"]["environment"], "dataset": data["record"]["dataset"]}
-        if (run / "memory.json").exists():
-            row["memory_mb"] = {k: v / 2**20 for k, v in read_json(run / "memory.json", "a record of memory").items()}
-            if row["memory_mb"]: row["peak_mb"] = max(row["memory_mb"].values())
-    if job.train:
-        record, r = read_record(out), read_json(out / "result.json", "a result")
-        row |= {"acc": r["test_acc_final"], "acc_best_val": r.get("test_acc_best_val"), "val_acc": r.get("val_acc_final"), "trained_on": r.get("trained_on", "train"), "params_m": r["params_nonzero"] / 1e6, "deployable_m": r["params_deployable"] / 1e6, "macs_m": r["macs"] / 1e6,
-                "density": r["test_acc_final"] / (r["params_nonzero"] / 1e6), "train_epochs": r["epochs"], "train_s": seconds(r, record), "test_images": record["images"]["test"], "environment": record["environment"], "dataset": record["dataset"], "data_source": record.get("data_source", "")}
-        if job.keep: row["ratio_weight"] = job.keep
-        if job.build or job.random: # what was searched is another network
-            arch = arch_files.load(out)
-            size = counts(arch)
-            row |= {"ops": size["ops"], **{f"ratio_{g}": size["retention"][g] for g in GRANULARITIES}, **shape_of(arch)}
-    return row
-
-# %% ../../nbs/paper/study.ipynb #a1ac6b35
-PAPER_DATA = ("cifar10", "cifar100", "imagenet")
-
-def scale_of(config: dict # of a training, or of a search
-            )->str:
-    "paper, or scaled down."
-    cfg = from_dict(config)
-    if cfg.preset not in LONG or Path(cfg.data.name).name not in PAPER_DATA: return "scaled down"
-    base = preset_config(cfg.preset)
-    whole = all(getattr(cfg.data, k) == getattr(base.data, k) for k in ("size", "subset", "test_subset")) and cfg.train.images == base.train.images and cfg.train.epochs >= min(200, base.train.epochs) and cfg.space.cells >= 8 # Table X trains for 200
-    return "paper" if whole else "scaled down"
-
-# %% ../../nbs/paper/study.ipynb #bd9fba84
-def planned_memory(_)->dict:
-    "Peak of a step of each stage at C=24, L=8, batch 96, on fake tensors."
-    cfg, out = preset_config("small"), {}
-    for name, stages, how in (("Single-stage", 1, "none"), ("Multi-stage", 3, "none"), ("Multi-stage, recomputed", 3, "earlier")):
-        found = memory_plan(NetSpec(cfg.space.channels, cfg.space.cells), cfg.search, cfg.search.batch, stages, cfg.space.aux_size, dataclasses.replace(cfg.compute, recompute=how))
-        out[name] = [{"stage": m.name, "peak_gb": m.peak_bytes / 1e9} for m in found]
-    return {"plan": out}
-
-def head_sizes(_)->dict:
-    "Parameters of the auxiliary heads at C=44, L=14, in millions."
-    size = count_supernet(NetSpec(44, 14))
-    return {"heads_m": {k: sum(v) / 1e6 for k, v in size["aux"].items()}, "main_m": size["main"] / 1e6}
-
-def published()->Architecture|None:
-    "The authors' small network, where its files are in data/published, or in shared/data/published beside the project."
-    for folder in (root() / "data/published", root().parent / "shared/data/published"):
-        files = [folder / n for n in ("genotype_small.txt", "mask_cifar10_darts_small.npy")]
-        if all(f.exists() for f in files): return import_genotype(*files, channels=24)
-
-def published_shape(_)->dict:
-    arch = published()
-    return {"published": arch and {"params_nonzero": counts(arch)["params_nonzero"], **shape_of(arch)}}
-
-def darts_sizes(_)->dict:
-    "The nets of the paper in the DARTS-like space, counted, whatever the preset; millions of parameters beside what the paper says of them."
-    large = next(r["Params (M)"] for r in paper.table(10) if r["Component"] == "Main Parts")
-    small, main = next(r["Params (M)"] for r in paper.table(1) if r["Method"] == "MG-DARTS (ours, small)"), lambda *a, **k: count_supernet(NetSpec(*a, **k))["main"]
-    found = [("super-net, C=44, L=14", main(44, 14), large), ("super-net, C=24, L=8", main(24, 8), None), ("super-net, C=48, L=14, ImageNet", main(48, 14, 1000, 224), None)]
-    if arch := published(): found.append(("the authors' small net, non-zero", counts(arch)["params_nonzero"], small))
-    return {"sizes": [{"net": n, "params_m": k / 1e6, "paper_m": theirs} for n, k, theirs in found]}
-
-def mobile_sizes(_)->dict:
-    "The same for the MobileNet-like space, with the published net of WeakNAS."
-    theirs = next(r["Params (M)"] for r in paper.table(3) if r["Method"] == "WeakNAS")
-    return {"sizes": [{"net": "super-net, 17 layers, width 1.2", "params_m": count_supernet(MobileSpec())["main"] / 1e6, "paper_m": None}, {"net": "WeakNAS's published net", "params_m": counts(weaknas())["params_deployable"] / 1e6, "paper_m": theirs}]}
-
-EXTRA = {"table01": darts_sizes, "table02": darts_sizes, "table03": mobile_sizes, "table04": planned_memory, "table10": head_sizes, "fig09": published_shape}
-
-# %% ../../nbs/paper/study.ipynb #776f5c22
-def paper_rows(item: str)->list:
-    "The paper's numbers of a table or figure."
-    return paper.table(int(item[5:])) if item.startswith("table") else [r for r in paper.figures() if r["item"] == item]
-
-def summary(rows: list)->dict: # label -> metric -> mean, std, n
-    "Mean and standard deviation over seeds of everything that is a number; no deviation for one seed."
-    out = {}
-    for label in dict.fromkeys(r["label"] for r in rows):
-        mine = [r for r in rows if r["label"] == label]
-        values = {k: [r[k] for r in mine if isinstance(r.get(k), (int, float)) and not isinstance(r[k], bool)] for r in mine for k in r if k not in ("label", "seed")}
-        out[label] = {k: {"mean": statistics.fmean(v), "std": statistics.stdev(v) if len(v) > 1 else None, "n": len(v)} for k, v in values.items() if v}
-    return out
-
-def make_record(item: str, jobs: list, folder: str|Path, # of all runs
-                parameters: dict, failed: dict, # place in `jobs` -> why
-                wall_s: float,
-                known: dict|None = None # of `recorded`, for arms without files
-               )->dict: # JSON-ready
-    "Everything that a table or figure stands on."
-    rows, failures = [], [{"label": jobs[i].label, "seed": jobs[i].seed, "why": why} for i, why in failed.items()]
-    for i, j in enumerate(jobs):
-        if i in failed: continue
-        try: rows.append({**known[j.place()], "label": j.label} if known and j.place() in known and not j.finished(folder) else measure(j, folder))
-        except InputError as e: failures.append({"label": j.label, "seed": j.seed, "why": str(e)})
-    labels = list(dict.fromkeys(r["dataset"] for r in rows))
-    return {"item": item, "title": TARGETS[item], "scale": "paper" if jobs and all(scale_of(j.train or j.search) == "paper" for j in jobs) else "scaled down", "dataset": "; ".join(labels), "parameters": parameters,
-            "seeds": sorted({j.seed for j in jobs}), "environment": environment(device_of(from_dict(jobs[0].train or jobs[0].search))), "wall_s": round(wall_s, 1),
-            "arms": [{**asdict(at(j, "")), "run": j.key(), "training": j.training(Path("runs")).name if j.train else None} for j in jobs], "rows": rows, "failed": failures,
-            "values": summary(rows), "extra": EXTRA[item](rows) if item in EXTRA else {}, "paper": paper_rows(item)}
-
-def at(j: Job, data_dir: str # folder of the datasets; empty: the project's data/
-      )->Job:
-    "The same arm, with its data elsewhere. Records do not say where the data lay."
-    move = lambda c: c and {**c, "data": {**c["data"], "dir": data_dir}}
-    return dataclasses.replace(j, search=move(j.search), train=move(j.train))
-
-def jobs_in(record: dict)->list: # of Job
-    "The arms of a record. `InputError` when they are not of this version."
-    try: found = [Job(**{f.name: a[f.name] for f in dataclasses.fields(Job)}) for a in record["arms"]]
-    except (KeyError, TypeError): raise InputError("the record has no arms that can be run again") from None
-    for j in found:
-        for config in (j.search, j.train):
-            if config: from_dict(config)
-    return found
-
-def recorded(folder: str|Path # of records
-            )->dict: # `Job.place` -> row
-    "What the records of a folder say of arms that came to an end; a record that cannot be read says nothing."
-    out = {}
-    for path in sorted(Path(folder).glob("*/record.json")):
-        try:
-            record = read_json(path, "a record")
-            rows = {(r["label"], r["seed"]): r for r in record["rows"]}
-            out |= {j.place(): rows[j.label, j.seed] for j in jobs_in(record) if (j.label, j.seed) in rows}
-        except (InputError, KeyError, TypeError): continue
-    return out
-
-def rebuild(record: dict|str|Path, # or the file
-            folder: str|Path|None = None, # of all runs; None: the project's runs/repro
-            workers: int = 0, data_dir: str = "" # folder of the datasets; empty: the project's data/
-           )->dict: # the new record
-    "Make a record again from the configurations inside it."
-    if not isinstance(record, dict): record = read_json(Path(record), "a record")
-    folder, jobs, start = Path(folder) if folder else root() / "runs/repro", [at(j, data_dir) for j in jobs_in(record)], time.time()
-    if not jobs: raise InputError("the record has no arms: run its notebook instead")
-    failed = run_arms(jobs, folder, workers)
-    return make_record(target(record.get("item", "")), jobs, folder, record.get("parameters", {}), failed, time.time() - start)
-
 # %% ../../nbs/paper/study.ipynb #a55834e0
-SMOKE = {"data.subset": 128, "search.prune_every": 1, "search.max_epochs": 20, "search.length": 4, "search.lambda_step": .1, "train.epochs": 2}
+SMOKE = {"data.subset": 128, "search.prune_every": 1, "search.max_epochs": 20, "search.length": 4,
+         "search.lambda_step": .1, "train.epochs": 2}
 
 class Asked:
-    "The parameters of a notebook."
-    def __init__(self, item: str, preset: str = "smoke", seeds: str|int|list = "0", dataset: str = "", data_dir: str = "", device: str = "auto",
+    "The parameters of a notebook, checked. `InputError` names the one that is wrong."
+    def __init__(self, item: str, preset: str = "smoke", seeds: str|int|list = "0", dataset: str = "",
+                 data_dir: str = "", device: str = "auto",
                  arms: str = "", # labels, comma-separated; empty: all, at preset smoke those that are enough there
                  out: str = "", # folder of the records; empty: the project's figures/, at preset smoke figures/smoke/
                  runs_dir: str = "", # folder of all runs; empty: the project's runs/repro
-                 jobs: int = 0, settings: str = "", # more knobs for all arms
+                 jobs: int = 0, # arms side by side; 0: one a core, one on a GPU; 1: one by one, in this process
+                 settings: str = "", # more knobs for all arms
                  **more # further parameters, for the record
                 ):
-        for name, value in {"preset": preset, "dataset": dataset, "data_dir": data_dir, "device": device, "arms": arms, "out": out, "runs_dir": runs_dir, "settings": settings}.items():
+        texts = {"preset": preset, "dataset": dataset, "data_dir": data_dir, "device": device, "arms": arms, "out": out,
+                 "runs_dir": runs_dir, "settings": settings}
+        for name, value in texts.items():
             if not isinstance(value, str): raise InputError(f"parameter {name}={value!r} must be text")
-        if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 0: raise InputError(f"parameter jobs={jobs!r} must be a whole number from 0")
-        self.item, self.preset, self.seeds, self.chosen, self.workers = target(item), preset, seeds_of(seeds), [a.strip() for a in arms.split(",") if a.strip()], jobs
-        self.folder, self.out = Path(runs_dir) if runs_dir else root() / "runs/repro", (Path(out) if out else home(preset)) / item
-        self.common = {k: v for k, v in {"data.name": dataset, "data.dir": data_dir, "device": device}.items() if v} | (SMOKE if preset == "smoke" else {}) | {resolve(Config(), k): v for k, v in pairs(settings).items()}
-        self.parameters = {"preset": preset, "seeds": list(self.seeds), "dataset": dataset, "data_dir": "", "device": device, "arms": arms, "settings": settings, **more}
+        if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 0:
+            raise InputError(f"parameter jobs={jobs!r} must be a whole number from 0")
+        self.item, self.preset, self.seeds, self.workers = target(item), preset, seeds_of(seeds), jobs
+        self.chosen = [a.strip() for a in arms.split(",") if a.strip()]
+        self.folder = Path(runs_dir) if runs_dir else root() / "runs/repro"
+        self.out = (Path(out) if out else home(preset)) / item
+        self.parameters = {"preset": preset, "seeds": list(self.seeds), "dataset": dataset, "data_dir": "",
+                           "device": device, "arms": arms, "settings": settings, **more}
+        given = {"data.name": dataset, "data.dir": data_dir, "device": device}
+        self.common = {k: v for k, v in given.items() if v} | (SMOKE if preset == "smoke" else {})
+        self.common |= {resolve(Config(), k): v for k, v in pairs(settings).items()}
         self.base = preset_config(preset, **self.common)
+
+# %% ../../nbs/paper/study.ipynb #b8425adb
+def chosen(asked: Asked, known: list, # labels of all arms so far
+           enough: list|None # of those that are run at preset smoke when none is named; None: all
+          )->set: # of labels; "all" for all
+    "Which arms are wanted. `InputError` on a label that there is not."
+    for name in asked.chosen:
+        if name not in known and name != "all":
+            raise InputError(f"parameter arms: no arm {name!r}: {closest(name, known)}")
+    return set(asked.chosen or (enough if enough and asked.preset == "smoke" else ["all"]))
+
+# %% ../../nbs/paper/study.ipynb #e3ca3a98
+def run_wanting(asked: Asked, todo: list, # of Job
+                known: dict # of `recorded`
+               )->dict: # place in `todo` -> why it failed
+    "Run what is neither finished nor recorded, and say how much that is."
+    there = [j.finished(asked.folder) for j in todo]
+    wanting = [i for i, j in enumerate(todo) if not there[i] and j.place() not in known]
+    said = {"finished": sum(there), "recorded": len(todo) - sum(there) - len(wanting)}
+    before = "".join(f", {n} of them {what} before" for what, n in said.items() if n)
+    print(f"{len(todo)} runs of {len(todo) // len(asked.seeds)} arms{before}")
+    if asked.preset in LONG and wanting: print(f"each: {in_words(estimate(asked.base, asked.folder))}", flush=True)
+    failed = run_arms([todo[i] for i in wanting], asked.folder, asked.workers)
+    return {wanting[i]: why for i, why in failed.items()}
+
+# %% ../../nbs/paper/study.ipynb #60d9e329
+def tell(record: dict):
+    "Say what went wrong and what the record stands on. `RunFailed` when no arm came to its end."
+    for r in record["rows"]:
+        off = f", {r['gap']:+.1%}" if "gap" in r else ""
+        if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}{off}")
+    for f in record["failed"]: print(f"FAILED {f['label']}, seed {f['seed']}: {f['why']}")
+    if not record["rows"]: raise RunFailed(f"no arm of {record['item']} came to an end: {record['failed'][0]['why']}")
+    commit = (record["environment"]["commit"] or "unknown")[:7]
+    print(f"{record['scale']}: {record['dataset']}; commit {commit}")
+
+# %% ../../nbs/paper/study.ipynb #8168d389
+class Study:
+    "A table or figure of the paper being reproduced."
+    def __init__(self, item: str, *given, **more): # as `Asked`
+        self.asked = a = Asked(item, *given, **more)
+        self.seeds, self.base, self.common = a.seeds, a.base, a.common
         self.record, self.todo, self.failed, self.wall, self.known = None, [], {}, 0., []
 
-    def base_of(self, method: str): # Config
+    def base_of(self, method: str)->Config:
         "The preset's configuration for another method."
-        return preset_config(self.preset, **self.common, method=method)
+        return preset_config(self.asked.preset, **self.common, method=method)
     def share(self)->float:
         "How much of the super-net the target leaves."
         cfg = self.base
-        return cfg.search.target_m * 1e6 / count_supernet(NetSpec(cfg.space.channels, cfg.space.cells, size=cfg.data.size or 32))["main"]
-
-# %% ../../nbs/paper/study.ipynb #8168d389
-class Ran(Asked):
-    "A study with its arms and its record."
+        spec = NetSpec(cfg.space.channels, cfg.space.cells, size=cfg.data.size or 32)
+        return cfg.search.target_m * 1e6 / count_supernet(spec)["main"]
     def run(self, arms: list, # of Arm
-            enough: list|None = None, # labels of those that are run at preset smoke when no arms are named; None: all
+            enough: list|None = None, # labels of those that are run at preset smoke when none is named; None: all
             first: bool = False, # others depend on these: they are run in any case, and a later call runs the rest
             files: bool = False # the files of the runs are looked at too: what is only recorded is run again
-           )->Ran: # itself
-        "Run the arms with every seed, unless they were run before, after those of an earlier call, and make the record. `InputError` on a label that there is not."
-        self.known += [a.label for a in arms]
-        for name in () if first else self.chosen:
-            if name not in self.known and name != "all": raise InputError(f"parameter arms: no arm {name!r}: {closest(name, self.known)}")
-        wanted = set(["all"] if first else self.chosen or (enough if enough and self.preset == "smoke" else ["all"]))
-        todo, start = [job(a, self.preset, s, **self.common) for a in arms if wanted & {a.label, "all"} for s in self.seeds], time.time()
-        known = {} if files else recorded(self.out.parent)
-        there = [j.finished(self.folder) for j in todo]
-        wanting = [i for i, j in enumerate(todo) if not there[i] and j.place() not in known]
-        old = len(todo) - sum(there) - len(wanting)
-        print(f"{len(todo)} runs of {len(todo) // len(self.seeds)} arms" + (f", {sum(there)} of them finished before" if any(there) else "") + (f", {old} of them recorded before" if old else ""))
-        if self.preset in LONG and wanting:
-            from mgdarts.runs.estimate import estimate, in_words
-            print(f"each: {in_words(estimate(self.base, self.folder))}", flush=True)
-        failed = {wanting[i] + len(self.todo): why for i, why in run_arms([todo[i] for i in wanting], self.folder, self.workers).items()} | self.failed
-        self.todo, self.failed, self.wall = self.todo + todo, failed, self.wall + time.time() - start
-        self.record = make_record(self.item, self.todo, self.folder, self.parameters, failed, self.wall, known)
-        for r in self.record["rows"]:
-            if r.get("reached") is False: print(f"target not reached: {r['label']}, seed {r['seed']}, {r['gap']:+.1%}" if "gap" in r else f"target not reached: {r['label']}, seed {r['seed']}")
-        for f in self.record["failed"]: print(f"FAILED {f['label']}, seed {f['seed']}: {f['why']}")
-        if self.record["rows"]: print(f"{self.record['scale']}: {self.record['dataset']}; commit {(self.record['environment']['commit'] or 'unknown')[:7]}")
-        else: raise RunFailed(f"no arm of {self.item} came to an end: {self.record['failed'][0]['why']}")
+           )->Study: # itself
+        "Run the arms after those of an earlier call, and make the record. `InputError` on a label that there is not."
+        a, start = self.asked, time.time()
+        self.known += [arm.label for arm in arms]
+        wanted = {"all"} if first else chosen(a, self.known, enough)
+        mine = [arm for arm in arms if wanted & {arm.label, "all"}]
+        todo = [job(arm, a.preset, s, **self.common) for arm in mine for s in self.seeds]
+        known = {} if files else recorded(a.out.parent)
+        self.failed |= {i + len(self.todo): why for i, why in run_wanting(a, todo, known).items()}
+        self.todo, self.wall = self.todo + todo, self.wall + time.time() - start
+        self.record = make_record(a.item, self.todo, a.folder, a.parameters, self.failed, self.wall, known)
+        tell(self.record)
         return self
 
     @property
-    def labels(self)->list: return list(self.record["values"])
-    def stat(self, label: str, metric: str)->tuple: # (mean, standard deviation, seeds); Nones where there is none
-        v = self.record["values"].get(label, {}).get(metric)
-        return (v["mean"], v["std"], v["n"]) if v else (None, None, 0)
-    def by_seed(self, label: str, metric: str)->dict: # seed -> value
-        return {r["seed"]: r[metric] for r in self.record["rows"] if r["label"] == label and r.get(metric) is not None}
-    def events(self, label: str, seed: int|None = None)->list: # of the search
-        "What a search has recorded; None: with the first seed."
-        j = next(j for j in jobs_in(self.record) if j.label == label and seed in (None, j.seed))
-        return load_run(j.run(self.folder))["events"]
-    def searched(self, label: str)->bool:
-        "Whether the files of an arm's search with the first seed are here."
-        j = next((j for j in jobs_in(self.record) if j.label == label), None)
-        return j is not None and (j.run(self.folder) / "events.jsonl").exists()
-    def arch(self, label: str)->Architecture:
-        "What an arm has found, with the first seed."
-        j = next(j for j in jobs_in(self.record) if j.label == label)
-        return arch_files.load(j.training(self.folder) if j.train else j.run(self.folder))
-
-# %% ../../nbs/paper/study.ipynb #0155d1cd
-def markdown(rows: list):
-    "A list of dictionaries as a table."
-    from IPython.display import Markdown
-    columns = list(dict.fromkeys(k for r in rows for k in r))
-    cell = lambda v: ("" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)).replace("|", "\\|").replace("<", "&lt;")
-    return Markdown("\n".join(["| " + " | ".join(map(cell, columns)) + " |", "|" + " --- |" * len(columns)] + ["| " + " | ".join(cell(r.get(c)) for c in columns) + " |" for r in rows]))
-
-def draw(folder: Path, figures: dict)->list: # notes on what could not be written
-    "Figures as HTML, PNG and SVG. Pages load the plotting library from the network; pictures need a Chromium."
-    from mgdarts.views.save import save_figure
-    notes = set()
-    for name, figure in figures.items():
-        for suffix in ("html", "png", "svg"):
-            try: save_figure(figure, Path(folder) / f"{name}.{suffix}", plotlyjs="cdn")
-            except InputError as e: notes.add(f"{suffix} not written: {str(e).partition(' ')[2]}")
-    return sorted(notes)
-
-class Study(Ran):
-    "A table or figure of the paper being reproduced."
-    def table(self, columns: dict, # heading -> metric
-              rows: dict|None = None # label -> the paper's row, with some of the headings; None: no paper
-             ):
-        "Ours, mean and standard deviation over seeds, beside the paper's."
-        out = []
-        for label in dict.fromkeys([*(rows or {}), *self.labels]):
-            if label not in self.labels and self.chosen: continue
-            row = {"": label}
-            for heading, metric in columns.items():
-                mean, std, n = self.stat(label, metric)
-                row[heading] = None if mean is None else f"{mean:.4g}" + (f" ± {std:.2g}" if std is not None else "")
-                if rows and any(heading in r for r in rows.values()): row[f"{heading}, paper"] = (rows.get(label) or {}).get(heading)
-            out.append(row | ({"seeds": len([r for r in self.record["rows"] if r["label"] == label]) or None}))
-        return markdown(out)
-
+    def results(self)->Results: return Results(self.record, self.asked.folder)
+    @property
+    def labels(self)->list: return self.results.labels
+    def stat(self, label: str, metric: str)->tuple: return self.results.stat(label, metric)
+    def by_seed(self, label: str, metric: str)->dict: return self.results.by_seed(label, metric)
+    def events(self, label: str, seed: int|None = None)->list: return self.results.events(label, seed)
+    def searched(self, label: str)->bool: return self.results.searched(label)
+    def arch(self, label: str)->Architecture: return self.results.arch(label)
+    def table(self, columns: dict, rows: dict|None = None): # see `beside_paper`
+        return markdown(beside_paper(self.results, columns, rows, bool(self.asked.chosen)))
     def sizes(self):
         "The nets of the paper at full size, counted."
-        return markdown([{"": r["net"], "params (M), counted": r["params_m"], "the paper": r["paper_m"]} for r in self.record["extra"]["sizes"]])
+        found = self.record["extra"]["sizes"]
+        rows = [{"": r["net"], "params (M), counted": r["params_m"], "the paper": r["paper_m"]} for r in found]
+        return markdown(rows)
+    def beside(self, *what): return beside(self.results, *what)
+    def scatter(self, *what): return scatter(self.results, *what)
+    def save(self, figures: dict): return save(self, figures)
 
-    def beside(self, metric: str, title: str, # of the axis, with its unit
-               theirs: dict|None = None # label -> the paper's value
-              ):
-        "A figure: ours with its spread, and the paper's, arm by arm."
-        from plotly.subplots import make_subplots
-        from mgdarts.views.theme import RUN_COLOURS, theme
-        order = list(dict.fromkeys([*(theirs or {}), *self.labels]))[::-1]
-        theirs = {k: v for k, v in (theirs or {}).items() if v is not None}
-        fig = make_subplots(1, 2 if theirs else 1, subplot_titles=[f"ours, {self.record['scale']}"] + ["the paper"] * bool(theirs), shared_yaxes=True, horizontal_spacing=.06)
-        found = {n: self.stat(n, metric) for n in order}
-        ours = [n for n in order if found[n][0] is not None]
-        fig.add_scatter(x=[found[n][0] for n in ours], y=ours, error_x={"array": [found[n][1] or 0. for n in ours], "color": RUN_COLOURS[0]}, mode="markers", marker={"size": 11, "color": RUN_COLOURS[0]}, name="ours" + ", mean and standard deviation" * any(found[n][1] is not None for n in ours), hovertemplate="%{x:.4g}", row=1, col=1)
-        if theirs: fig.add_scatter(x=list(theirs.values()), y=list(theirs), mode="markers", marker={"size": 11, "symbol": "diamond-open", "color": RUN_COLOURS[2], "line": {"width": 2}}, name="the paper", hovertemplate="%{x:.4g}", row=1, col=2)
-        fig.update_yaxes(categoryorder="array", categoryarray=order)
-        return theme(fig, 150 + 30 * len(order), 80, "closest").update_xaxes(title=title)
-
-    def scatter(self, x: str, y: str, x_title: str, y_title: str, # metrics, and titles of the axes
-                theirs: dict # label -> (x, y), Nones where the paper has none
-               ):
-        "A figure: each arm by two of its values; the paper's rows in a panel of their own. In a crowd only some have their names, those that were run here first; all have them under the pointer."
-        from plotly.subplots import make_subplots
-        from mgdarts.views.theme import GREY, RUN_COLOURS, names_apart, theme
-        height, panel = 460, (300, 350) # pixels, of the figure and about of a panel
-        fig = make_subplots(1, 2, subplot_titles=[f"ours, {self.record['scale']}", "the paper"], horizontal_spacing=.1)
-        for col, points in enumerate(({n: (self.stat(n, x)[0], self.stat(n, y)[0]) for n in self.labels}, theirs), 1):
-            rank = lambda n: (not n.startswith("MG-DARTS"), n not in self.labels)
-            points = {n: points[n] for n in sorted(points, key=rank) if None not in points[n]}
-            if not points: continue
-            mine = [n.startswith("MG-DARTS") for n in points]
-            spread = [self.stat(n, y)[1] or 0. for n in points] if col == 1 else [0.] * len(points)
-            xs, ys = ([p[i] for p in points.values()] for i in (0, 1))
-            spans = []
-            for low, high, least in ((min(xs), max(xs), .1), (min(v - e for v, e in zip(ys, spread)), max(v + e for v, e in zip(ys, spread)), .02)): # room for the names, and no tiny span that makes nothing look like much
-                margin = max(.2 * (high - low), least / 2 * high)
-                spans.append((low - margin, high + margin))
-            pixels = [tuple(w * (v - low) / (high - low) for w, v, (low, high) in zip(panel, p, spans)) for p in points.values()]
-            names, sides = names_apart([(a, panel[1] - b) for a, b in pixels], list(points), panel[0] + 30)
-            fig.add_scatter(x=xs, y=ys, error_y={"array": spread, "color": GREY}, text=names, hovertext=list(points), mode="markers+text", textposition=sides, textfont={"size": 9}, cliponaxis=False, showlegend=False, hovertemplate="%{hovertext}: %{x:.4g} M, %{y:.4g} %<extra></extra>",
-                            marker={"size": 10, "color": [RUN_COLOURS[2] if m else RUN_COLOURS[0] for m in mine], "symbol": ["star" if m else "circle" for m in mine]}, row=1, col=col)
-            for update, span in zip((fig.update_xaxes, fig.update_yaxes), spans): update(range=span, col=col)
-        return theme(fig, height, 50, "closest").update_xaxes(title=x_title).update_yaxes(title=y_title, col=1)
-
-    def signed(self, figure):
-        "Write at the foot of a figure what it stands on, for when it is seen alone."
-        seeds = len({r["seed"] for r in self.record["rows"]})
-        text, layout = f"{self.record['scale']}: {self.record['dataset']}, {seeds} seed{'s' * (seeds != 1)}", figure.layout
-        return figure.update_layout(height=layout.height + 28, margin_b=layout.margin.b + 28, title={"text": text, "font": {"size": 10}, "x": 1, "xref": "paper", "xanchor": "right", "y": 4 / (layout.height + 28), "yref": "container", "yanchor": "bottom"})
-
-    def save(self, figures: dict # name -> go.Figure
-            ):
-        "Write the record and the figures, and show the verdicts."
-        self.out.mkdir(parents=True, exist_ok=True)
-        if self.record:
-            write_json(self.out / "record.json", self.record)
-            for figure in figures.values(): self.signed(figure)
-        for note in draw(self.out, figures): print(note)
-        return markdown([{"claim": v["text"], "verdict": v["verdict"], "scale": v["scale"], "values": v["why"]} for v in verdicts(self.out.parent, self.item)]) if self.record else None
+# %% ../../nbs/paper/study.ipynb #e9b2e1db
+def save(study: Study, figures: dict # name -> go.Figure
+        ):
+    "Write the record and the figures of a study, and show the verdicts."
+    out, record = study.asked.out, study.record
+    out.mkdir(parents=True, exist_ok=True)
+    if record:
+        write_json(out / "record.json", record)
+        for figure in figures.values(): signed(figure, record)
+    for note in draw(out, figures): print(note)
+    if not record: return None
+    found = verdicts(out.parent, study.asked.item)
+    columns = {"claim": "text", "verdict": "verdict", "scale": "scale", "values": "why"}
+    return markdown([{heading: v[k] for heading, k in columns.items()} for v in found])
 
 # %% ../../nbs/paper/study.ipynb #21724b55
 def adaptive_and_fixed(study: Study, sizes: list # millions of parameters
                       )->Study:
-    "Nets of some sizes, by adaptive pruning and by two pairs of fixed rates, which stand to its average rates as in the paper (Fig. 6 and 7)."
+    """Nets of some sizes, by adaptive pruning and by two pairs of fixed rates, which stand to its average rates as in
+    the paper (Fig. 6 and 7)."""
     said = {r["quantity"]: r["value"] for r in paper_rows("fig06")}
-    common = {"search.stages": 1, "search.granularities": "operation,filter"}
-    curve = lambda name, more, method: [Arm(f"{name} at {m:.3g} M", {**common, **more, "search.target_m": m}, method) for m in sizes]
+    common, space = {"search.stages": 1, "search.granularities": "operation,filter"}, study.base.space
+    def curve(name, more, method):
+        return [Arm(f"{name} at {m:.3g} M", {**common, **more, "search.target_m": m}, method) for m in sizes]
     study.run(curve("adaptive", {}, "mg-darts"), first=True)
-    mean = lambda metric: statistics.fmean(r[metric] for r in study.record["rows"] if r.get(metric) is not None)
-    ops, filters = mean("ops_a_commit") / (study.base.space.cells * len(EDGES) * len(OPS)), max(mean("filters_a_commit") / 100, 1e-4)
-    rate = lambda k, what: said[f"fixed rates {k}, {what} pruned every two epochs"] / said[f"adaptive, mean {what} pruned every two epochs"]
-    return study.run(sum((curve(f"fixed rates {k}", {"rules.rate_ops": ops * rate(k, "operations"), "rules.rate_filters": filters * rate(k, "filters")}, "fixed-rate") for k in (1, 2)), []))
+    def mean(metric): return statistics.fmean(r[metric] for r in study.record["rows"] if r.get(metric) is not None)
+    ours = {"operations": mean("ops_a_commit") / count_supernet(NetSpec(space.channels, space.cells))["ops"],
+            "filters": max(mean("filters_a_commit") / 100, 1e-4)}
+    def rate(k, what):
+        names = f"fixed rates {k},", "adaptive, mean"
+        fixed, adaptive = (said[f"{name} {what} pruned every two epochs"] for name in names)
+        return ours[what] * (fixed / adaptive)
+    rates = {k: {"rules.rate_ops": rate(k, "operations"), "rules.rate_filters": rate(k, "filters")} for k in (1, 2)}
+    return study.run([arm for k in (1, 2) for arm in curve(f"fixed rates {k}", rates[k], "fixed-rate")])
 
 # %% ../../nbs/paper/study.ipynb #070e4431
 def run_notebook(name: str, parameters: dict,
                  folder: str|Path|None = None # of the executed copy; None: the project's runs/repro
                 )->Path: # the executed notebook
     "Run a target's notebook with papermill. `InputError` and `RunFailed` with the notebook's own message."
-    source, folder = root() / "nbs/paper" / f"{target(name)}.ipynb", Path(folder) if folder else root() / "runs/repro"
-    if not source.exists(): raise InputError(f"{source} is not there: work in the project's folder, or set MGDARTS_ROOT to it")
+    source = root() / "nbs/paper" / f"{target(name)}.ipynb"
+    if not source.exists():
+        raise InputError(f"{source} is not there: work in the project's folder, or set MGDARTS_ROOT to it")
     try: import papermill
     except ImportError: raise InputError("mgdarts reproduce needs papermill: pip install 'mgdarts[lab]'") from None
+    folder = Path(folder) if folder else root() / "runs/repro"
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{name}.ipynb"
-    try: papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", progress_bar=False, cwd=str(root()), stdout_file=sys.stderr, stderr_file=sys.stderr, extra_arguments=["--IPKernelApp.log_level=50"]) # it would warn of its own ports
+    quiet = {"progress_bar": False, "stdout_file": sys.stderr, "stderr_file": sys.stderr,
+             "extra_arguments": ["--IPKernelApp.log_level=50"]} # it would warn of its own ports
+    try: papermill.execute_notebook(str(source), str(out), parameters, kernel_name="python3", cwd=str(root()), **quiet)
     except papermill.exceptions.PapermillExecutionError as e:
         if e.ename == "InputError": raise InputError(e.evalue) from None
         raise RunFailed(f"{name}: {e.ename}: {e.evalue}; the notebook so far is {out}") from None
     return out
 
+# %% ../../nbs/paper/study.ipynb #1cce9472
 def outcome(path: Path, # where the record is, if the target has runs
             **more)->dict: # JSON-ready
     "What is said about a target that was reproduced."
-    record = read_json(path, "a record") if path.exists() else None
-    return {"item": path.parent.name, **more, "record": str(path) if record else None, "scale": record and record["scale"], "dataset": record and record["dataset"], "arms": record and len(record["arms"]), "failed": record["failed"] if record else [],
-            "figures": sorted(str(p) for p in path.parent.glob("*") if p.suffix in (".html", ".png", ".svg")), "verdicts": [{k: v[k] for k in ("id", "verdict", "scale")} for v in verdicts(path.parent.parent, path.parent.name)]}
+    record = read_json(path, "a record") if path.exists() else {}
+    drawn = sorted(str(p) for p in path.parent.glob("*") if p.suffix in (".html", ".png", ".svg"))
+    found = verdicts(path.parent.parent, path.parent.name)
+    return {"item": path.parent.name, **more, "record": str(path) if record else None, "scale": record.get("scale"),
+            "dataset": record.get("dataset"), "arms": len(record["arms"]) if record else None,
+            "failed": record.get("failed", []), "figures": drawn,
+            "verdicts": [{k: v[k] for k in ("id", "verdict", "scale")} for v in found]}
 
+# %% ../../nbs/paper/study.ipynb #79572f7a
 def reproduce(name: str, parameters: dict # of its notebook
              )->dict: # JSON-ready
     "Run a target's notebook, and say what came of it."
-    start, path = time.time(), (Path(parameters["out"]) if parameters.get("out") else home(parameters["preset"])) / name / "record.json"
-    return outcome(path, notebook=str(run_notebook(name, parameters)), wall_s=round(time.time() - start, 1))
+    start, home_of = time.time(), Path(parameters["out"]) if parameters.get("out") else home(parameters["preset"])
+    notebook = str(run_notebook(name, parameters))
+    return outcome(home_of / name / "record.json", notebook=notebook, wall_s=round(time.time() - start, 1))
 
-def reproduce_all(names: list, parameters: dict)->list: # a dictionary for each
+def failed_target(name: str, why: Exception)->dict: # JSON-ready
+    "What is said about a target whose notebook did not come to its end."
+    nothing = dict.fromkeys(("notebook", "wall_s", "record", "scale", "dataset", "arms"))
+    failed = [{"label": "notebook", "seed": None, "why": str(why)}]
+    return {"item": name, **nothing, "failed": failed, "figures": [], "verdicts": []}
+
+# %% ../../nbs/paper/study.ipynb #7d9690b6
+def reproduce_all(names: list|None, # of targets; None: all
+                  parameters: dict)->list: # a dictionary for each
     "One after the other; a notebook that fails stops no other."
     out = []
-    for name in names:
+    for name in names or TARGETS:
         try: out.append(reproduce(name, parameters))
-        except (InputError, RunFailed) as e: out.append({"item": name, "notebook": None, "wall_s": None, "record": None, "scale": None, "dataset": None, "arms": None, "failed": [{"label": "notebook", "seed": None, "why": str(e)}], "figures": [], "verdicts": []})
+        except (InputError, RunFailed) as e: out.append(failed_target(name, e))
     return out
 
-def remake(path: Path, workers: int = 0, data_dir: str = "")->dict: # JSON-ready
+# %% ../../nbs/paper/study.ipynb #2c5bf352
+def remake(path: Path, workers: int = 0, data_dir: str = "",
+           folder: str|Path|None = None # of all runs; None: the project's runs/repro
+          )->dict: # JSON-ready
     "Make a record again, in its place."
     start = time.time()
-    write_json(path, rebuild(path, workers=workers, data_dir=data_dir))
+    write_json(path, rebuild(path, folder, workers, data_dir))
     return outcome(path, notebook=None, wall_s=round(time.time() - start, 1))
