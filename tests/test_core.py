@@ -140,6 +140,7 @@ def test_every_mask_pattern_of_a_node_and_of_a_convolution():
     dw, pw = cell.omega[: 2 * 9].view(2, 1, 3, 3), cell.omega[2 * 9:].view(2, 2, 1, 1)
     pre = [cell.plain[:12].view(2, 6, 1, 1), cell.plain[12:].view(2, 6, 1, 1)]
     norm = lambda y, i: (y - cell.mean[i:i + 2].view(1, -1, 1, 1)) / (cell.var[i:i + 2].view(1, -1, 1, 1) + 1e-5).sqrt() * cell.scale[i:i + 2].view(1, -1, 1, 1) + cell.shift[i:i + 2].view(1, -1, 1, 1)
+    plan = plan_cell(cell)
     with torch.no_grad():
         for on in itertools.product((0, 1), repeat=4):  # operations
             for filters in itertools.product((0.0, 0.6), repeat=2):  # filters of the convolution
@@ -157,7 +158,7 @@ def test_every_mask_pattern_of_a_node_and_of_a_convolution():
                     want = (alpha[0] * s[0] + alpha[3] * conv + alpha[6] * F.max_pool2d(s[0], 3, 1, 1) + alpha[7 + 5] * F.avg_pool2d(s[1], 3, 1, 1, count_include_pad=False))
                     r = F.relu(x).contiguous(memory_format=torch.channels_last)
                     how = {"alpha": alpha, "gate": gate, "omega": omega}
-                    for y, *_ in (cell(x, x, **how), fused(cell, plan_cell(cell), r, r, **how)):
+                    for y, *_ in (cell(x, x, **how), fused(cell, plan, r, r, **how)):
                         torch.testing.assert_close(y[:, :2], want, rtol=1e-9, atol=1e-10)
 
 

@@ -1,5 +1,4 @@
 "What the published code computes, this code computes: parameters, outputs and gradients of the authors' own networks (see `oracles/README.md`)."
-import copy
 import functools
 import json
 from dataclasses import dataclass
@@ -10,28 +9,24 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 
-from mgdarts.fast.engine import make
-from mgdarts.net.discrete import DerivedNet
-from mgdarts.net import architecture
-from mgdarts.net import cell
-from mgdarts.fast import compiled
-from mgdarts.fast import kernels
-from mgdarts.net import layers as operations
-from mgdarts.net import supernet
-from mgdarts.space.found import ArchCell, Op
-from mgdarts.net.architecture import Architecture
 from mgdarts.base.options import Compute
+from mgdarts.fast import cell, compiled, engine, kernels, parts
+from mgdarts.fast.engine import make
 from mgdarts.methods.registry import preset
-from mgdarts.search.loss import live_thresholds, size_loss
-from mgdarts.net.discretise import threshold_loss
-from mgdarts.space.layers import AuxHead
-from mgdarts.search.step import groups
-from mgdarts.space.darts import OPS, NetSpec, is_sep
-from mgdarts.space.space import HeadSpec
-from mgdarts.net.supernet import SuperNet
 from mgdarts.methods.unroll import unrolled
+from mgdarts.net.architecture import Architecture
+from mgdarts.net.discrete import DerivedNet
+from mgdarts.net.discretise import threshold_loss
+from mgdarts.net.supernet import SuperNet
+from mgdarts.search.loss import live_thresholds, size_loss
+from mgdarts.search.step import groups
+from mgdarts.space.darts import NetSpec
+from mgdarts.space.found import ArchCell, Op
+from mgdarts.space.layers import AuxHead
+from mgdarts.space.space import HeadSpec
 
 ORACLES = Path(__file__).parent / "oracles"
+OPS, EDGES = NetSpec.ops, NetSpec.graph.edges # of the DARTS-like space
 
 
 @functools.cache
@@ -67,7 +62,7 @@ def how(request, monkeypatch):
     if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("there is no GPU here")
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
     if request.param == "as on GPUs":
-        for module in (kernels, operations, cell, supernet, architecture): monkeypatch.setattr(module, "native", lambda x: True)
+        for module in (kernels, parts, cell, engine): monkeypatch.setattr(module, "native", lambda x: True)
     return HOW[request.param]
 
 
@@ -96,7 +91,7 @@ def kernel_key(c, seg):
 
 def gate_key(c, gate, what): # what: bn or beta
     if gate.op < 0: return f"cell{c}.pre{-1 - gate.edge}.{what}"
-    return f"cell{c}.edge{gate.edge:02d}.{OPS[gate.op]}.{what}" + ("" if not is_sep(gate.op) else "1" if gate.role == "mid" else "2")
+    return f"cell{c}.edge{gate.edge:02d}.{OPS[gate.op]}.{what}" + ("" if not OPS[gate.op].startswith("sep_conv") else "1" if gate.role == "mid" else "2")
 
 
 def stored_kernels(net):
@@ -200,14 +195,14 @@ def gradients(net, D, seen):
 def test_super_net(number, how):
     D, meta = oracle(f"mgdarts_stage{number}", how.dtype)
     net, seen = super_net(number, D, meta["config"], how.dtype), Comparison(how.bound)
-    net.compute.impl = how.impl
+    net.engine = make(Compute(impl=how.impl))
     net.to(how.device).eval()
     x, y = how.here("x", "y", of=D)
-    with torch.no_grad(): logits = net._forward(x)
+    with torch.no_grad(): logits = net(x)
     seen.add("logits in evaluation", logits, D["out.eval.logits"])
     seen.add("cross-entropy in evaluation", F.cross_entropy(logits, y), D["out.eval.cross_entropy"])
     net.train()
-    logits = net._forward(x)
+    logits = net(x)
     loss = F.cross_entropy(logits, y)
     seen.add("logits", logits, D["out.train.logits"])
     seen.add("cross-entropy", loss, D["out.train.cross_entropy"])
@@ -246,10 +241,10 @@ def derived(D, meta):
     for c, gene in enumerate(meta["gene"]):
         ops = tuple(Op(name, i, j, tuple(widths)) for name, i, j, widths in gene)
         cells.append(ArchCell(ops, tuple(D["widths"][c].tolist())))
-        keys.append([f"cell{c}.edge{op.edge:02d}.{op.op}." for op in ops])
+        keys.append([f"cell{c}.edge{EDGES.index((op.src, op.dst)):02d}.{op.op}." for op in ops])
         for i, key in enumerate(keys[-1]):
             masks |= {f"c{c}.o{i}.{role}": D[f"mask.{key}{role}"] != 0 for role in ("dw1", "pw1", "dw2", "pw2", "dw", "pw") if f"mask.{key}{role}" in D}
-    arch = Architecture("oracle", cfg["channels"], cfg["classes"], cfg["image"], 3, tuple(cells), masks)
+    arch = Architecture("oracle", NetSpec(cfg["channels"], len(cells), cfg["classes"], cfg["image"]), tuple(cells), masks)
     net, head = DerivedNet(arch, True, 0), arch.aux_head
     net.aux = AuxHead(HeadSpec(head.width, head.side, *cfg["aux_channels"], 1, head.classes), torch.Generator())
     weights = {"stem.conv": net.stem.convs[0].weight, "aux.conv1": net.aux.narrow.weight, "aux.conv2": net.aux.whole.weight}
@@ -268,7 +263,7 @@ def derived(D, meta):
 def test_derived_network(how):
     D, meta = oracle("mgdarts_retrain", how.dtype)
     net, weights, norms = derived(D, meta)
-    net.to(how.device, how.dtype).impl = how.impl
+    net.to(how.device, how.dtype).engine = make(Compute(impl=how.impl))
     seen, (x, y) = Comparison(how.bound), how.here("x", "y", of=D)
     with torch.no_grad():
         for key, p in weights.items(): p.copy_(D[key])
@@ -321,7 +316,6 @@ def baseline(method, D, meta, dtype, pool_norm):
     net = SuperNet(spec, granularities=own.search.granularities, engine=make(Compute()), rules=own.rules)
     net.open(cfg["layers"] - 1, 2)
     net.to(dtype).train()
-    net.forward = net._forward # which does not turn logits into 32-bit numbers
     with torch.no_grad():
         for name, value in weights_of(net, D).items(): net.get_parameter(name).copy_(value)
         for c, one in enumerate(spec.cell):
@@ -347,7 +341,7 @@ def strengths_of(net, found, meta):
 def test_two_level_methods(method, file, variant, how):
     D, meta = oracle(file, how.dtype)
     net, seen = baseline(method, D, meta, how.dtype, not variant), Comparison(how.bound)
-    net.to(how.device).compute.impl = how.impl
+    net.to(how.device).engine = make(Compute(impl=how.impl))
     train, valid = how.here("x_train", "y_train", of=D), how.here("x_valid", "y_valid", of=D)
     of, names = groups(net), {id(p): n for n, p in net.named_parameters()}
     weights, strengths = ([names[id(p)] for p in of[k]] for k in ("weights", "strengths"))
@@ -372,6 +366,6 @@ def test_a_wrong_number_is_found():
     D["cell3.edge05.sep_conv_5x5.dw1"] = D["cell3.edge05.sep_conv_5x5.dw1"].clone()
     D["cell3.edge05.sep_conv_5x5.dw1"][0, 0, 0, 0] += 1e-6
     net, seen = baseline("darts-v1", D, meta, how.dtype, True), Comparison(how.bound)
-    net.compute.impl = how.impl
+    net.engine = make(Compute(impl=how.impl))
     with torch.no_grad(): seen.add("logits", net(D["x_train"]), D["out.logits_train"])
     with pytest.raises(AssertionError, match="logits"): seen.check()
