@@ -10,13 +10,7 @@ from torch import nn
 from mgdarts.runs.make import make_search
 from mgdarts.fast.engine import make
 from mgdarts.net.discrete import DerivedNet
-from mgdarts.net import architecture
-from mgdarts.net import cell
 from mgdarts.fast import compiled
-from mgdarts.fast import kernels
-from mgdarts.net import layers as operations
-from mgdarts.runs import run as runs
-from mgdarts.net import supernet
 from mgdarts.base.options import Compute, InputError, Rules
 from mgdarts.base.data import load_data
 from mgdarts.net.derive import derive, inherited
@@ -37,8 +31,10 @@ def how(request, monkeypatch):
     "(implementation, number type, bound)"
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
     if request.param == "as on GPUs":
-        for module in (kernels, operations, cell, supernet, architecture): monkeypatch.setattr(module, "native", lambda x: True)
-    return "reference" if request.param == "reference" else "fused", *((torch.float32, 1e-4) if request.param == "compiled" else (torch.float64, 1e-9))
+        for module in ("kernels", "parts", "cell", "engine"):
+            monkeypatch.setattr(f"mgdarts.fast.{module}.native", lambda x: True)
+    impl = "reference" if request.param == "reference" else "fused"
+    return (impl, torch.float32, 1e-4) if request.param == "compiled" else (impl, torch.float64, 1e-9)
 
 
 # ---------------------------------------------------------------- batch norms after pools
@@ -48,23 +44,30 @@ class NaiveCell(nn.Module):
     def __init__(self, spec, one):
         super().__init__()
         self.reduction, C = spec.reduction, spec.width
-        self.pre = nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Conv2d(n, C, 1, bias=False), nn.BatchNorm2d(C, affine=False)) for n in (spec.inputs[0], spec.inputs[1])])
+        self.pre = nn.ModuleList([nn.Sequential(nn.ReLU(), nn.Conv2d(n, C, 1, bias=False),
+                                                nn.BatchNorm2d(C, affine=False))
+                                  for n in (spec.inputs[0], spec.inputs[1])])
         self.second = None
         if spec.reduction_prev:
             self.second = nn.Conv2d(spec.inputs[0], C - C // 2, 1, 2, bias=False)
             self.pre[0][1] = nn.Conv2d(spec.inputs[0], C // 2, 1, 2, bias=False)
         strides = [2 if spec.reduction and i < INPUTS else 1 for i, _ in EDGES]
-        self.ops = nn.ModuleList([nn.ModuleList([nn.Sequential(nn.AvgPool2d(3, s, 1, count_include_pad=False), nn.BatchNorm2d(C, affine=False)),
-                                                 nn.Sequential(nn.MaxPool2d(3, s, 1), nn.BatchNorm2d(C, affine=False))]) for s in strides])
+        def pools(s): return nn.AvgPool2d(3, s, 1, count_include_pad=False), nn.MaxPool2d(3, s, 1)
+        self.ops = nn.ModuleList([nn.ModuleList([nn.Sequential(pool, nn.BatchNorm2d(C, affine=False))
+                                                 for pool in pools(s)]) for s in strides])
         with torch.no_grad():
             convs = [self.pre[0][1], *([self.second] if self.second else []), self.pre[1][1]]
-            for conv, w in zip(convs, one.plain.split([c.weight.numel() for c in convs])): conv.weight.copy_(w.view_as(conv.weight))
+            for conv, w in zip(convs, one.plain.split([c.weight.numel() for c in convs])):
+                conv.weight.copy_(w.view_as(conv.weight))
 
     def forward(self, x0, x1, weights): # [14, 2]
         relu, conv, norm = self.pre[0]
         x = relu(x0)
-        states = [norm(conv(x) if self.second is None else torch.cat([conv(x), self.second(x[:, :, 1:, 1:])], 1)), self.pre[1](x1)]
-        for j in range(INPUTS, STATES): states.append(sum(w * op(states[EDGES[e][0]]) for e in NODE_EDGES[j] for w, op in zip(weights[e], self.ops[e])))
+        states = [norm(conv(x) if self.second is None else torch.cat([conv(x), self.second(x[:, :, 1:, 1:])], 1)),
+                  self.pre[1](x1)]
+        for j in range(INPUTS, STATES):
+            into = [(w, op, EDGES[e][0]) for e in NODE_EDGES[j] for w, op in zip(weights[e], self.ops[e])]
+            states.append(sum(w * op(states[i]) for w, op, i in into))
         return torch.cat(states[INPUTS:], 1)
 
 
@@ -74,45 +77,59 @@ def test_pools_against_a_plain_darts_net(how):
     net.open(5, 2)
     net.alpha.data.normal_(generator=torch.Generator().manual_seed(0))
     net.to(dtype).train()
-    naive, alpha = nn.ModuleList([NaiveCell(spec, one) for spec, one in zip(net.spec.cell, net.cells)]).to(dtype).train(), net.alpha.detach()[..., [AVG, MAX]].clone().requires_grad_()
+    naive = nn.ModuleList([NaiveCell(spec, one) for spec, one in zip(net.spec.cell, net.cells)]).to(dtype).train()
+    alpha = net.alpha.detach()[..., [AVG, MAX]].clone().requires_grad_()
     stem, head = copy.deepcopy(net.stem), copy.deepcopy(net.head)
     def plain(x):
         x0, x1 = stem(x)
         for one, a in zip(naive, alpha.softmax(-1)): x0, x1 = x1, one(x0, x1, a)
         return head(x1)
-    close = lambda a, b: torch.testing.assert_close(a, b, rtol=bound, atol=bound * float(b.detach().abs().max()))
+    def close(a, b): torch.testing.assert_close(a, b, rtol=bound, atol=bound * float(b.detach().abs().max()))
     g = torch.Generator().manual_seed(1)
     for _ in range(3): # running statistics move
         x, y = torch.randn(8, 3, 16, 16, generator=g).to(dtype), torch.randint(10, (8,), generator=g)
-        ours, theirs = net._forward(x), plain(x)
+        ours, theirs = net(x), plain(x)
         close(ours, theirs)
-        net.zero_grad(); naive.zero_grad(); alpha.grad = None
-        F.cross_entropy(ours, y).backward(); F.cross_entropy(theirs, y).backward()
+        net.zero_grad()
+        naive.zero_grad()
+        alpha.grad = None
+        F.cross_entropy(ours, y).backward()
+        F.cross_entropy(theirs, y).backward()
         close(net.alpha.grad[..., [AVG, MAX]], alpha.grad)
-        for one, other in zip(net.cells, naive): close(one.plain.grad, torch.cat([m.weight.grad.flatten() for m in ([other.pre[0][1]] + ([other.second] if other.second else []) + [other.pre[1][1]])]))
+        for one, other in zip(net.cells, naive):
+            close(one.plain.grad,
+                  torch.cat([m.weight.grad.flatten()
+                             for m in ([other.pre[0][1]] + ([other.second] if other.second else [])
+                                       + [other.pre[1][1]])]))
     for one, other in zip(net.cells, naive):
         means, variances = (v.view(STATES - 1, 2, 4 * 2 ** one.spec.stage) for v in (one.pool_mean, one.pool_var))
         for e, (i, _) in enumerate(EDGES): # those of all edges from a state are the same
-            for k in range(2): close(means[i, k], other.ops[e][k][1].running_mean); close(variances[i, k], other.ops[e][k][1].running_var)
-    close(net.eval()._forward(x), (naive.eval(), stem.eval(), plain(x))[2])
+            for k in range(2):
+                close(means[i, k], other.ops[e][k][1].running_mean)
+                close(variances[i, k], other.ops[e][k][1].running_var)
+    close(net.eval()(x), (naive.eval(), stem.eval(), plain(x))[2])
 
 
 @pytest.mark.parametrize("partial", (1, 4))
 def test_both_implementations_with_pool_norms(partial):
     nets = []
     for impl in ("reference", "fused"):
-        n = SuperNet(NetSpec(8, 6, size=10, constraint=1, partial=partial), engine=make(Compute(impl=impl, recompute="all")), rules=Rules(partial=partial, edge_norm=partial > 1, **DARTS))
+        n = SuperNet(NetSpec(8, 6, size=10, constraint=1, partial=partial),
+                     engine=make(Compute(impl=impl, recompute="all")),
+                     rules=Rules(partial=partial, edge_norm=partial > 1, **DARTS))
         n.open(5, 2)
         Normal().fresh(n)
         nets.append(n.double().train())
     x, out = torch.randn(4, 3, 10, 10, dtype=torch.double, generator=torch.Generator().manual_seed(0)), []
     for n in nets:
-        y = n(x.clone()) if partial > 1 else n._forward(x.clone())
+        y = n(x.clone()) if partial > 1 else n(x.clone())
         y.square().sum().backward()
-        out.append([y, *(p.grad for p in n.parameters() if p.grad is not None), *(v for c in n.cells for v in c.statistics), n.eval()._forward(x)])
+        out.append([y, *(p.grad for p in n.parameters() if p.grad is not None),
+                    *(v for c in n.cells for v in c.statistics), n.eval()(x)])
     for a, b in zip(*out): torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)
     width = 8 // partial
-    assert [len(c.pool_mean) for c in nets[0].cells] == [10 * width * 2 ** c.spec.stage for c in nets[0].cells] # of the channels that operations see
+    # of the channels that operations see
+    assert [len(c.pool_mean) for c in nets[0].cells] == [10 * width * 2 ** c.spec.stage for c in nets[0].cells]
     assert nets[0].count().searched.params == nets[0].spec.params # nothing to count
 
 
@@ -123,25 +140,27 @@ def test_drop_out_on_skips_is_that_of_both_implementations():
         n.open(2, 2)
         n.double().train()
         n.skip_dropout, n.noise = .4, torch.Generator().manual_seed(1)
-        out.append(n._forward(x))
+        out.append(n(x))
         n.skip_dropout = 0.
-        assert not torch.allclose(out[-1], n._forward(x))
+        assert not torch.allclose(out[-1], n(x))
     torch.testing.assert_close(*out, rtol=1e-9, atol=1e-9)
 
 
 def test_pool_statistics_where_paths_are_drawn():
     "What was not drawn keeps its statistics; what was drawn on one edge or several moves once."
-    n = SuperNet(NetSpec(4, 3, size=8, constraint=1), rules=Rules(**{**DARTS, "relaxation": "gumbel"}, ops=POOLS + ("skip_connect",)))
+    rules = Rules(**{**DARTS, "relaxation": "gumbel"}, ops=POOLS + ("skip_connect",))
+    n = SuperNet(NetSpec(4, 3, size=8, constraint=1), rules=rules)
     n.open(2, 2)
     n.double().train()
-    x, old = torch.randn(8, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0)), [(c.pool_mean.clone(), c.pool_var.clone()) for c in n.cells]
+    x = torch.randn(8, 3, 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    old = [(c.pool_mean.clone(), c.pool_var.clone()) for c in n.cells]
     n.paths, n.noise = True, torch.Generator().manual_seed(3)
     drawn = n.mixture(True).chosen
     n.noise = torch.Generator().manual_seed(3)
     n(x)
     still = 0
     for c, (mean, var), one in zip(n.cells, old, drawn):
-        moved = (c.pool_mean != mean).view(STATES - 1, 2, -1).any(-1), (c.pool_var != var).view(STATES - 1, 2, -1).any(-1)
+        moved = [(a != b).view(STATES - 1, 2, -1).any(-1) for a, b in ((c.pool_mean, mean), (c.pool_var, var))]
         for s in range(STATES - 1):
             for k, o in enumerate((AVG, MAX)):
                 there = bool(one[[e for e, (i, _) in enumerate(EDGES) if i == s], o].any())
@@ -151,11 +170,15 @@ def test_pool_statistics_where_paths_are_drawn():
 
 
 def test_pool_statistics_follow_every_layout():
-    "Pruned, compacted, grown again: what stays keeps its statistics, what comes back has fresh ones; nothing that is 0 changes what a training step sees."
-    net, g = SuperNet(NetSpec(4, 3, size=8), rules=Rules(pool_norm=True)), torch.Generator().manual_seed(0)
+    """Pruned, compacted, grown again: what stays keeps its statistics, what comes back has fresh ones; nothing that is
+    0 changes what a training step sees."""
+    net, g = SuperNet(NetSpec(4, 3, size=8), engine=make(Compute()),
+                      rules=Rules(pool_norm=True)), torch.Generator().manual_seed(0)
     net.open(2, 2)
     net.double().train()
-    for c in net.cells: c.pool_mean.normal_(generator=g); c.pool_var.uniform_(1, 2, generator=g)
+    for c in net.cells:
+        c.pool_mean.normal_(generator=g)
+        c.pool_var.uniform_(1, 2, generator=g)
     ops, gates = torch.rand(3, 14, 7, generator=g) < .6, []
     ops[:, [NODE_EDGES[j][0] for j in range(INPUTS, STATES)], 1] = True
     for c in net.cells:
@@ -169,16 +192,21 @@ def test_pool_statistics_follow_every_layout():
     for c, old in zip(small.cells, before):
         new = dict(zip(c.pool_slots.tolist(), zip(c.pool_mean.tolist(), c.pool_var.tolist())))
         assert 0 < len(new) < len(old) and all(old[k] == v for k, v in new.items())
-    for c, keep in zip(net.cells, gates): c.gates = lambda t, widths=None, c=c, keep=keep: torch.sigmoid(c.beta) * keep # everything is stored, and what is pruned is switched off
+    for c, keep in zip(net.cells, gates):
+        # everything is stored, and what is pruned is switched off
+        c.gates = lambda t, widths=None, c=c, keep=keep: torch.sigmoid(c.beta) * keep
     net.op_live[:] = ops
     x = torch.randn(8, 3, 8, 8, dtype=torch.double, generator=g)
-    with torch.no_grad(): torch.testing.assert_close(small._forward(x), net._forward(x), rtol=1e-9, atol=1e-9)
+    with torch.no_grad(): torch.testing.assert_close(small(x), net(x), rtol=1e-9, atol=1e-9)
     grown = copy.deepcopy(small)
     kept = [set(c.pool_slots.tolist()) for c in grown.cells]
-    for c in grown.cells: c.pool_mean.fill_(7.); c.pool_var.fill_(3.)
+    for c in grown.cells:
+        c.pool_mean.fill_(7.)
+        c.pool_var.fill_(3.)
     grown.rebuild(torch.ones_like(ops), [torch.ones_like(k) for k in gates])
     for c, old in zip(grown.cells, kept):
-        for slot, mean, var in zip(c.pool_slots.tolist(), c.pool_mean.tolist(), c.pool_var.tolist()): assert (mean, var) == ((7., 3.) if slot in old else (0., 1.))
+        for slot, mean, var in zip(c.pool_slots.tolist(), c.pool_mean.tolist(), c.pool_var.tolist()):
+            assert (mean, var) == ((7., 3.) if slot in old else (0., 1.))
 
 
 def test_a_derived_network_begins_with_the_pools_statistics():
@@ -193,7 +221,7 @@ def test_a_derived_network_begins_with_the_pools_statistics():
     x = torch.randn(8, 3, 16, 16, generator=g)
     for _ in range(3): net.train()(x)
     arch = derive(net)
-    derived = architecture.DerivedNet(arch, aux=False)
+    derived = DerivedNet(arch, aux=False)
     derived.load_state_dict(inherited(net, arch))
     with torch.no_grad(): a, b = net.eval()(x), derived.eval()(x)[0]
     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(a.abs().max()))
@@ -209,27 +237,31 @@ def test_a_net_without_pool_norms_is_saved_as_before():
 
 @pytest.mark.parametrize("partial", (1, 2, 4))
 def test_preprocessing_after_a_reduction_is_one_of_all_channels(partial):
-    "ReLU, two strided convolutions side by side, batch norm; then the first channels are for the operations, and the others go round them."
+    """ReLU, two strided convolutions side by side, batch norm; then the first channels are for the operations, and the
+    others go round them."""
     spec = NetSpec(8, 6, size=8, constraint=1, partial=partial)
-    net = SuperNet(spec, rules=Rules(partial=partial, edge_norm=partial > 1, **{**DARTS, "pool_norm": False}), engine=make(Compute(impl="reference")))
+    net = SuperNet(spec, rules=Rules(partial=partial, edge_norm=partial > 1, **{**DARTS, "pool_norm": False}),
+                   engine=make(Compute(impl="reference")))
     net.open(5, 2)
     c = net.double().cells[3]
     assert c.spec.reduction_prev
     C = c.spec.width + c.spec.rest
-    segs = [(seg, w.view(shape)) for (seg, shape), w in zip([k for k in c.layout.kernels if k[0].group == "plain"], c.plain.split(c.sizes["plain"])) if seg.edge == -1]
+    segs = [(seg, w.view(shape)) for (seg, shape), w in zip([k for k in c.layout.kernels if k[0].group == "plain"],
+                                                            c.plain.split(c.sizes["plain"])) if seg.edge == -1]
     even, odd = (torch.cat([w for seg, w in segs if seg.role[0] == r]) for r in "ab")
     assert len(even) == C // 2 and len(odd) == C - C // 2
     rows = torch.cat([torch.arange(seg.row0, seg.row0 + seg.rows) for seg, _ in segs])
-    where = torch.cat([torch.arange(c.spec.state(0)[0], c.spec.state(0)[0] + c.spec.width), torch.arange(c.spec.rest_unit(0), c.spec.rest_unit(0) + c.spec.rest)])
+    where = torch.cat([torch.arange(c.spec.state(0)[0], c.spec.state(0)[0] + c.spec.width),
+                       torch.arange(c.spec.rest_unit(0), c.spec.rest_unit(0) + c.spec.rest)])
     assert torch.equal(rows, where) # the order of the channels
     assert c.spec.sizes["plain"] == sum(w.numel() for w in c.plain.split(c.sizes["plain"]))
     x = torch.randn(4, c.spec.inputs[0], 8, 8, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    whole = F.batch_norm(torch.cat([F.conv2d(F.relu(x), even, None, 2), F.conv2d(F.relu(x)[:, :, 1:, 1:], odd, None, 2)], 1), None, None, training=True)
-    mean = torch.cat([F.conv2d(F.relu(x), even, None, 2), F.conv2d(F.relu(x)[:, :, 1:, 1:], odd, None, 2)], 1).mean((0, 2, 3))
+    both = torch.cat([F.conv2d(F.relu(x), even, None, 2), F.conv2d(F.relu(x)[:, :, 1:, 1:], odd, None, 2)], 1)
+    whole, mean = F.batch_norm(both, None, None, training=True), both.mean((0, 2, 3))
     x1 = torch.randn(4, c.spec.inputs[1], 4, 4, dtype=torch.double)
     alpha, edges = torch.zeros(98, dtype=torch.double), torch.zeros(14, dtype=torch.double)
     alpha[0], edges[0] = 1., 1. # node 2 is its first edge's skip connection, and nothing else
-    y, means, _ = c.reference(x, x1, alpha, None, None, edges=edges)
+    y, means, _ = c(x, x1, alpha=alpha, t_gate=None, t_weight=None, edges=edges)
     torch.testing.assert_close(means[:C], mean) # batch norm channel by channel
     expected = whole if partial == 1 else whole.view(4, partial, C // partial, 4, 4).transpose(1, 2).reshape(4, C, 4, 4)
     torch.testing.assert_close(y[:, :C], expected)
@@ -240,17 +272,21 @@ def test_edges_start_with_noise_too():
     net = search.net
     for p in (net.alpha, net.zero, net.edge):
         kinds = p.detach()[sorted(set(net.spec.kinds))]
-        assert 2e-4 < kinds.std() < 3e-3 and kinds.unique().numel() == kinds.numel() and torch.equal(p[0], p[[i for i, k in enumerate(net.spec.kinds) if k == 0][-1]])
+        assert 2e-4 < kinds.std() < 3e-3 and kinds.unique().numel() == kinds.numel()
+        assert torch.equal(p[0], p[[i for i, k in enumerate(net.spec.kinds) if k == 0][-1]])
     assert not torch.equal(net.zero.detach(), net.edge.detach())
 
 
 def test_states_of_another_preprocessing_are_refused():
     def make(method): # as the configuration of an old run is read
-        return make_search(preset("smoke", method, **{"data.subset": 100, "search.batch": 40, "search.length": 3, "rules.pool_norm": False, "search.threshold_init": "own", "search.lambda_cap_fine": .5}))
+        return make_search(preset("smoke", method, **{"data.subset": 100, "search.batch": 40, "search.length": 3,
+                                                      "rules.pool_norm": False, "search.threshold_init": "own",
+                                                      "search.lambda_cap_fine": .5}))
     def old(search):
         state = search.state_dict()
-        return {**state, "version": 1, "rules": {k: v for k, v in state["rules"].items() if k not in ("pool_norm", "aux")},
-                "config": {k: "min" if k == "threshold_init" else v for k, v in state["config"].items() if k not in ("lambda_cap_fine", "label_smoothing")}}
+        rules = {k: v for k, v in state["rules"].items() if k not in ("pool_norm", "aux")}
+        config = {k: v for k, v in state["config"].items() if k not in ("lambda_cap_fine", "label_smoothing")}
+        return {**state, "version": 1, "rules": rules, "config": {**config, "threshold_init": "min"}}
     search = make("pc-darts")
     search.step()
     make("pc-darts").load_state_dict(search.state_dict())
@@ -261,29 +297,47 @@ def test_states_of_another_preprocessing_are_refused():
     search, again = make("darts-v1"), make("darts-v1")
     search.step()
     again.load_state_dict(old(search)) # other methods are what they were
-    search.run(); again.run()
+    search.run()
+    again.run()
     assert all(torch.equal(a, b) for a, b in zip(search.net.state_dict().values(), again.net.state_dict().values()))
 
 
 # ---------------------------------------------------------------- settings
 
-FAMILY = {"search.batch": 64, "search.length": 50, "search.momentum": .9, "search.weight_decay": 3e-4, "search.clip": 5., "search.lr_weights": .025, "search.lr_end": .001, "search.nesterov": False, "search.adam": True, "search.adam_beta": .5,
-          "search.lr_arch": 3e-4, "search.arch_decay": 1e-3, "search.arch_speed": 1., "search.label_smoothing": 0., "search.optimisation": "first-order", "rules.init": "normal", "rules.weights_only": 0., "rules.zero": True, "rules.gates": False,
-          "rules.pool_norm": True, "rules.aux": 0., "data.autoaugment": False, "data.search_cutout": False, "data.cutout": -1, "data.flip": True, "data.crop": -1}
+FAMILY = {"search.batch": 64, "search.length": 50, "search.momentum": .9, "search.weight_decay": 3e-4,
+          "search.clip": 5., "search.lr_weights": .025, "search.lr_end": .001, "search.nesterov": False,
+          "search.adam": True, "search.adam_beta": .5, "search.lr_arch": 3e-4, "search.arch_decay": 1e-3,
+          "search.arch_speed": 1., "search.label_smoothing": 0., "search.optimisation": "first-order",
+          "rules.init": "normal", "rules.weights_only": 0., "rules.zero": True, "rules.gates": False,
+          "rules.pool_norm": True, "rules.aux": 0., "data.autoaugment": False, "data.search_cutout": False,
+          "data.cutout": -1, "data.flip": True, "data.crop": -1}
 PUBLISHED = {
     "darts-v1": {}, "darts-v2": {"search.optimisation": "second-order"}, "beta-darts": {"rules.beta_decay": 50.},
-    "pc-darts": {"search.batch": 256, "search.lr_weights": .1, "search.lr_end": 0., "search.lr_arch": 6e-4, "rules.partial": 4, "rules.edge_norm": True, "rules.weights_only": .3},
-    "gdas": {"search.batch": 256, "search.length": 250, "search.nesterov": True, "search.weight_decay": 5e-4, "rules.tau": (10., .1), "rules.pool_norm": False, "rules.relaxation": "gumbel"},
-    "p-darts": {"search.batch": 96, "search.lr_end": 0., "search.lr_arch": 6e-4, "rules.weights_only": .4, "rules.skip_dropout": (.1, .4, .7), "rules.max_skips": 2},
+    "pc-darts": {"search.batch": 256, "search.lr_weights": .1, "search.lr_end": 0., "search.lr_arch": 6e-4,
+                 "rules.partial": 4, "rules.edge_norm": True, "rules.weights_only": .3},
+    "gdas": {"search.batch": 256, "search.length": 250, "search.nesterov": True, "search.weight_decay": 5e-4,
+             "rules.tau": (10., .1), "rules.pool_norm": False, "rules.relaxation": "gumbel"},
+    "p-darts": {"search.batch": 96, "search.lr_end": 0., "search.lr_arch": 6e-4, "rules.weights_only": .4,
+                "rules.skip_dropout": (.1, .4, .7), "rules.max_skips": 2},
     "dass": {"search.length": 70, "rules.keep": .9},
-    "tanglenas": {"search.lr_end": 0., "search.nesterov": True, "rules.relaxation": "dirichlet", "rules.superpose": "kernels"},
-    "proxylessnas": {"search.batch": 256, "search.length": 160, "search.lr_end": 0., "search.nesterov": True, "search.weight_decay": 4e-5, "search.clip": 0., "search.label_smoothing": .1, "search.lr_arch": 1e-3, "search.adam_beta": 0., "search.arch_decay": 0.,
+    "tanglenas": {"search.lr_end": 0., "search.nesterov": True, "rules.relaxation": "dirichlet",
+                  "rules.superpose": "kernels"},
+    "proxylessnas": {"search.batch": 256, "search.length": 160, "search.lr_end": 0., "search.nesterov": True,
+                     "search.weight_decay": 4e-5, "search.clip": 0., "search.label_smoothing": .1,
+                     "search.lr_arch": 1e-3, "search.adam_beta": 0., "search.arch_decay": 0.,
                      "rules.weights_only": .25, "rules.arch_every": 5},
-    "zero-cost-pt": {"search.length": 0, "search.optimisation": "none", "rules.zero": False, "rules.init": "zero", "rules.samples": 10, "rules.batches": 100},
-    "random": {"search.length": 100, "search.clip": .25, "search.optimisation": "joint", "rules.zero": False, "rules.init": "zero", "rules.weights_only": 1., "rules.samples": 1000, "rules.batches": 10},
+    "zero-cost-pt": {"search.length": 0, "search.optimisation": "none", "rules.zero": False, "rules.init": "zero",
+                     "rules.samples": 10, "rules.batches": 100},
+    "random": {"search.length": 100, "search.clip": .25, "search.optimisation": "joint", "rules.zero": False,
+               "rules.init": "zero", "rules.weights_only": 1., "rules.samples": 1000, "rules.batches": 10},
 }
-ONE_LEVEL = {"search.batch": 96, "search.lr_weights": .01, "search.lr_arch": 1., "search.lr_end": -1., "search.weight_decay": 3e-4, "search.adam": False, "data.autoaugment": True, "data.search_cutout": True, "rules.pool_norm": False, "rules.init": "zero"}
-PUBLISHED_ONE_LEVEL = {"mg-darts": {"rules.aux": 0.}, "fixed-rate": {"rules.aux": 0.}, "gold-nas": {"rules.aux": .4, "rules.ops": ("skip_connect", "sep_conv_3x3"), "rules.share_min": .01, "rules.share_max": .05, "rules.share_n": 4, "search.lambda_growth": 2., "search.lambda_step": 1e-5, "rules.gates": False}}
+ONE_LEVEL = {"search.batch": 96, "search.lr_weights": .01, "search.lr_arch": 1., "search.lr_end": -1.,
+             "search.weight_decay": 3e-4, "search.adam": False, "data.autoaugment": True, "data.search_cutout": True,
+             "rules.pool_norm": False, "rules.init": "zero"}
+PUBLISHED_ONE_LEVEL = {"mg-darts": {"rules.aux": 0.}, "fixed-rate": {"rules.aux": 0.},
+                       "gold-nas": {"rules.aux": .4, "rules.ops": ("skip_connect", "sep_conv_3x3"),
+                                    "rules.share_min": .01, "rules.share_max": .05, "rules.share_n": 4,
+                                    "search.lambda_growth": 2., "search.lambda_step": 1e-5, "rules.gates": False}}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -291,7 +345,8 @@ PUBLISHED_ONE_LEVEL = {"mg-darts": {"rules.aux": 0.}, "fixed-rate": {"rules.aux"
 def test_the_long_presets_have_the_published_settings(name, method):
     assert {*PUBLISHED, *PUBLISHED_ONE_LEVEL} == {*METHODS}
     cfg = preset(name, method)
-    for key, value in ({**FAMILY, **PUBLISHED[method]} if method in PUBLISHED else {**ONE_LEVEL, **PUBLISHED_ONE_LEVEL[method]}).items():
+    for key, value in ({**FAMILY, **PUBLISHED[method]} if method in PUBLISHED
+                       else {**ONE_LEVEL, **PUBLISHED_ONE_LEVEL[method]}).items():
         part, knob = key.split(".")
         assert getattr(getattr(cfg, part), knob) == value, key
 
@@ -305,17 +360,22 @@ def test_temperature_drop_out_and_regulariser_by_the_published_formulas(splits):
     small = {"data.subset": 100, "search.batch": 40, "search.length": 7}
     def watch(method, what, **more):
         search, seen = make_search(preset("smoke", method, **{**small, **more}), splits), {}
-        def note(event): seen.setdefault((search.stage, search.phase_epoch + (0 if search.warmup else search.warm_epochs)), set()).add(what(search))
+        def note(event):
+            seen.setdefault((search.stage, search.phase_epoch + (0 if search.warmup else search.warm_epochs)),
+                            set()).add(what(search))
         search.events.listen(note, "update")
         search.run()
         return seen
-    for (_, epoch), tau in watch("gdas", lambda s: s.net.tau).items(): assert list(tau) == pytest.approx([10 - (10 - .1) * epoch / 6])
+    for (_, epoch), tau in watch("gdas", lambda s: s.net.tau).items():
+        assert list(tau) == pytest.approx([10 - (10 - .1) * epoch / 6])
     stages = watch("p-darts", lambda s: s.net.skip_dropout, **{"search.length": 20})
     assert {stage for stage, _ in stages} == {0, 1, 2} and len(stages) == 30
     for (stage, epoch), p in stages.items(): # ten epochs a stage, four of them for the weights only
-        assert list(p) == pytest.approx([(.1, .4, .7)[stage] * ((10 - epoch - 1) / 10 if epoch < 4 else math.exp(-.2 * (epoch - 4)))])
+        assert list(p) == pytest.approx([(.1, .4, .7)[stage] * ((10 - epoch - 1) / 10 if epoch < 4
+                                                                else math.exp(-.2 * (epoch - 4)))])
     search = make_search(preset("smoke", "beta-darts", **small), splits)
-    search.run("epoch"); search.run("epoch")
+    search.run("epoch")
+    search.run("epoch")
     alpha = torch.zeros_like(search.net.alpha)
     torch.testing.assert_close(sum(of_alpha(search, alpha)), torch.tensor(50 * 2 / 7 * math.log(7)))
 
@@ -329,25 +389,32 @@ def test_rates_fall_at_the_beginning_of_an_epoch(splits):
 
 
 def test_smoothing_is_for_the_weights_only(splits, monkeypatch):
-    search, seen = make_search(preset("smoke", "proxylessnas", **{"data.subset": 100, "search.batch": 40, "search.length": 1, "rules.weights_only": 0., "rules.arch_every": 1}), splits), []
+    search, seen = make_search(preset("smoke", "proxylessnas", **{"data.subset": 100, "search.batch": 40,
+                                                                  "search.length": 1, "rules.weights_only": 0.,
+                                                                  "rules.arch_every": 1}), splits), []
     original = F.cross_entropy
-    monkeypatch.setattr("mgdarts.search.step.F.cross_entropy", lambda *a, **k: seen.append(k.get("label_smoothing", 0.)) or original(*a, **k))
+    monkeypatch.setattr("mgdarts.search.step.F.cross_entropy", lambda *a,
+                        **k: seen.append(k.get("label_smoothing", 0.)) or original(*a, **k))
     search.step()
     assert seen[:3] == [0., 0., .1] # alpha's loss; what is reported; the weights' loss
 
 
 def test_the_second_head_of_gold_nas(splits):
     "Its loss has a weight of 0.4, its weights learn, it follows what is pruned, and it is not counted."
-    search = make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.max_epochs": 3, "search.lambda_step": .05, "search.target_m": .007}), splits)
-    plain = make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.target_m": .007, "rules.aux": 0.}), splits)
-    open_stage(search); open_stage(plain)
+    search = make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.max_epochs": 3,
+                                                        "search.lambda_step": .05, "search.target_m": .007}), splits)
+    plain = make_search(preset("smoke", "gold-nas", **{"data.subset": 100, "search.batch": 40, "search.target_m": .007,
+                                                       "rules.aux": 0.}), splits)
+    open_stage(search)
+    open_stage(plain)
     net = search.net
     assert isinstance(net.aux, AuxHead) and plain.net.aux is None and net.count().params == plain.net.count().params
     x, y = fetch(search)
-    net.train(); plain.net.train()
+    net.train()
+    plain.net.train()
     also = []
     with torch.no_grad():
-        logits = net(x, also)
+        net(x, also)
         loss, other = loss_of(search, x, y)[0], loss_of(plain, x, y)[0]
     torch.testing.assert_close(loss - other, .4 * F.cross_entropy(also[0], y))
     assert any(p is net.aux.reads for g in search.optimizer.param_groups if g["name"] == "weights" for p in g["params"])

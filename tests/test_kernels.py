@@ -18,7 +18,8 @@ from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.engine import Engine
 from mgdarts.net.sample import random_architecture
 from mgdarts.net.supernet import SuperNet
-from mgdarts.space.darts import DARTS_OPS, NetSpec
+from mgdarts.space.operation import DARTS_OPS
+from mgdarts.space.darts import NetSpec
 from mgdarts.space.mobile import MobileSpec
 from mgdarts.space.operation import OPERATIONS, DilConv, SepConv, add_operation
 

@@ -8,9 +8,9 @@ import torch
 from mgdarts.runs.make import make_search
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import files as architecture
+from mgdarts.net.count import counts
 from mgdarts.cli import main as cli
 from mgdarts.runs.make import bare_search
-from mgdarts.runs import run as runs
 from mgdarts.base.options import (DECISIONS, PRESSURES, REGISTRIES, InputError, Method, Rules, Search, configure,
                                   refuse_unhandled)
 from mgdarts.base.data import load_data
@@ -22,8 +22,10 @@ from mgdarts.search.rules import Final, Pressure
 from mgdarts.search.stages import decide
 from mgdarts.space.darts import INPUTS, NODE_EDGES, STATES
 
-TINY = {"data.subset": 100, "search.batch": 40, "search.length": 3, "search.max_epochs": 2, "search.warmup": 1, "search.prune_every": 1, "train.epochs": 1, "rules.samples": 1, "rules.batches": 1, "search.lambda_step": .05}
-OWN = {"dass": {"rules.sparse": .5}, "random": {"rules.samples": 2}, "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3}}
+TINY = {"data.subset": 100, "search.batch": 40, "search.length": 3, "search.max_epochs": 2, "search.warmup": 1,
+        "search.prune_every": 1, "train.epochs": 1, "rules.samples": 1, "rules.batches": 1, "search.lambda_step": .05}
+OWN = {"dass": {"rules.sparse": .5}, "random": {"rules.samples": 2},
+       "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3}}
 
 
 def config(method, **more):
@@ -67,15 +69,21 @@ def test_search_derive_retrain(method, tmp_path, capsys):
     assert cli.main(["search", "--preset", "smoke", "--method", method, "--out", str(out), "--json", *sets]) == 0
     result = json.loads(capsys.readouterr().out)
     arch = architecture.load(out)
-    assert architecture.counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"] == sum(p.numel() for p in architecture.DerivedNet(arch, aux=False).parameters()) - sum(int((~m).sum()) for m in arch.masks.values())
+    masked = sum(int((~m).sum()) for m in arch.masks.values())
+    stored = sum(p.numel() for p in DerivedNet(arch, aux=False).parameters()) - masked
+    assert counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"] == stored
     for cell in arch.cells: # every node is fed, and by two edges with an operation each where the space says so
         for j in range(INPUTS, STATES):
             into = [op.edge for op in cell.ops if op.dst == j]
             assert into and (config(method).space.constraint == 3 or len(into) == len(set(into)) == 2)
     if config(method).space.constraint < 3:
         kinds = {}
-        for cell, spec in zip(arch.cells, arch.spec.cell): assert kinds.setdefault(spec.reduction, [(o.op, o.edge) for o in cell.ops]) == [(o.op, o.edge) for o in cell.ops]
-    if config(method).rules.fit: assert abs(result["derived"]["params_nonzero"] / 1e4 - 1) < .35 # the width is a whole number of filters, here two or three
+        for cell, spec in zip(arch.cells, arch.spec.cell):
+            assert kinds.setdefault(spec.reduction,
+                                    [(o.op, o.edge) for o in cell.ops]) == [(o.op, o.edge) for o in cell.ops]
+    if config(method).rules.fit:
+        # the width is a whole number of filters, here two or three
+        assert abs(result["derived"]["params_nonzero"] / 1e4 - 1) < .35
     assert cli.main(["train", str(out), "--json"]) == 0
     assert 0 <= json.loads(capsys.readouterr().out)["test_acc_final"] <= 100
     assert (out / "report.html").exists()
@@ -83,14 +91,17 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 
 
 def test_the_registry_and_the_knobs_agree():
-    assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas", "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
+    assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
+                              "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
     assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"}
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample"}
-    assert set(choices["superpose"]) == {"none", "kernels", "kernels+filters"} and set(choices["init"]) == {"zero", "normal", "saliency"}
+    assert set(choices["superpose"]) == {"none", "kernels", "kernels+filters"}
+    assert set(choices["init"]) == {"zero", "normal", "saliency"}
     assert set(choices["regulariser"]) == {"size+threshold", "size", "none"}
     optimisation = Search.__dataclass_fields__["optimisation"].metadata["choices"]
-    assert set(optimisation) == {"joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order", "none"}
+    assert set(optimisation) == {"joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order",
+                                 "none"}
     assert configure(preset("smoke"), init="saliency", beta_decay=5).rules.beta_decay == 5
 
 
@@ -130,7 +141,9 @@ def test_a_part_and_a_method_of_ones_own(parts, splits):
     @DECISIONS.add("weakest")
     class Weakest(Final):
         def at_end(self, search): decide(search, 1 - final_strength(search.net))
-    add_method(Method("weakest", "the weakest stay", "this test", {**METHODS["darts-v1"].settings, "rules.discretiser": "weakest", "rules.zero": False}))
+    add_method(Method("weakest", "the weakest stay", "this test", {**METHODS["darts-v1"].settings,
+                                                                   "rules.discretiser": "weakest",
+                                                                   "rules.zero": False}))
     cfg = config("weakest")
     assert isinstance(parts_of(cfg).decision, Weakest)
     search = make_search(cfg, splits)
@@ -162,32 +175,40 @@ def test_what_nobody_handles_fails_loudly(parts):
     del DECISIONS["argmax"]
     with pytest.raises(InputError, match="rules.discretiser=argmax is handled by no part"): parts_of(cfg)
     del PRESSURES.beside["BetaDecay"]
-    with pytest.raises(InputError, match="rules.beta_decay is handled by no part"): refuse_unhandled(Rules(beta_decay=1.))
+    with pytest.raises(InputError, match="rules.beta_decay is handled by no part"):
+        refuse_unhandled(Rules(beta_decay=1.))
     with pytest.raises(ValueError, match="already"): DECISIONS.add("thresholds")(type("Mine", (Final,), {}))
 
 
 def test_events_of_a_step(splits):
     "They come in order, for each turn, with what they say, and only where somebody listens."
     search, seen = make_search(config("darts-v2"), splits), []
-    search.events.listen(lambda e: seen.append((e.type, e.data["images"], sorted(e.data))), "batch", "forward", "backward", "update")
+    search.events.listen(lambda e: seen.append((e.type, e.data["images"], sorted(e.data))), "batch", "forward",
+                         "backward", "update")
     search.step()
-    arch = [("batch", "train"), ("batch", "arch"), ("backward", "arch"), ("update", "arch")] # second order: both batches
+    # second order: both batches
+    arch = [("batch", "train"), ("batch", "arch"), ("backward", "arch"), ("update", "arch")]
     assert [s[:2] for s in seen] == arch + [(type, "train") for type in ("batch", "forward", "backward", "update")]
-    assert {type: data for type, _, data in seen} == {"batch": ["images", "x", "y"], "forward": ["images", "value"], "backward": ["images"], "update": ["groups", "images"]}
+    assert {type: data for type, _, data in seen} == {"batch": ["images", "x", "y"], "forward": ["images", "value"],
+                                                      "backward": ["images"], "update": ["groups", "images"]}
 
 
 @pytest.mark.parametrize("constraint", (1, 2, 3))
 @pytest.mark.parametrize("method", ("mg-darts", "darts-v1", "pc-darts", "gdas"))
 def test_the_three_spaces(method, constraint, splits):
-    "Table VI: space 1 has two edges a node and cells that are alike, space 2 cells that are alike, space 3 neither; free connections end at the target."
-    own = {"search.stages": 1, "search.regrow": 0, "search.granularities": "operation", "search.stage_keep": 0.5, "search.max_epochs": 3} if method == "mg-darts" else {}
-    search = make_search(config(method, **own, **{"space.constraint": constraint, "search.target_m": .015 if method != "mg-darts" else .03}), splits)
+    """Table VI: space 1 has two edges a node and cells that are alike, space 2 cells that are alike, space 3 neither;
+    free connections end at the target."""
+    own = {"search.stages": 1, "search.regrow": 0, "search.granularities": "operation", "search.stage_keep": 0.5,
+           "search.max_epochs": 3} if method == "mg-darts" else {}
+    search = make_search(config(method, **own, **{"space.constraint": constraint, "search.target_m": .015
+                                                  if method != "mg-darts" else .03}), splits)
     search.run()
     live = search.net.op_live.cpu()
     if constraint < 3: assert live[1].equal(live[2]) # the reduction cells
     if constraint == 1: # learned thresholds may leave a node one edge
         assert live.sum(-1).max() == 1
-        assert all(live[c, list(NODE_EDGES[j])].any(-1).sum() in ((1, 2) if method == "mg-darts" else (2,)) for c in range(3) for j in range(INPUTS, STATES))
+        assert all(live[c, list(NODE_EDGES[j])].any(-1).sum() in ((1, 2) if method == "mg-darts" else (2,))
+                   for c in range(3) for j in range(INPUTS, STATES))
     elif method != "mg-darts": assert search.net.count().params <= 15_000
 
 
@@ -204,7 +225,8 @@ def test_weights_stand_still_while_scores_are_learned(splits):
     while not scored.on(search.clock): search.step()
     before, scores = [c.omega.clone() for c in search.net.cells], [c.score.clone() for c in search.net.cells]
     search.step()
-    assert all(torch.equal(a, c.omega) for a, c in zip(before, search.net.cells)) and not any(torch.equal(a, c.score) for a, c in zip(scores, search.net.cells))
+    assert all(torch.equal(a, c.omega) for a, c in zip(before, search.net.cells))
+    assert not any(torch.equal(a, c.score) for a, c in zip(scores, search.net.cells))
 
 
 @pytest.mark.parametrize("method", ("pc-darts", "gdas", "tanglenas", "p-darts", "fixed-rate"))
@@ -213,7 +235,8 @@ def test_the_workbench_sees_any_method(method, splits):
     search = make_search(config(method), splits)
     search.run("epoch")
     view = View(search)
-    assert torch.equal(view.strength, search.net.importance()[:len(search.net.cells)]) and view.now.count.params == search.net.count().params
+    assert torch.equal(view.strength, search.net.importance()[:len(search.net.cells)])
+    assert view.now.count.params == search.net.count().params
 
 
 def test_second_order_leaves_the_net_alone(splits):
@@ -223,5 +246,6 @@ def test_second_order_leaves_the_net_alone(splits):
     ahead(search)
     assert all(torch.equal(v, search.net.state_dict()[k]) for k, v in before.items())
     first = make_search(config("darts-v1"), splits)
-    first.load_state_dict({**search.state_dict(), "config": {**search.state_dict()["config"], "optimisation": "first-order"}})
+    first.load_state_dict({**search.state_dict(), "config": {**search.state_dict()["config"],
+                                                             "optimisation": "first-order"}})
     assert first.net.alpha.grad is None or not torch.equal(first.net.alpha.grad, search.net.alpha.grad)

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from mgdarts.base.options import Compute
-from mgdarts.fast import cell, compiled, engine, kernels, parts
+from mgdarts.fast import cell, compiled, engine, parts
+from mgdarts.net.architecture import kernels
 from mgdarts.fast.engine import make
 from mgdarts.methods.registry import preset
 from mgdarts.methods.unroll import unrolled

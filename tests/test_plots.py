@@ -16,7 +16,8 @@ from mgdarts.space.found import ArchCell, Op
 from mgdarts.space.mobile import MobileSpec
 from mgdarts.space.space import GRANULARITIES
 from mgdarts.views.drawings import Look, arc_heights, cell_graph, cell_title, cells, distribution, draw_cell, unit_of
-from mgdarts.views.figures import dynamics, epochs_of, learning, prunings, retrain_curves, size_and_lambda, stage_spans, starts
+from mgdarts.views.figures import (dynamics, epochs_of, learning, prunings, retrain_curves, size_and_lambda,
+                                   stage_spans, starts)
 from mgdarts.views.page import asset, report, write_page
 from mgdarts.views.theme import empty, legend, op_legend, sign
 

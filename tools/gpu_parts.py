@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from mgdarts.runs.make import make_search, make_trainer
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net import cell
-from mgdarts.fast import kernels
+from mgdarts.net.architecture import kernels
 from mgdarts.search import loss
 from mgdarts.runs import memory
 from mgdarts.runs.listen import read_events

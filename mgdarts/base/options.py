@@ -97,7 +97,7 @@ REGISTRIES = (DECISIONS, STRENGTHS, STARTS, SHAPES, SCHEDULES, PRESSURES) # as t
 # %% ../../nbs/base/options.ipynb #f3b107e7
 OPERATIONS = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3",
               "max_pool_3x3") # of the DARTS-like space
-OPERATION_NAMES, SPACE_KINDS = list(OPERATIONS), ["darts", "mobilenet"] # operations and spaces that are added join these
+OPERATION_NAMES, SPACE_KINDS = list(OPERATIONS), ["darts", "mobilenet"] # what is added joins these
 
 @dataclass
 class Space:

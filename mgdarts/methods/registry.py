@@ -4,7 +4,7 @@
 
 # %% ../../nbs/methods/registry.ipynb #da65521b
 from __future__ import annotations
-from ..base.options import MOBILE, PRESETS, Config, InputError, Method, closest, configure, need, resolve
+from ..base.options import MOBILE, PRESETS, Config, Method, closest, configure, need, resolve
 from .bounds import FIXED_RATE, GOLD_NAS
 from .darts import BETA_DARTS, DARTS_V1
 from .dass import DASS

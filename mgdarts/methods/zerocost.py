@@ -10,7 +10,7 @@ from torch import Tensor
 from ..base.options import DECISIONS, STARTS, Method
 from .darts import TWO_LEVEL
 from ..search.rules import Start
-from ..search.trial import Trial, kinds_of, score_among
+from ..search.trial import Trial, score_among
 from ..space.graph import Graph
 
 # %% auto #0

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/net/relax.ipynb #a9a51854
 from __future__ import annotations
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..base.options import DECISIONS, SHAPES, STRENGTHS, Part, darts_only, need

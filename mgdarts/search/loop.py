@@ -51,7 +51,7 @@ def commit_masks(search, ce: float, price: float, # means over the epoch of CE a
 # %% ../../nbs/search/loop.ipynb #90ee67bd
 def end_epoch(search):
     "After the last step of an epoch."
-    s, cfg, (*means, hits, n) = search.state, search.cfg, search.sums.tolist()
+    s, (*means, hits, n) = search.state, search.sums.tolist()
     (ce, price, push, own), epoch, warm = (v / n for v in means), s.epoch, s.warmup
     lam = 0. if warm else search.lam.value
     acc, val_loss = search.validate()

@@ -181,7 +181,8 @@ class Sizes:
             masked = off.between(torch.cat([a & d, index.live(live)])).logical_and_(gone.index_select(0, number))
             stored = weights.sum() + 2 * (norms.sum() + index.more_norms(live, d).sum())
             out += int(stored) - int(masked.count_nonzero())
-            alive.append(index.out(a)); aligned.append(index.out(d))
+            alive.append(index.out(a))
+            aligned.append(index.out(d))
         return out + net.top_size(d).params
 
 # %% ../../nbs/search/prune.ipynb #0f9e0fd4

@@ -7,9 +7,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
-import torch
 from torch import Tensor
-from ..base.options import REGISTRIES, SCHEDULES, STARTS, PRESSURES, SHAPES, Part, need
+from ..base.options import REGISTRIES, PRESSURES, SCHEDULES, STARTS, Part, need
 
 # %% auto #0
 __all__ = ['WARMUP', 'Clock', 'Turn', 'Schedule', 'Joint', 'Iterative', 'Untrained', 'Pressure', 'Decision', 'Pruning', 'Final',
