@@ -56,7 +56,7 @@ class FastEngine(Engine):
         x, drawn, plans = x.contiguous(memory_format=torch.channels_last), self.drawn(net), self._plans(net)
         wide = any(isinstance(p, darts.CellPlan) for p in plans) and not (drawn or self.compute.compile or native(x))
         b = images_abreast(len(x), net.spec.cell[0].width) if wide else 1
-        def ready(y): return y.relu() if net.spec.preprocessed else y # more cells than one read each map, and all begin with a ReLU
+        def ready(y): return y.relu() if net.spec.cell[0].preprocessed else y # more cells than one read each map, and all begin with a ReLU
         maps, m = run(net.stem, x), net.mixture(drawn)
         maps = each(lambda y: ready(widen(y, b) if b > 1 else y), maps)
         for c, plan in enumerate(plans):

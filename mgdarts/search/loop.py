@@ -81,7 +81,7 @@ def prune_if_due(search, ce: float, price: float, epoch: int):
 def refuse_unsearchable(search):
     "`InputError` where the target is out of reach, or there is not a step to make."
     spec, target = search.whole, search.cfg.target_m * 1e6
-    fixed = spec.stem_params + spec.classifier_params
+    fixed = spec.stem_params + spec.top(spec.cell[-1].out)[0]
     need(not search.by_size or target < spec.params, f"search.target_m={search.cfg.target_m:g} is not below the "
          f"super-net's own size, {spec.params / 1e6:.4g} million: lower it, or widen the super-net")
     need(not search.by_size or target > fixed, f"search.target_m={search.cfg.target_m:g} leaves no room for what is "
