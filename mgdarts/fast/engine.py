@@ -71,7 +71,7 @@ class FastEngine(Engine):
     def through_cells(self, net, x, also=None):
         x, drawn, plans = dense(x), self.drawn(net), self._plans(net)
         b = 1 if drawn or self.compute.compile else self.abreast(net, x, plans)
-        def ready(y): return y.relu() if net.spec.preprocessed else y # the ReLU that all cells that read it begin with
+        def ready(y): return y.relu() if net.spec.cell[0].preprocessed else y # the ReLU that all cells that read it begin with
         maps, m = each(lambda y: ready(widen(y, b)), run(net.stem, x)), net.mixture(drawn)
         for c, plan in enumerate(plans):
             f = self.fused(net, c, m, b, plan) if plan and not drawn else self.equations(net, c, m, b)

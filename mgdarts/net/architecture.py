@@ -5,13 +5,13 @@
 # %% ../../nbs/net/architecture.ipynb #1b0d7afd
 from __future__ import annotations
 import json, math
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
-from ..base.options import InputError, OPERATION_NAMES
-from ..space.found import ArchCell, MAX_WIDTH, Op, check_cell, shapes, whole
+from ..base.options import InputError
+from ..space.found import ArchCell, Op, check_cell, shapes, whole
 from ..space.operation import OPERATIONS, Operation, PREPROCESS
-from ..space.space import HeadSpec, Space
+from ..space.space import HeadSpec, Space, aux_head
 
 MAX_WEIGHTS = 500_000_000
 
@@ -23,11 +23,12 @@ __all__ = ['MAX_WEIGHTS', 'plain_space', 'Architecture', 'check_spec', 'check_na
 def plain_space(spec: Space, cells: tuple # of ArchCell
                )->Space:
     "Return the space that an architecture says it belongs to."
-    changed = {"stem": spec.stem_kind, "constraint": 3, "partial": 1}
-    used = {op.op for c in cells if isinstance(c, ArchCell) for op in c.ops if isinstance(op.op, str)}
-    if used <= {*OPERATION_NAMES}: # those that a space may be given; `check_cell` refuses others
-        changed["ops"] = tuple(name for name in OPERATIONS if name in {*type(spec).ops, *used})
-    return replace(spec, **{f.name: changed[f.name] for f in fields(spec) if f.name in changed})
+    changed: dict = {"stem": spec.stem_kind}
+    if (spec.constraint, spec.partial) != (3, 1): changed |= {"constraint": 3, "partial": 1}
+    used = {op.op for c in cells if isinstance(c, ArchCell) for op in c.ops}
+    ops = tuple(name for name in OPERATIONS if name in {*type(spec).ops, *used})
+    if ops != spec.ops and used <= {*OPERATIONS}: changed["ops"] = ops
+    return replace(spec, **changed)
 
 # %% ../../nbs/net/architecture.ipynb #bf3294d7
 @dataclass(eq=False)
@@ -43,11 +44,13 @@ class Architecture:
         self.cells = tuple(self.cells)
         check_name(self.name, self.provenance)
         check_spec(self.spec)
-        if len(self.cells) != self.spec.cells: raise InputError(f"architecture: a space of {self.spec.cells} cells has {len(self.cells)} of them here")
+        if len(self.cells) != self.spec.cells:
+            raise InputError(f"architecture: a space of {self.spec.cells} cells has {len(self.cells)} of them here")
         self.spec = plain_space(self.spec, self.cells) # a later change of the image size must not change the stem
         for cell, full in zip(self.cells, self.spec.cell): check_cell(cell, full)
         self.masks = checked_masks(self.masks, self.mask_shapes())
-        if sum(math.prod(s) for c in range(len(self.cells)) for *_, s in kernels(self, c)) > MAX_WEIGHTS: raise InputError(f"architecture: more than {MAX_WEIGHTS} weights: widths are out of hand")
+        if sum(math.prod(s) for c in range(len(self.cells)) for *_, s in kernels(self, c)) > MAX_WEIGHTS:
+            raise InputError(f"architecture: more than {MAX_WEIGHTS} weights: widths are out of hand")
 
     @property
     def head(self)->dict:
@@ -68,35 +71,42 @@ class Architecture:
         return sum(self.cells[c].widths[self.spec.graph.inputs:])
     def mask_shapes(self)->dict: # key -> shape
         "Return the shapes of all kernels that can have a mask: those whose weights are searched."
-        return {f"c{c}.o{i}.{k.role}": shape for c in range(len(self.cells)) for i, k, shape in kernels(self, c) if i is not None and k.searched}
+        return {f"c{c}.o{i}.{k.role}": shape for c in range(len(self.cells))
+                for i, k, shape in kernels(self, c) if i is not None and k.searched}
     @property
     def aux_cell(self)->int: return self.spec.aux_cell # that the auxiliary head of retraining reads
     @property
-    def aux_head(self)->HeadSpec: return self.spec.aux_head(self.aux_cell, width=self.out(self.aux_cell))
+    def aux_head(self)->HeadSpec: return aux_head(self.spec, self.aux_cell, width=self.out(self.aux_cell))
 
     def __eq__(self, other):
-        return (type(other) is type(self) and self.spec.kind == other.spec.kind and (self.head, self.cells, self.provenance) == (other.head, other.cells, other.provenance)
-                and self.masks.keys() == other.masks.keys() and all(m.equal(other.masks[k]) for k, m in self.masks.items()))
+        def data(a): return a.spec.kind, a.head, a.cells, a.provenance, a.masks.keys()
+        same = type(other) is type(self) and data(self) == data(other)
+        return same and all(m.equal(other.masks[k]) for k, m in self.masks.items())
 
 # %% ../../nbs/net/architecture.ipynb #7c0f23f4
 def check_spec(spec: Space)->Space: # the same
     "Refuse a space of impossible sizes: `InputError`."
-    ranges = ("classes", spec.classes, 1, 100_000), ("size", spec.size, 4, 1024), ("in_channels", spec.in_channels, 1, 64), ("the number of cells", spec.cells, 3, 64)
-    for what, value, lo, hi in (*spec.head_ranges(), *ranges): whole(what, value, lo, hi)
-    if spec.stem not in ("auto", "cifar", "imagenet"): raise InputError(f"architecture: stem {str(spec.stem)[:40]!r} is not auto, cifar or imagenet")
-    return spec
+    spec.check()
+    whole("classes", spec.classes, 1, 100_000)
+    whole("size", spec.size, 4, 1024)
+    whole("in_channels", spec.in_channels, 1, 64)
+    whole("the number of cells", spec.cells, 3, 64)
+    if spec.stem in ("auto", "cifar", "imagenet"): return spec
+    raise InputError(f"architecture: stem {str(spec.stem)[:40]!r} is not auto, cifar or imagenet")
 
 def check_name(name: str, provenance: dict):
     "Refuse an impossible name or provenance: `InputError`."
-    if not isinstance(name, str) or not 0 < len(name) <= 200: raise InputError("architecture: the name must be a text of 1 to 200 characters")
+    if not isinstance(name, str) or not 0 < len(name) <= 200:
+        raise InputError("architecture: the name must be a text of 1 to 200 characters")
     if not isinstance(provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
     try: json.dumps(provenance, allow_nan=False)
-    except (TypeError, ValueError, RecursionError): raise InputError("architecture: the provenance must be plain JSON without NaN") from None
+    except (TypeError, ValueError, RecursionError):
+        raise InputError("architecture: the provenance must be plain JSON without NaN") from None
 
 # %% ../../nbs/net/architecture.ipynb #ae2f744c
 def checked_masks(masks: dict, shapes: dict # name -> shape of the kernel
                  )->dict:
-    "Return masks in the order of their kernels, without those that mask nothing; `InputError` where one fits no kernel."
+    "Return masks in the order of their kernels, without those that mask nothing. `InputError`: one fits no kernel."
     for key, m in masks.items():
         if key not in shapes: raise InputError(f"architecture: mask {str(key)[:60]!r} belongs to no kernel")
         if not isinstance(m, Tensor) or m.dtype != torch.bool or tuple(m.shape) != shapes[key]:
@@ -117,7 +127,9 @@ def preprocessing(arch: Architecture, c: int # cell
                  )->list: # of (Preprocess, widths by port, stride of its map), one for each input
     "List the preprocessing of a cell's inputs."
     full = arch.spec.cell[c]
-    return [(PREPROCESS, {"in": n, "out": arch.cells[c].widths[s]}, 2 if full.twice(s) else 1) for s, n in enumerate(arch.inputs(c)[:full.preprocessed])]
+    def stride_of(s): return 2 if full.twice(s) else 1
+    return [(PREPROCESS, {"in": n, "out": arch.cells[c].widths[s]}, stride_of(s))
+            for s, n in enumerate(arch.inputs(c)[:full.preprocessed])]
 
 def kernels(arch: Architecture, c: int # cell
            )->list: # of (place among the operations, or None, Kernel, shape)

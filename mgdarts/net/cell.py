@@ -5,48 +5,55 @@
 # %% ../../nbs/net/cell.ipynb #729319dd
 from __future__ import annotations
 import math
+from functools import reduce
 import torch, torch.nn.functional as F
 from torch import Tensor
 from .discretise import discretise, strongest, top
+from .channels import Layout
 from .stored import LiveOp, StoredCell
+from ..space.cell import Gate
 from ..space.layers import EPS, avg_pool, factorized_reduce, max_pool
 
 # %% auto #0
-__all__ = ['FIRST', 'Pass', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations', 'equations', 'Cell',
-           'track', 'levels', 'outer_taps']
+__all__ = ['FIRST', 'Pass', 'threshold_of', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations',
+           'equations', 'Cell', 'track', 'levels', 'outer_taps']
 
 # %% ../../nbs/net/cell.ipynb #5d177d4c
-FIRST = {"relu": lambda x, stride: F.relu(x), "avg_pool": avg_pool, "max_pool": max_pool, "": lambda x, stride: x} # what operations read, by `Operation.reads`
+FIRST = {"relu": lambda x, stride: F.relu(x), "avg_pool": avg_pool, "max_pool": max_pool,
+         "": lambda x, stride: x} # what operations read, by `Operation.reads`
 
 class Pass:
     "One forward pass of a cell: its vectors cut into parts, and the statistics of its batch norms as they come."
-    def __init__(self, cell: StoredCell, t_gate: Tensor|None, t_weight: Tensor|None, omega: Tensor|None, gate: Tensor|None, drop: tuple|None):
+    def __init__(self, cell: StoredCell, t_gate: Tensor|None, t_weight: Tensor|None, omega: Tensor|None,
+                 gate: Tensor|None, drop: tuple|None): # as for `Cell.forward`
         self.cell, self.t_gate, self.t_weight, self.drop, self.statistics = cell, t_gate, t_weight, drop, {}
+        sizes, filters = cell.sizes["omega"], cell.gate_sizes
         self.plain = [w.view(s) for w, s in zip(cell.plain.split(cell.sizes["plain"]), cell.shapes["plain"])]
-        self.omega = [v if v is None else v.split(cell.sizes["omega"]) for v in (omega, cell.omega, cell.omega_live)]
-        self.gates = [v if v is None else v.split(cell.gate_sizes) for v in (gate, cell.beta)]
-        self.cut = {n: getattr(cell, n).split(cell.gate_sizes) for n in ("scale", "shift", "mean", "var")}
-        for n, v in zip(("mean", "var"), cell.statistics[2:]): self.cut[n] += v.split(cell.pool_sizes) # the pools' batch norms come after the gates'
+        self.masked = None if omega is None else omega.split(sizes)
+        self.omega, self.live = cell.omega.split(sizes), cell.omega_live.split(sizes)
+        self.gates, self.beta = None if gate is None else gate.split(filters), cell.beta.split(filters)
+        self.cut = {n: getattr(cell, n).split(filters) for n in ("scale", "shift", "mean", "var")}
+        for n, v in zip(("mean", "var"), cell.statistics[2:]): # the pools' batch norms come after those with gates
+            self.cut[n] += v.split(cell.pool_sizes)
         pooled = [(s, o) for s, kinds in enumerate(cell.pools) for o in kinds]
-        self.pool_at = {at: i for i, at in enumerate(pooled, len(cell.gate_sizes))}
+        self.pool_at = {at: i for i, at in enumerate(pooled, len(filters))}
 
     def weight(self, i: int, at: int # kernel i of the searched ones; its operation's place in alpha
               )->Tensor:
         "Return a searched kernel, masked (Eq. 3)."
-        masked, own, live = self.omega
-        if masked is not None: return masked[i].view(self.cell.shapes["omega"][i])
-        if self.t_weight is None: w = own[i] * live[i]
-        else: w = discretise(own[i], self.t_weight[at].view(1), torch.tensor([len(own[i])], device=own[i].device), live[i])
-        return w.view(self.cell.shapes["omega"][i])
+        shape = self.cell.shapes["omega"][i]
+        if self.masked is not None: return self.masked[i].view(shape)
+        w, live = self.omega[i], self.live[i]
+        if self.t_weight is None: return (w * live).view(shape)
+        return discretise(w, self.t_weight[at].view(1), torch.tensor([len(w)], device=w.device), live).view(shape)
 
     def gate(self, i: int)->Tensor: # [1, filters, 1, 1]
         "Return the factors of gate i (Eq. 2); those without a threshold, of an operation, are sigma(beta)."
-        whole, beta = self.gates
-        if whole is not None: return whole[i].view(1, -1, 1, 1)
-        g, gate = torch.sigmoid(beta[i]), self.cell.layout.gates[i][0]
+        if self.gates is not None: return self.gates[i].view(1, -1, 1, 1)
+        g, gate = torch.sigmoid(self.beta[i]), self.cell.layout.gates[i][0]
         if not self.cell.gated: g = torch.ones_like(g)
         elif self.t_gate is not None and gate.learned:
-            at, length = self.cell.threshold(gate), torch.tensor([len(g)], device=g.device)
+            at, length = threshold_of(self.cell, gate), torch.tensor([len(g)], device=g.device)
             g = discretise(g, self.t_gate[at].view(1), length, None, strongest(g, length))
         return g.view(1, -1, 1, 1)
 
@@ -58,6 +65,12 @@ class Pass:
         y, m, inv = torch.native_batch_norm(x, *affine, *running, training, 0., EPS)
         self.statistics[i] = m, inv.pow(-2) - EPS
         return y
+
+# %% ../../nbs/net/cell.ipynb #e8d168f6
+def threshold_of(cell: StoredCell, gate: Gate)->int:
+    "Find a gate's threshold: those of the inputs, those of the operations, and a 0 for filters that are not searched."
+    if gate.op < 0: return -1 - gate.edge
+    return cell.spec.preprocessed + (cell.flat(gate) if gate.learned else cell.index.none)
 
 # %% ../../nbs/net/cell.ipynb #67643d8b
 def drop_factors(x: Tensor, # [N, C, H, W]: what they are for
@@ -71,22 +84,26 @@ class LiveParts:
     "The parts of one live operation, as `Operation.forward` asks for them."
     def __init__(self, run: Pass, op: LiveOp):
         self.run, self.op = run, op
+        self.at = op.edge * len(run.cell.spec.ops) + op.op # its place in alpha
         self.kernels = {k.role: (k, i) for k, i in zip(op.operation.kernels(op.stride), op.kernels)}
         self.gates = {n.role: i for n, i in zip(op.operation.norms(op.stride), op.gates)}
 
     def __getitem__(self, role: str)->Tensor:
         "Return a kernel."
         k, i = self.kernels[role]
-        return self.run.weight(i, self.op.edge * len(self.run.cell.spec.ops) + self.op.op) if k.searched else self.run.plain[i]
+        return self.run.weight(i, self.at) if k.searched else self.run.plain[i]
     def conv(self, role, x, stride=1, dilation=1, bias=None):
         w = self[role]
-        return F.conv2d(x, w, None if bias is None else self[bias].flatten(), stride, dilation * (w.shape[-1] // 2), dilation, len(w) if self.kernels[role][0].depthwise else 1)
+        groups = len(w) if self.kernels[role][0].depthwise else 1
+        offset = None if bias is None else self[bias].flatten()
+        return F.conv2d(x, w, offset, stride, dilation * (w.shape[-1] // 2), dilation, groups)
     def halves(self, x, a, b): return factorized_reduce(x, self[a], self[b])
     def gate(self, role): return self.run.gate(self.gates[role])
     def gated(self, role, x): return self.norm(role, x) * self.gate(role)
     def norm(self, role, x):
         if role in self.gates: return self.run.norm(self.gates[role], x)
-        return self.run.norm(self.run.pool_at[self.run.cell.spec.graph.edges[self.op.edge][0], self.op.op], x) if self.run.cell.pool_norm else x
+        if not self.run.cell.pool_norm: return x
+        return self.run.norm(self.run.pool_at[self.run.cell.spec.graph.edges[self.op.edge][0], self.op.op], x)
     def dropped(self, x):
         if self.run.drop is None or not self.run.cell.training: return x
         return x * drop_factors(x, *self.run.drop)
@@ -96,9 +113,13 @@ def input_states(run: Pass, maps: tuple)->tuple: # (states, channels of each tha
     "Preprocess the incoming maps; without preprocessing they are states as they are."
     states, rest = list(maps[:len(maps) - len(run.cell.pre)]), []
     for x, parts in zip(maps, run.cell.pre):
-        x, own = F.relu(x), [[None if i is None else run.plain[i] for i in k] for _, k in parts]
-        ys = [run.norm(g, F.conv2d(x, *k) if len(k) == 1 else factorized_reduce(x, *k)) * run.gate(g) for (g, _), k in zip(parts, own)]
-        states.append(ys[0]); rest += ys[1:]
+        x, ys = F.relu(x), []
+        for gate, kernels in parts:
+            if len(kernels) == 1: y = F.conv2d(x, run.plain[kernels[0]])
+            else: y = factorized_reduce(x, *(None if i is None else run.plain[i] for i in kernels))
+            ys.append(run.norm(gate, y) * run.gate(gate))
+        states.append(ys[0])
+        rest += ys[1:]
     return states, rest
 
 def weighed(run: Pass, op: LiveOp, x: Tensor, # the state that it reads
@@ -108,30 +129,32 @@ def weighed(run: Pass, op: LiveOp, x: Tensor, # the state that it reads
     "Compute an operation, weigh it, and put it on the channels of its node."
     y = alpha * op.operation.forward(FIRST[op.operation.reads](x, op.stride), LiveParts(run, op), op.stride)
     if op.place is None: return y
-    node = run.cell.channels[run.cell.spec.graph.edges[op.edge][1]] # its other channels get nothing from this operation
+    node = run.cell.channels[run.cell.spec.graph.edges[op.edge][1]] # the others get nothing from this operation
     return y.new_zeros(len(y), node, *y.shape[2:]).index_copy(1, places[op.place], y)
 
 # %% ../../nbs/net/cell.ipynb #9bb0e714
-def round_operations(cell: StoredCell, node: int, rest: list, edges: Tensor # [edges]: their weights
+def round_operations(cell: StoredCell, node: int, rest: list, edges: Tensor|None # [edges]: their weights
                     )->Tensor:
     "Add up the channels that go round the operations into a node."
-    graph, total = cell.spec.graph, 0
+    if edges is None: raise ValueError("channels that go round the operations need the weights of the edges")
+    graph, parts = cell.spec.graph, []
     for e in graph.into[node]:
         x = rest[graph.edges[e][0]]
-        total = total + edges[e] * (x if cell.spec.stride(e) == 1 else F.max_pool2d(x, 2, ceil_mode=True))
-    return total
+        parts.append(edges[e] * (x if cell.spec.stride(e) == 1 else F.max_pool2d(x, 2, ceil_mode=True)))
+    return reduce(torch.add, parts)
 
-def equations(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Tensor|None, chosen: Tensor|None # as for `Cell.forward`
-             )->Tensor: # [N, live out, H', W']
+def equations(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Tensor|None, chosen: Tensor|None
+             )->Tensor: # as for `Cell.forward`; [N, live out, H', W']
     "Compute Eq. 4 and 5, operation by operation."
     spec, places, x0 = cell.spec, cell.places.split(cell.place_sizes), maps[0]
     (states, rest), out = input_states(run, maps), []
     for node, live in cell.nodes.items():
         total = x0 if spec.residual else x0.new_zeros(len(x0), cell.channels[node], spec.side, spec.side)
         for op in live:
-            at = op.edge * len(spec.ops) + op.op
-            if chosen is not None and not chosen[op.edge, op.op]: total = total + alpha[at] # which is 0, and has a gradient (GDAS)
-            else: total = total + weighed(run, op, states[spec.graph.edges[op.edge][0]], alpha[at], places)
+            weight = alpha[op.edge * len(spec.ops) + op.op]
+            left_out = chosen is not None and not chosen[op.edge, op.op]
+            if left_out: total = total + weight # which is 0, and has a gradient (GDAS)
+            else: total = total + weighed(run, op, states[spec.graph.edges[op.edge][0]], weight, places)
         if spec.rest:
             total = torch.cat([total, round_operations(cell, node, rest, edges)], 1)[:, cell.shuffle]
             out.append(total)
@@ -144,25 +167,30 @@ def equations(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Te
 # %% ../../nbs/net/cell.ipynb #10064640
 class Cell(StoredCell):
     "One cell of the super-net."
+    _levels: Tensor # from `levels` and `outer_taps`, for a layout
+    _outer: Tensor
+    _levels_of: Layout|None = None
+    _outer_of: Layout|None = None
+
     def forward(self, *maps: Tensor, # [N, live channels, H, W] of each incoming map
                 alpha: Tensor, # [edges * operations] M_alpha of this cell's operations
                 t_gate: Tensor|None = None, t_weight: Tensor|None = None, # from `SuperNet.thresholds`
                 omega: Tensor|None = None, # kernels that are masked already
                 edges: Tensor|None = None, # [edges] their weights, for channels that go round the operations
-                chosen: Tensor|None = None, # [edges, operations] bool on the CPU: the operations to compute; of the others alpha is 0
+                chosen: Tensor|None = None, # [edges, operations] bool on the CPU: what to compute; else alpha is 0
                 gate: Tensor|None = None, # [filters]: gates that are worked out already
                 drop: tuple|None = None # drop-out on skip connections: (probability, generator)
-               )->tuple: # ([N, live out, H', W'], means and variances [filters, then pooled channels] of this batch; NaN for what was not computed)
+               )->tuple: # ([N, live out, H', W'], means, variances)
+        "Compute the cell, and the statistics of its batch norms, filters then pools: NaN for what was not computed."
         run = Pass(self, t_gate, t_weight, omega, gate, drop)
         y = equations(self, maps, alpha, run, edges, chosen)
-        for i, n in enumerate(self.gate_sizes + self.pool_sizes): run.statistics.setdefault(i, (y.new_full((n,), math.nan),) * 2)
-        return y, *(torch.cat(s) for s in zip(*(run.statistics[i] for i in range(len(run.statistics)))))
+        sizes = self.gate_sizes + self.pool_sizes
+        missing = ((y.new_full((n,), math.nan),) * 2 for n in sizes)
+        found = [run.statistics.get(i, nan) for i, nan in enumerate(missing)]
+        return y, *(torch.cat(s) for s in zip(*found))
 
-    def threshold(self, gate)->int:
-        "Return the place of a gate's threshold: those of the inputs, those of the operations, and a 0 for filters that are not searched."
-        return -1 - gate.edge if gate.op < 0 else self.spec.preprocessed + (self.flat(gate) if gate.learned else self.layout.ops.numel())
     def gates(self, thresholds: Tensor|None, # [inputs + edges * operations + 1] or None: everything on
-              widths: Tensor|None = None # [edges, operations, n] weights of n widths, for filters of several widths in one
+              widths: Tensor|None = None # [edges, operations, n] weights of n widths, for filters of several widths
              )->Tensor: # [filters] M_beta(sigma(beta))
         "Work out the filter gates of the cell (Eq. 2)."
         if widths is not None: # a filter counts for all widths that include it
@@ -176,7 +204,7 @@ class Cell(StoredCell):
 
     def weights(self, thresholds: Tensor|None, # [edges * operations] or None: every live weight on
                 keep: float = 1., # below 1: the share that the scores keep of each kernel
-                inner: Tensor|None = None # [edges * operations] shares of the larger kernel, for kernels of two sizes in one
+                inner: Tensor|None = None # [edges * operations] shares of the larger of two kernels in one
                )->Tensor: # [searched weights] M_omega(omega)
         "Mask the kernels of the cell (Eq. 3)."
         if keep < 1: return self.omega * top(self.score, self.kernel_sizes, keep) * self.omega_live
@@ -184,38 +212,46 @@ class Cell(StoredCell):
         if thresholds is None: return self.omega * self.omega_live
         return discretise(self.omega, thresholds[self.conv], self.conv_len, self.omega_live)
 
-    def track(self, mean: Tensor, var: Tensor, # [filters, then pooled channels], of a batch
-              n: int, # images of it
-              momentum: float = 0.1,
-              some: bool = False # NaN stands for what was not computed
-             ):
-        "Move the running statistics towards those of a batch."
+    def track(self, mean: Tensor, var: Tensor, n: int, momentum: float = 0.1, some: bool = False):
+        "As the function `track`."
         track(self, mean, var, n, momentum, some)
 
 # %% ../../nbs/net/cell.ipynb #0f699cd9
 @torch.no_grad()
-def track(cell: StoredCell, mean: Tensor, var: Tensor, n: int, momentum: float, some: bool):
-    "As `Cell.track`."
+def track(cell: StoredCell, mean: Tensor, var: Tensor, # [filters, then pooled channels], of a batch
+          n: int, # images of it
+          momentum: float, some: bool # whether NaN stands for what was not computed
+         ):
+    "Move the running statistics of a cell towards those of a batch."
     count, sizes = (cell.area * n).to(var), [len(cell.mean), sum(cell.pool_sizes)]
-    news = zip(*(v.split(sizes) for v in (mean, var * (count / (count - 1).clamp(min=1))))) # (mean, var) of filters, (mean, var) of pools
+    unbiased = var * (count / (count - 1).clamp(min=1))
+    news = zip(mean.split(sizes), unbiased.split(sizes)) # of filters, of pools
     for old, new in zip(cell.statistics, (v for pair in news for v in pair)):
         new = new.to(old)
         old.lerp_(torch.where(new.isnan(), old, new) if some else new, momentum)
 
 # %% ../../nbs/net/cell.ipynb #61edf627
-def levels(cell: StoredCell, n: int)->Tensor: # [filters] int64
-    "For each filter, its operation's first of `n` widths that includes it, in a flat [edges * operations, n]; past the end for filters of one width."
-    if getattr(cell, "_levels_of", None) is not cell.layout:
-        at = [cell.flat(g) * n + i * n // g.width if g.learned and g.op >= 0 else torch.full_like(i, cell.layout.ops.numel() * n) for g, i in cell.layout.gates]
+def levels(cell: Cell, n: int)->Tensor: # [filters] int64
+    """For each filter, find its operation's first of `n` widths that includes it.
+
+    Places in a flat [edges * operations, n]; past the end for filters of one width.
+    """
+    if cell._levels_of is not cell.layout:
+        at, none = [], cell.index.none * n
+        for g, i in cell.layout.gates:
+            several = g.learned and g.op >= 0
+            at.append(cell.flat(g) * n + i * n // g.width if several else torch.full_like(i, none))
         cell._levels, cell._levels_of = torch.cat(at).to(cell.omega.device), cell.layout
     return cell._levels
 
-def outer_taps(cell: StoredCell)->Tensor: # [searched weights] int64
-    "The operation of each outer tap of a 5x5 depthwise kernel; the place behind all operations for all other weights."
-    if getattr(cell, "_outer_of", None) is not cell.layout:
-        rim, none, parts = torch.ones(5, 5, dtype=torch.bool), cell.layout.ops.numel(), []
+def outer_taps(cell: Cell)->Tensor: # [searched weights] int64
+    "Find the operation of each outer tap of a 5x5 depthwise kernel; the place behind all of them for other weights."
+    if cell._outer_of is not cell.layout:
+        none, rim, parts = cell.index.none, torch.ones(5, 5, dtype=torch.bool), []
         rim[1:4, 1:4] = False
         for seg, shape in cell.layout.kernels:
-            if seg.group == "omega": parts.append(torch.where(rim.flatten(), cell.flat(seg), none).repeat(shape[0]) if shape[2] == 5 else torch.full((torch.Size(shape).numel(),), none))
+            if seg.group != "omega": continue
+            if shape[2] == 5: parts.append(torch.where(rim.flatten(), cell.flat(seg), none).repeat(shape[0]))
+            else: parts.append(torch.full((math.prod(shape),), none))
         cell._outer, cell._outer_of = torch.cat(parts).to(cell.omega.device), cell.layout
     return cell._outer

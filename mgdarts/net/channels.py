@@ -11,8 +11,9 @@ from torch import Tensor
 from ..space.cell import CellSpec, Gate, Segment
 
 # %% auto #0
-__all__ = ['width_of', 'best_channels', 'Writers', 'writers', 'kernel_table', 'norm_table', 'filter_table', 'CellIndex',
-           'aligned', 'Layout', 'stored_weights', 'layout']
+__all__ = ['width_of', 'best_channels', 'Writers', 'writers', 'candidate', 'kernel_table', 'norm_table', 'filter_table',
+           'CellIndex', 'ungated_ports', 'live_channels', 'kept_channels', 'aligned', 'existing', 'more_norms',
+           'Layout', 'stored_weights', 'layout']
 
 # %% ../../nbs/net/channels.ipynb #1a37060c
 def width_of(kept: int, # output filters that live convolutions keep; where there are none, channels of the nodes
@@ -52,31 +53,36 @@ def writers(spec: CellSpec)->list: # of Writers, one for each node
     return out
 
 # %% ../../nbs/net/channels.ipynb #18732b35
+def candidate(spec: CellSpec, x: Gate|Segment)->int:
+    "Return the flat place of the operation that it belongs to; the place behind all of them for preprocessing."
+    return x.edge * len(spec.ops) + x.op if x.op >= 0 else spec.grid[0] * spec.grid[1]
+
 def kernel_table(spec: CellSpec)->dict: # name -> [kernels] int64
     "Tabulate what the count asks of a cell's kernels."
-    live_always = len(spec.graph.edges) * len(spec.ops) # the place behind all operations: preprocessing
-    rows = [(s.row0, s.row0 + s.rows, s.col0, s.col0 + (0 if s.depthwise else s.cols), s.k ** 2, s.side ** 2,
-             s.edge * len(spec.ops) + s.op if s.op >= 0 else live_always, s.depthwise, s.group == "omega") for s in spec.segments]
     names = ("row0", "row1", "col0", "col1", "taps", "side2", "op", "deep", "searched")
+    rows = [(s.row0, s.row0 + s.rows, s.col0, s.col0 + (0 if s.depthwise else s.cols), s.k ** 2, s.side ** 2,
+             candidate(spec, s), s.depthwise, s.group == "omega") for s in spec.segments]
     return {n: c.bool() if n in ("deep", "searched") else c for n, c in zip(names, torch.tensor(rows).unbind(1))}
 
 # %% ../../nbs/net/channels.ipynb #1603a8ae
 def norm_table(spec: CellSpec)->dict: # name -> [gates] int64
     "Tabulate the same for batch norms."
-    live_always = len(spec.graph.edges) * len(spec.ops)
-    rows = [(g.unit0, g.unit0 + g.width, g.width, g.edge * len(spec.ops) + g.op if g.op >= 0 else live_always, g.learned) for g in spec.gates]
-    return {n: c.bool() if n == "learned" else c for n, c in zip(("first", "end", "width", "op", "learned"), torch.tensor(rows).unbind(1))}
+    names = ("first", "end", "width", "op", "learned")
+    rows = [(g.unit0, g.unit0 + g.width, g.width, candidate(spec, g), g.learned) for g in spec.gates]
+    return {n: c.bool() if n == "learned" else c for n, c in zip(names, torch.tensor(rows).unbind(1))}
 
 # %% ../../nbs/net/channels.ipynb #a820cf9d
 def filter_table(spec: CellSpec)->dict: # name -> [filters of the full cell]
     "Tabulate for each filter its unit, its operation, its channel, and what it has a say in."
-    cat = lambda of, dtype=torch.long: torch.cat([torch.as_tensor(of(g), dtype=dtype).expand(g.width) for g in spec.gates])
-    grid = spec.grid[0] * spec.grid[1]
-    place = lambda g: torch.arange(g.unit0, g.unit0 + g.width) if g.owns else torch.tensor(spec.units - 1)
-    return {"unit": cat(place), "op": cat(lambda g: g.edge * len(spec.ops) + g.op if g.op >= 0 else grid), "channel": cat(lambda g: torch.arange(g.width)),
-            "owns": cat(lambda g: g.owns, torch.bool), "mid": cat(lambda g: g.role == "mid", torch.bool), # in the middle of an operation
-            "speaks": cat(lambda g: g.learned and g.role != "mid", torch.bool), # for its channel
-            "ends": cat(lambda g: g.learned and g.role == "out", torch.bool)} # a convolution
+    def each(of, dtype=torch.long): # a value, or one for each filter, of every gate
+        return torch.cat([torch.as_tensor(of(g), dtype=dtype).expand(g.width) for g in spec.gates])
+    def unit(g): return torch.arange(g.unit0, g.unit0 + g.width) if g.owns else spec.units - 1
+    return {"unit": each(unit), "op": each(lambda g: candidate(spec, g)),
+            "channel": each(lambda g: torch.arange(g.width)),
+            "owns": each(lambda g: g.owns, torch.bool),
+            "mid": each(lambda g: g.role == "mid", torch.bool), # in the middle of an operation
+            "speaks": each(lambda g: g.learned and g.role != "mid", torch.bool), # for its channel
+            "ends": each(lambda g: g.learned and g.role == "out", torch.bool)} # a convolution
 
 # %% ../../nbs/net/channels.ipynb #64f52cc9
 class CellIndex:
@@ -88,104 +94,125 @@ class CellIndex:
     def norms(self)->dict: return norm_table(self.spec)
     @cached_property
     def filters(self)->dict: return filter_table(self.spec)
-    @property
-    def gate_unit(self)->Tensor: return self.filters["unit"] # [filters of the full cell] int64: the unit of each
     @cached_property
     def writers(self)->list: return writers(self.spec)
     @cached_property
-    def whole(self)->list: # of (operation's place, first unit, end): inner ports without gates, which live as their operation does
-        gated = {(g.edge, g.op, g.unit0) for g in self.spec.gates if g.owns}
-        return [(e * len(self.spec.ops) + o, u, u + n) for (e, o, port), (u, n) in self.spec.ports.items()
-                if port in self.spec.ops[o].ports and port != "out" and (e, o, u) not in gated]
+    def whole(self)->list: return ungated_ports(self.spec)
     @cached_property
     def more(self)->list: # operations that have a further batch norm in a discrete network
         return [o for o, op in enumerate(self.spec.ops) if len(op.derived_norms(1)) > len(op.norms(1))]
     @property
-    def none(self)->int:
-        "The last place of a vector over operations, which stands for no operation: preprocessing is always live."
+    def gate_unit(self)->Tensor: return self.filters["unit"] # [filters of the full cell] int64: which each one writes
+    @property
+    def ends(self)->Tensor: return self.filters["ends"] # the filters whose number decides how wide the cell will be
+    @property
+    def none(self)->int: # the last place of a vector over operations stands for preprocessing, which is always live
         return self.spec.grid[0] * self.spec.grid[1]
 
     def live(self, ops: Tensor # [edges, operations] bool
             )->Tensor: # [operations + 1] bool
         return torch.cat([ops.flatten(), torch.ones(1, dtype=torch.bool)])
+    def read(self, *maps: Tensor # bool, live channels of the incoming maps; of more than the cell reads, the last ones
+            )->Tensor: # [units] bool: nothing but these
+        unit = torch.zeros(self.spec.units, dtype=torch.bool)
+        unit[:sum(self.spec.inputs)] = torch.cat(maps[-len(self.spec.inputs):])
+        return unit
 
     def alive(self, ops: Tensor, # [edges, operations] bool, live operations
               gates: Tensor, # [filters of the full cell] bool, in storage order
-              *maps: Tensor # bool, live channels of the incoming maps; of more than the cell reads, the last ones
+              *maps: Tensor # as for `read`
              )->Tensor: # [units] bool
         "Return the unit vector: which channels of the cell are not identically 0."
-        spec, f, live = self.spec, self.filters, self.live(ops)
-        unit = self._with(*maps)
-        unit[self.gate_unit] = gates & live[f["op"]] & f["owns"]
-        for op, first, end in self.whole: unit[first:end] = live[op]
-        for w in self.writers: unit[w.unit0:w.unit0 + spec.width] = True if spec.fixed else (unit[w.units] & live[w.ops, None]).any(0)
-        return unit
-    def _with(self, *maps)->Tensor: # [units] bool: nothing but the incoming maps
-        unit, maps = torch.zeros(self.spec.units, dtype=torch.bool), maps[-len(self.spec.inputs):]
-        unit[:sum(self.spec.inputs)] = torch.cat(maps)
-        return unit
-
-    def align(self, ops: Tensor, gates: Tensor, # as for `alive`
-              strength: Tensor, # [filters of the full cell] sigma(beta)
+        return live_channels(self, ops, gates, self.read(*maps))
+    def align(self, ops: Tensor, gates: Tensor, strength: Tensor, # [filters of the full cell] sigma(beta)
               *maps: Tensor # bool, channels that the derived network has of the incoming maps
              )->Tensor: # [units] bool
-        "Return the channels that the derived network would have: one width for all states (paper, end of section IV-B)."
-        if self.spec.fixed or self.spec.rest: return self.alive(ops, gates, *maps) # partial channels are cut into shape as a whole, once it is decided
-        return aligned(self, ops, gates, strength, self._with(*maps), lambda: self.alive(ops, gates, *maps))
-
-    @property
-    def ends(self)->Tensor: return self.filters["ends"] # the filters whose number decides how wide the cell will be
-    def existing(self, ops: Tensor, # [edges, operations] bool
-                 unit: Tensor # [units] bool: channels that there are
-                )->tuple: # (weights of each kernel, channels of each batch norm), int64
-        "Count what a cell with these channels consists of."
-        live, before = self.live(ops), F.pad(unit.cumsum(0), (1, 0))
-        k, n = self.kernels, self.norms
-        columns = torch.where(k["deep"], 1, before[k["col1"]] - before[k["col0"]])
-        weights = (before[k["row1"]] - before[k["row0"]]) * columns * k["taps"] * live[k["op"]]
-        return weights, (before[n["end"]] - before[n["first"]]) * live[n["op"]]
-    def more_norms(self, ops: Tensor, unit: Tensor)->Tensor: # [operations + 1] int64
-        "Count the channels of the batch norms that only a derived network has."
-        out, (at, n) = torch.zeros(self.spec.grid, dtype=torch.long), self.spec.state(self.spec.graph.inputs)
-        if self.more: out[:, self.more] = ops[:, self.more] * unit[at:at + n].sum()
-        return F.pad(out.flatten(), (0, 1))
-
+        "Return the channels that the derived network would have: one width for all states (end of section IV-B)."
+        if self.spec.fixed or self.spec.rest: # partial channels are cut into shape as a whole, once it is decided
+            return self.alive(ops, gates, *maps)
+        return aligned(self, ops, gates, strength, self.read(*maps))
     def out(self, unit: Tensor # [units] bool
            )->Tensor: # [out] bool
         "Return which channels of the cell's output live, the concatenation of its nodes."
-        if self.spec.rest: return torch.ones(self.spec.out, dtype=torch.bool) # what goes round the operations fills every node
+        if self.spec.rest: return torch.ones(self.spec.out, dtype=torch.bool) # what goes round fills every node
         at = self.spec.state(self.spec.graph.inputs)[0]
         return unit[at:at + self.spec.out]
-
-    def regrown(self, gate: Gate, alive: Tensor # [units] bool, as they are now
+    def regrown(self, gate: Gate, unit: Tensor # [units] bool, as they are now
                )->Tensor|bool: # [width] bool
         "Return the filters that an operation has when it comes back: as many as its node has channels."
         if self.spec.fixed or not gate.learned: return True
         at = self.spec.state(self.spec.graph.edges[gate.edge][1])[0]
-        return alive[at:at + gate.width]
+        return unit[at:at + gate.width]
 
 # %% ../../nbs/net/channels.ipynb #5d6bcced
+def ungated_ports(spec: CellSpec)->list: # of (operation's place, first unit, end)
+    "List the inner ports without gates: they live as their operation does."
+    gated = {(g.edge, g.op, g.unit0) for g in spec.gates if g.owns}
+    return [(e * len(spec.ops) + o, u, u + n) for (e, o, port), (u, n) in spec.ports.items()
+            if port in spec.ops[o].ports and port != "out" and (e, o, u) not in gated]
+
+def live_channels(index: CellIndex, ops: Tensor, gates: Tensor, # as for `CellIndex.alive`
+                  unit: Tensor # [units] bool: the incoming maps; changed in place
+                 )->Tensor: # the same
+    "Mark the live channels of a cell."
+    spec, f, live = index.spec, index.filters, index.live(ops)
+    unit[index.gate_unit] = gates & live[f["op"]] & f["owns"]
+    for op, first, end in index.whole: unit[first:end] = live[op]
+    for w in index.writers:
+        written = True if spec.fixed else (unit[w.units] & live[w.ops, None]).any(0)
+        unit[w.unit0:w.unit0 + spec.width] = written
+    return unit
+
+# %% ../../nbs/net/channels.ipynb #9c41d5ce
+def kept_channels(index: CellIndex, ops: Tensor, there: Tensor, # [filters of the full cell] bool: which live
+                  strength: Tensor, unit: Tensor # as for `aligned`
+                 )->Tensor: # [width] bool
+    "Choose the channels that all states of a derived cell will have."
+    spec, f, convs = index.spec, index.filters, int(ops[:, [op.searched for op in index.spec.ops]].sum())
+    if convs: kept, maps = int((there & f["ends"]).sum()), convs
+    else: # as wide as the nodes are
+        first, end = spec.state(spec.graph.inputs)[0], spec.ungated
+        kept, maps = int(live_channels(index, ops, there, unit.clone())[first:end].sum()), len(spec.graph.nodes)
+    score = torch.zeros(spec.width).index_add_(0, f["channel"][f["speaks"]], (strength * there)[f["speaks"]])
+    return best_channels(score, width_of(kept, maps, spec.width), spec.reduction or spec.reduction_prev)
+
 def aligned(index: CellIndex, ops: Tensor, gates: Tensor, strength: Tensor, # as for `CellIndex.align`
-            unit: Tensor, # [units] bool: the incoming maps; changed in place
-            alive # () -> [units] bool, asked only where no convolution lives
+            unit: Tensor # [units] bool: the incoming maps; changed in place
            )->Tensor: # the same
     "Bring all states of a cell to one width."
-    spec, C, f = index.spec, index.spec.width, index.filters
-    there, convs = gates & index.live(ops)[f["op"]], int(ops[:, [op.searched for op in spec.ops]].sum())
-    first, nodes, end = spec.state(0)[0], spec.state(spec.graph.inputs)[0], spec.ungated
-    kept = (int((there & f["ends"]).sum()), convs) if convs else (int(alive()[nodes:end].sum()), len(spec.graph.nodes)) # as wide as the nodes are
-    score = torch.zeros(C).index_add_(0, f["channel"][f["speaks"]], (strength * there)[f["speaks"]])
-    keep = best_channels(score, width_of(*kept, C), spec.reduction or spec.reduction_prev)
-    unit[first:end] = keep.repeat(spec.graph.states)
+    spec, f, live = index.spec, index.filters, index.live(ops)
+    there = gates & live[f["op"]]
+    keep = kept_channels(index, ops, there, strength, unit)
+    unit[spec.state(0)[0]:spec.ungated] = keep.repeat(spec.graph.states)
     outs = spec.out_unit(0, 0)
-    unit[outs:outs + index.none * C].view(-1, C)[:] = keep & ops.reshape(-1, 1)
+    unit[outs:outs + index.none * spec.width].view(-1, spec.width)[:] = keep & ops.reshape(-1, 1)
     unit[f["unit"][f["mid"]]] = there[f["mid"]]
-    for op, a, b in index.whole: unit[a:b] = index.live(ops)[op]
+    for op, first, end in index.whole: unit[first:end] = live[op]
     for e, o in ops.nonzero().tolist():
         if "mid" not in spec.ops[o].ports: continue
-        a, n = spec.ports[e, o, "mid"]
-        if (short := 2 - int(unit[a:a + n].sum())) > 0: unit[a + (~unit[a:a + n]).nonzero().flatten()[:short]] = True # two filters at least
+        first, n = spec.ports[e, o, "mid"]
+        middle = unit[first:first + n]
+        few = 2 - int(middle.sum())
+        if few > 0: unit[first + (~middle).nonzero().flatten()[:few]] = True
     return unit
+
+# %% ../../nbs/net/channels.ipynb #5d32555a
+def existing(index: CellIndex, ops: Tensor, # [edges, operations] bool
+             unit: Tensor # [units] bool: channels that there are
+            )->tuple: # (weights of each kernel, channels of each batch norm), int64
+    "Count what a cell with these channels consists of."
+    live, before = index.live(ops), F.pad(unit.cumsum(0), (1, 0))
+    k, n = index.kernels, index.norms
+    columns = torch.where(k["deep"], 1, before[k["col1"]] - before[k["col0"]])
+    weights = (before[k["row1"]] - before[k["row0"]]) * columns * k["taps"] * live[k["op"]]
+    return weights, (before[n["end"]] - before[n["first"]]) * live[n["op"]]
+
+def more_norms(index: CellIndex, ops: Tensor, unit: Tensor)->Tensor: # [operations + 1] int64
+    "Count the channels of the batch norms that only a derived network has."
+    spec, out = index.spec, torch.zeros(index.spec.grid, dtype=torch.long)
+    first, n = spec.state(spec.graph.inputs)
+    if index.more: out[:, index.more] = ops[:, index.more] * unit[first:first + n].sum()
+    return F.pad(out.flatten(), (0, 1))
 
 # %% ../../nbs/net/channels.ipynb #f8b5775d
 @dataclass
@@ -203,18 +230,19 @@ class Layout:
 
 # %% ../../nbs/net/channels.ipynb #1f19512d
 def stored_weights(seg: Segment, alive: Tensor # [units] bool
-            )->tuple: # (slots, rows, columns, shape)
+                  )->tuple: # (slots, rows, columns, shape)
     "List the weights of a kernel that exist, and give the kernel's shape."
     r = alive[seg.row0:seg.row0 + seg.rows].nonzero().flatten()
-    kk = torch.arange(seg.k ** 2)
+    taps = torch.arange(seg.k ** 2)
     if seg.depthwise:
-        slot = (seg.start + r[:, None] * seg.k ** 2 + kk).flatten()
-        row = (seg.row0 + r)[:, None].expand(-1, len(kk)).flatten()
-        return slot, row, row if seg.row0 == seg.col0 else row - seg.row0 + seg.col0, (len(r), 1, seg.k, seg.k)
+        slot = (seg.start + r[:, None] * seg.k ** 2 + taps).flatten()
+        row = (seg.row0 + r)[:, None].expand(-1, len(taps)).flatten()
+        return slot, row, row - seg.row0 + seg.col0, (len(r), 1, seg.k, seg.k)
     c = alive[seg.col0:seg.col0 + seg.cols].nonzero().flatten()
-    slot = (seg.start + (r[:, None] * seg.cols + c)[..., None] * seg.k ** 2 + kk).flatten()
-    n = len(c) * len(kk)
-    return slot, (seg.row0 + r).repeat_interleave(n), (seg.col0 + c).repeat_interleave(len(kk)).repeat(len(r)), (len(r), len(c), seg.k, seg.k)
+    slot = (seg.start + (r[:, None] * seg.cols + c)[..., None] * seg.k ** 2 + taps).flatten()
+    row = (seg.row0 + r).repeat_interleave(len(c) * len(taps))
+    column = (seg.col0 + c).repeat_interleave(len(taps)).repeat(len(r))
+    return slot, row, column, (len(r), len(c), seg.k, seg.k)
 
 # %% ../../nbs/net/channels.ipynb #1aafd1bf
 def layout(spec: CellSpec,
@@ -235,6 +263,7 @@ def layout(spec: CellSpec,
     for gate in spec.gates:
         if (gate.edge, gate.op) not in there: continue
         ids = alive[gate.unit0:gate.unit0 + gate.width].nonzero().flatten()
-        lay.gates.append((gate, ids)); gate_slots.append(gate.start + ids)
+        lay.gates.append((gate, ids))
+        gate_slots.append(gate.start + ids)
     lay.slots["gates"] = torch.cat(gate_slots)
     return lay

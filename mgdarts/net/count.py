@@ -11,7 +11,7 @@ from ..space.found import Op
 from ..space.operation import Kernel
 
 # %% auto #0
-__all__ = ['norms', 'side_of', 'count_cell', 'count', 'breakdown', 'types', 'row', 'counts']
+__all__ = ['norms', 'side_of', 'place', 'count_cell', 'count', 'breakdown', 'types', 'row', 'counts']
 
 # %% ../../nbs/net/count.ipynb #67fd024d
 def norms(arch: Architecture, c: int, op: Op)->list: # of (BatchNorm, channels)
@@ -26,19 +26,26 @@ def side_of(arch: Architecture, c: int, k: Kernel, preprocessing: bool)->int:
     return full.side_in if preprocessing else {"in": full.side_in, "out": full.side, "one": 1, "none": 0}[k.side]
 
 # %% ../../nbs/net/count.ipynb #0a88a02c
+def place(arch: Architecture, c: int, op: Op)->tuple: # (edge, operation)
+    "Return where an operation stands in the full cell."
+    full = arch.spec.cell[c]
+    return full.graph.edges.index((op.src, op.dst)), [o.name for o in full.ops].index(op.op)
+
 def count_cell(arch: Architecture, c: int # cell
               )->CellCount:
     "Count a cell, mask-aware."
     cell, full = arch.cells[c], arch.spec.cell[c]
     n, rows = CellCount(ops=len(cell.ops), ops_initial=full.grid[0] * full.grid[1]), [[0] * 5 for _ in cell.ops]
     for i, k, shape in kernels(arch, c):
-        mask, weights, pixels = arch.masks.get(f"c{c}.o{i}.{k.role}"), math.prod(shape), side_of(arch, c, k, i is None) ** 2
-        left = weights if mask is None else int(mask.sum())
+        mask, weights = arch.masks.get(f"c{c}.o{i}.{k.role}"), math.prod(shape)
+        left, pixels = weights if mask is None else int(mask.sum()), side_of(arch, c, k, i is None) ** 2
         n.add(Size(left, weights, left * pixels, weights * pixels))
-        if i is not None: rows[i][2:] = [rows[i][2] + left * k.searched, rows[i][3] + weights * k.searched, rows[i][4] + left]
+        if i is None: continue
+        rows[i][4] += left
+        if k.searched: rows[i][2:4] = rows[i][2] + left, rows[i][3] + weights
     bn = 2 * sum(cell.widths[:full.preprocessed])
     for op, row in zip(cell.ops, rows):
-        at = full.graph.edges.index((op.src, op.dst)), [o.name for o in full.ops].index(op.op)
+        at = place(arch, c, op)
         for norm, width in norms(arch, c, op):
             bn, row[4] = bn + 2 * width, row[4] + 2 * width
             if norm.learned: row[:2] = row[0] + width, row[1] + full.place(*at, norm.port)[1]
@@ -48,9 +55,9 @@ def count_cell(arch: Architecture, c: int # cell
 
 def count(arch: Architecture)->NetCount:
     "Count the net without its auxiliary head, mask-aware."
-    spec, last = arch.spec, len(arch.cells) - 1
-    top = Size.whole(*spec.top(arch.out(last)))
-    return NetCount([count_cell(arch, c) for c in range(len(arch.cells))], Size.whole(spec.stem_params, spec.stem_macs), top, names=spec.ops)
+    spec, cells = arch.spec, range(len(arch.cells))
+    stem, top = Size.whole(spec.stem_params, spec.stem_macs), Size.whole(*spec.top(arch.out(cells[-1])))
+    return NetCount([count_cell(arch, c) for c in cells], stem, top, names=spec.ops)
 
 # %% ../../nbs/net/count.ipynb #7a8042de
 def breakdown(arch: Architecture)->dict:
@@ -66,24 +73,27 @@ def breakdown(arch: Architecture)->dict:
 # %% ../../nbs/net/count.ipynb #a41dcc67
 def types(net: NetCount)->dict:
     "Give the retention by operation type, with the number of operations."
-    return {name: {"ops": sum(op == i for c in net.cells for _, op in c.by_op), **r} for i, (name, r) in enumerate(net.retention_by_type().items())}
+    return {name: {"ops": sum(op == i for c in net.cells for _, op in c.by_op), **r}
+            for i, (name, r) in enumerate(net.retention_by_type().items())}
 
 def row(arch: Architecture, c: int, n: CellCount, retention: dict)->dict:
     "Give the sizes of one cell."
     cell, full = arch.cells[c], arch.spec.cell[c]
     convs = sum(operation(arch, c, op).searched for op in cell.ops)
     ratio = convs / full.grid[0] / sum(o.searched for o in full.ops)
-    written = arch.spec.write_cell(cell) # a list: of blocks
-    return {"index": c, "channels": full.width, "widths": list(cell.widths), "reduction": full.reduction, "ops": n.ops, "convs": convs,
-            "edges": len({(op.src, op.dst) for op in cell.ops}), "params": n.dense, "nonzero": n.params, "macs": n.macs_dense, "macs_nonzero": n.macs,
-            "retention": {**retention, "conv": ratio}, "by_type": types(NetCount([n], Size(), Size(), names=arch.spec.ops)),
-            **({"blocks": written} if isinstance(written, list) else {})}
+    return {"index": c, "channels": full.width, "widths": list(cell.widths), "reduction": full.reduction,
+            "ops": n.ops, "convs": convs, "edges": len({(op.src, op.dst) for op in cell.ops}), "params": n.dense,
+            "nonzero": n.params, "macs": n.macs_dense, "macs_nonzero": n.macs,
+            "retention": {**retention, "conv": ratio},
+            "by_type": types(NetCount([n], Size(), Size(), names=arch.spec.ops))}
 
 # %% ../../nbs/net/count.ipynb #c043aaa5
 def counts(arch: Architecture)->dict: # JSON-ready
-    "Give all sizes of an architecture. Parameters and MACs (of one image, without auxiliary head) are plain integers."
+    "Give all sizes of an architecture: plain integers; MACs are those of one image, without auxiliary head."
     net, could = count(arch), sum(f.grid[0] * sum(o.searched for o in f.ops) for f in arch.spec.cell)
     rows = [row(arch, c, n, r) for c, (n, r) in enumerate(zip(net.cells, net.retention_by_cell()))]
-    return {"params_total": net.dense + arch.aux_head.params, "params_deployable": net.dense, "params_nonzero": net.params,
-            "macs": net.macs_dense, "macs_nonzero": net.macs, "ops": net.ops, **{k: sum(r[k] for r in rows) for k in ("convs", "edges")}, "cells": rows,
-            "retention": {**net.retention(), "conv": sum(r["convs"] for r in rows) / could}, "by_type": types(net), "breakdown": breakdown(arch)}
+    convs, edges = (sum(r[k] for r in rows) for k in ("convs", "edges"))
+    return {"params_total": net.dense + arch.aux_head.params, "params_deployable": net.dense,
+            "params_nonzero": net.params, "macs": net.macs_dense, "macs_nonzero": net.macs, "ops": net.ops,
+            "convs": convs, "edges": edges, "cells": rows, "retention": {**net.retention(), "conv": convs / could},
+            "by_type": types(net), "breakdown": breakdown(arch)}

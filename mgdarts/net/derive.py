@@ -8,25 +8,26 @@ import torch
 from torch import Tensor
 from .architecture import Architecture
 from .discrete import DerivedNet
-from .stored import StoredCell
+from .stored import StoredCell, pool_statistics
 from .supernet import SuperNet
 from ..space.cell import Segment
 from ..space.found import ArchCell, Op
 
 # %% auto #0
-__all__ = ['full_kernels', 'ids', 'cut', 'derive', 'norm_values', 'scaled', 'inherited_cell', 'inherited']
+__all__ = ['full_kernels', 'ids', 'cut', 'derive', 'norm_values', 'scaled', 'inherited_norms', 'inherited_cell', 'inherited']
 
 # %% ../../nbs/net/derive.ipynb #33fdace2
 @torch.no_grad()
 def full_kernels(cell: StoredCell)->list: # of (Segment, weights, masks), both in the full kernel's shape
     "Put stored kernels at their places in the full ones: 0 and True elsewhere."
-    out, at = [], {"omega": 0, "plain": 0}
-    values = {"omega": (cell.omega, cell.omega_live), "plain": (cell.plain, torch.ones_like(cell.plain, dtype=torch.bool))}
+    out, at, none = [], {"omega": 0, "plain": 0}, torch.ones_like(cell.plain, dtype=torch.bool)
+    values = {"omega": (cell.omega, cell.omega_live), "plain": (cell.plain, none)}
     for seg, shape in cell.layout.kernels:
-        n, (value, mask), first = torch.Size(shape).numel(), values[seg.group], at[seg.group]
-        at[seg.group] += n
-        w, m, where = torch.zeros(seg.numel), torch.ones(seg.numel, dtype=torch.bool), cell.layout.slots[seg.group][first:first + n] - seg.start
-        value, mask = value[first:first + n], mask[first:first + n]
+        some = slice(at[seg.group], at[seg.group] + torch.Size(shape).numel())
+        at[seg.group] = some.stop
+        value, mask = (v[some] for v in values[seg.group])
+        where = cell.layout.slots[seg.group][some] - seg.start
+        w, m = torch.zeros(seg.numel), torch.ones(seg.numel, dtype=torch.bool)
         w[where], m[where] = (value * mask).cpu().float(), mask.cpu()
         out.append((seg, w.view(seg.shape), m.view(seg.shape)))
     return out
@@ -54,20 +55,26 @@ def derive(net: SuperNet,
     cells, masks = [], {}
     for c, (cell, unit) in enumerate(zip(net.cells, net.channels_left())):
         spec, live = cell.spec, cell.layout.ops.nonzero().tolist()
-        def width(*place): return len(ids(unit, *place))
-        ops = [Op(spec.ops[o].name, *spec.graph.edges[e], tuple(width(*spec.place(e, o, port)) for port in spec.ops[o].ports)) for e, o in live]
-        cells.append(ArchCell(tuple(ops), tuple(width(*spec.state(s)) for s in range(spec.graph.states))))
-        place = {(e, o): i for i, (e, o) in enumerate(live)}
-        masks |= {f"c{c}.o{place[seg.edge, seg.op]}.{seg.role}": cut(m, seg, unit).clone() for seg, _, m in full_kernels(cell) if seg.group == "omega"}
+        def widths(places): return tuple(len(ids(unit, *place)) for place in places)
+        def found(e, o):
+            (src, dst), op = spec.graph.edges[e], spec.ops[o]
+            return Op(op.name, src, dst, widths(spec.place(e, o, port) for port in op.ports))
+        cells.append(ArchCell(tuple(found(e, o) for e, o in live), widths(spec.places.states)))
+        place = {(e, o): f"c{c}.o{i}" for i, (e, o) in enumerate(live)}
+        for seg, _, mask in full_kernels(cell):
+            if seg.group == "omega": masks[f"{place[seg.edge, seg.op]}.{seg.role}"] = cut(mask, seg, unit).clone()
     return Architecture(name, net.spec, tuple(cells), masks, provenance or {})
 
 # %% ../../nbs/net/derive.ipynb #1e4c21eb
 def norm_values(cell: StoredCell, i: int, width: int # place in the list of gates; channels of the full map
                )->tuple: # (gate, {key of a batch norm: [width]}); neutral where nothing is stored
     "Return a batch norm and the gate behind it, as of the full cell."
-    ids = cell.layout.gates[i][1]
-    def full(v, missing): return torch.full((width,), missing).index_copy_(0, ids, v.detach().cpu().split(cell.gate_sizes)[i].float())
-    stored = (("weight", cell.scale, 0.), ("bias", cell.shift, 0.), ("running_mean", cell.mean, 0.), ("running_var", cell.var, 1.))
+    at = cell.layout.gates[i][1]
+    def full(v, missing):
+        own = v.detach().cpu().split(cell.gate_sizes)[i].float()
+        return torch.full((width,), missing).index_copy_(0, at, own)
+    stored = (("weight", cell.scale, 0.), ("bias", cell.shift, 0.), ("running_mean", cell.mean, 0.),
+              ("running_var", cell.var, 1.))
     return full(torch.sigmoid(cell.beta), 1.), {k: full(v, missing) for k, v, missing in stored}
 
 def scaled(norm: dict, factor: Tensor|float)->dict:
@@ -75,32 +82,48 @@ def scaled(norm: dict, factor: Tensor|float)->dict:
     return {k: v * factor if k in ("weight", "bias") else v for k, v in norm.items()}
 
 # %% ../../nbs/net/derive.ipynb #64f02208
+def inherited_norms(cell: StoredCell, unit: Tensor, at: dict, # (edge, operation, role) -> place in the list of gates
+                    e: int, o: int, alpha: Tensor # edge, operation; its strength
+                   )->tuple: # ([{key: values} of each batch norm], gate in front of one, or None)
+    "Return the batch norms of a derived operation."
+    spec, stride, out, before = cell.spec, cell.spec.stride(e), [], None
+    op, own = spec.ops[o], spec.ops[o].norms(stride)
+    derived = op.derived_norms(stride)
+    for kind in derived:
+        first, width = spec.place(e, o, kind.port)
+        where = ids(unit, first, width)
+        if kind in own:
+            gate, norm = norm_values(cell, at[e, o, kind.role], width)
+            if kind.gate == "before": before = gate
+            last = alpha if kind is derived[-1] else 1.
+            norm = scaled(norm, last * gate if kind.gate == "after" else last)
+        else: # a batch norm that only the network has, or that learns nothing in the super-net
+            norm = {"weight": torch.full((width,), float(alpha))}
+            if cell.pool_norm:
+                mean, var = pool_statistics(cell, spec.graph.edges[e][0], o)
+                norm |= {"running_mean": mean, "running_var": var}
+        out.append({k: v[where] for k, v in norm.items()})
+    return out, before
+
 @torch.no_grad()
 def inherited_cell(net: SuperNet, cell: StoredCell, unit: Tensor # [units] bool: channels of the derived cell
                   )->dict:
     "Return the state of a derived cell."
-    spec, out, before = cell.spec, {}, {} # before: gates in front of a norm, by (edge, operation)
-    live = cell.layout.ops.nonzero().tolist()
-    place = {(e, o): f"ops.{i}" for i, (e, o) in enumerate(live)} | {(-1 - s, -1): f"pre.{s}" for s in range(spec.preprocessed)}
+    spec, live = cell.spec, cell.layout.ops.nonzero().tolist()
     at = {(gate.edge, gate.op, gate.role): i for i, (gate, _) in enumerate(cell.layout.gates)}
-    def put(name, norm, where): out.update({f"{name}.{k}": v[where] for k, v in norm.items()})
+    place, norms, before = {(e, o): f"ops.{i}" for i, (e, o) in enumerate(live)}, {}, {}
     for s in range(spec.preprocessed):
+        place[-1 - s, -1], where = f"pre.{s}", ids(unit, *spec.state(s))
         gate, norm = norm_values(cell, at[-1 - s, -1, "pre"], spec.width)
-        put(f"pre.{s}.norms.0", scaled(norm, gate), ids(unit, *spec.state(s)))
+        norms[-1 - s, -1] = [{k: v[where] for k, v in scaled(norm, gate).items()}]
     for e, o in live:
-        op, alpha, own = spec.ops[o], torch.sigmoid(net.alpha[spec.index, e, o]).cpu(), spec.ops[o].norms(spec.stride(e))
-        for n, kind in enumerate(op.derived_norms(spec.stride(e))):
-            last, (first, width) = alpha if n + 1 == len(op.derived_norms(spec.stride(e))) else 1., spec.place(e, o, kind.port)
-            name, where = f"{place[e, o]}.norms.{n}", ids(unit, first, width)
-            if kind not in own: # a batch norm that only the network has, or that learns nothing in the super-net
-                out[f"{name}.weight"] = torch.full((len(where),), float(alpha))
-                if cell.pool_norm: put(name, dict(zip(("running_mean", "running_var"), cell.pool_statistics(spec.graph.edges[e][0], o))), where)
-                continue
-            gate, norm = norm_values(cell, at[e, o, kind.role], width)
-            if kind.gate == "before": before[e, o] = gate
-            put(name, scaled(norm, last * gate if kind.gate == "after" else last), where)
+        alpha = torch.sigmoid(net.alpha[spec.index, e, o]).cpu()
+        norms[e, o], before[e, o] = inherited_norms(cell, unit, at, e, o, alpha)
+    out = {f"{place[who]}.norms.{n}.{k}": v for who, of in norms.items() for n, norm in enumerate(of)
+           for k, v in norm.items()}
     for seg, w, _ in full_kernels(cell):
-        if (seg.edge, seg.op) in before: w = w * before[seg.edge, seg.op][seg.row0 - spec.out_unit(seg.edge, seg.op):][:seg.rows].view(-1, 1, 1, 1)
+        gate = before.get((seg.edge, seg.op))
+        if gate is not None: w = w * gate[seg.row0 - spec.out_unit(seg.edge, seg.op):][:seg.rows].view(-1, 1, 1, 1)
         w = cut(w, seg, unit)
         out[f"{place[seg.edge, seg.op]}.{seg.role}"] = w.flatten() if seg.role.endswith("_bias") else w
     return out
@@ -111,12 +134,12 @@ def inherited(net: SuperNet,
               arch: Architecture # from `derive`
              )->dict: # state dictionary of `DerivedNet(arch)`, without an auxiliary head
     "Put the super-net's weights in the derived network's places."
-    out, units, last = {k: v.clone() for k, v in DerivedNet(arch).state_dict().items()}, net.channels_left(), len(net.cells) - 1
-    out.update({f"stem.{k}": v.cpu().clone() for k, v in net.stem.state_dict().items()})
-    for c, (cell, unit) in enumerate(zip(net.cells, units)): out.update({f"cells.{c}.{k}": v for k, v in inherited_cell(net, cell, unit).items()})
-    out.update({f"classifier.{k}": v.cpu().clone() for k, v in net.head.state_dict().items()})
-    (reads,) = (k for k, p in net.head.named_parameters() if p is net.head.reads)
+    def own(module): return {k: v.cpu().clone() for k, v in module.state_dict().items()}
+    parts = [("stem", own(net.stem)), ("classifier", own(net.head))]
+    units, last = net.channels_left(), len(net.cells) - 1
+    parts += [(f"cells.{c}", inherited_cell(net, net.cells[c], unit)) for c, unit in enumerate(units)]
+    out = own(DerivedNet(arch)) | {f"{name}.{k}": v for name, part in parts for k, v in part.items()}
     stored, w = net._out(last).nonzero().flatten(), net.head.reads.detach().cpu()
     whole = w.new_zeros(w.shape[0], net.spec.cell[last].out, *w.shape[2:]).index_copy_(1, stored, w)
-    out[f"classifier.{reads}"] = whole[:, net.cells[last].index.out(units[last])]
+    out[f"classifier.{net.head.READS}"] = whole[:, net.cells[last].index.out(units[last])]
     return out

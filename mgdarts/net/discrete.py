@@ -4,6 +4,7 @@
 
 # %% ../../nbs/net/discrete.ipynb #ce99a336
 from __future__ import annotations
+from typing import cast
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from .architecture import Architecture, operation, preprocessing, stride
@@ -25,10 +26,12 @@ class OpModule(nn.Module):
         self.op, self.stride, self.roles = op, stride, {}
         for k, shape in shapes(op, widths, stride):
             self.roles[k.role] = k
-            fresh = nn.Parameter(torch.zeros(shape[0])) if k.role.endswith("_bias") else init_conv(shape, torch.Size(shape[1:]).numel(), generator)
+            if k.role.endswith("_bias"): fresh = nn.Parameter(torch.zeros(shape[0]))
+            else: fresh = init_conv(shape, torch.Size(shape[1:]).numel(), generator)
             setattr(self, k.role, fresh)
         derived = op.derived_norms(stride)
-        self.norms, self.norm_at = nn.ModuleList(nn.BatchNorm2d(widths[n.port], EPS) for n in derived), {n.role: i for i, n in enumerate(derived)}
+        self.norms = nn.ModuleList(nn.BatchNorm2d(widths[n.port], EPS) for n in derived)
+        self.norm_at = {n.role: i for i, n in enumerate(derived)}
 
     @property
     def identity(self)->bool: return not self.roles and not len(self.norms)
@@ -36,7 +39,8 @@ class OpModule(nn.Module):
         return self.op.forward(x, self, self.stride)
     def conv(self, role, x, stride=1, dilation=1, bias=None):
         w = getattr(self, role)
-        return F.conv2d(x, w, None if bias is None else getattr(self, bias), stride, dilation * (w.shape[-1] // 2), dilation, len(w) if self.roles[role].depthwise else 1)
+        offset, groups = None if bias is None else getattr(self, bias), len(w) if self.roles[role].depthwise else 1
+        return F.conv2d(x, w, offset, stride, dilation * (w.shape[-1] // 2), dilation, groups)
     def halves(self, x, a, b): return factorized_reduce(x, getattr(self, a), getattr(self, b))
     def norm(self, role, x): return self.norms[self.norm_at[role]](x)
     def gated(self, role, x): return self.norm(role, x)
@@ -51,19 +55,21 @@ class DerivedCell(nn.Module):
         super().__init__()
         self.spec, self.arch_ops, graph = arch.spec.cell[c], arch.cells[c].ops, arch.spec.graph
         self.pre = nn.ModuleList(OpModule(op, widths, s, generator) for op, widths, s in preprocessing(arch, c))
-        self.ops = nn.ModuleList()
+        modules = []
         for op in self.arch_ops:
             o = operation(arch, c, op)
-            self.ops.append(OpModule(o, o.widths_by_port(op.widths), stride(arch, c, op), generator))
+            modules.append(OpModule(o, o.widths_by_port(op.widths), stride(arch, c, op), generator))
+        self.ops = cast("list[OpModule]", nn.ModuleList(modules))
         self.into = {node: [i for i, op in enumerate(self.arch_ops) if op.dst == node] for node in graph.nodes}
-        self.drawn = {i: n for n, i in enumerate(i for i, m in enumerate(self.ops) if not m.identity)} # operation -> its row of factors
-        self.droppable = int(self.spec.residual) if self.spec.fixed else len(self.drawn) # rows of drop-path factors
+        changing = (i for i, m in enumerate(modules) if not m.identity)
+        self.drawn = {i: n for n, i in enumerate(changing)} # operation -> its row of drop-path factors
+        self.droppable = int(self.spec.residual) if self.spec.fixed else len(self.drawn) # rows
 
-    def forward(self, *maps, # [N, C, H, W] of each map before it, and at the end [droppable, N] drop-path factors or None
+    def forward(self, *maps, # [N, C, H, W] of each map before it, and at the end [droppable, N] factors or None
                )->Tensor: # [N, out, H', W']
         *maps, keep = maps
         states = list(maps[:len(maps) - len(self.pre)]) + [m(F.relu(x)) for m, x in zip(self.pre, maps)]
-        shared, whole = {}, keep is not None and self.spec.fixed
+        shared, whole = {}, None if keep is None or not self.spec.fixed else keep
         for node, ops in self.into.items():
             total = None
             for i in ops:
@@ -71,15 +77,16 @@ class DerivedCell(nn.Module):
                 key = op.src, module.op.reads, module.stride
                 if key not in shared: shared[key] = FIRST[module.op.reads](states[op.src], module.stride)
                 y = module(shared[key])
-                if keep is not None and not whole and i in self.drawn: y = y * keep[self.drawn[i]].view(-1, 1, 1, 1)
+                if keep is not None and whole is None and i in self.drawn: y = y * keep[self.drawn[i]].view(-1, 1, 1, 1)
                 total = y if total is None else total + y
-            if whole and self.spec.residual: total = total * keep[0].view(-1, 1, 1, 1)
+            if whole is not None and self.spec.residual: total = total * whole[0].view(-1, 1, 1, 1)
             states.append(states[0] + total if self.spec.residual else total)
         return torch.cat(states[self.spec.graph.inputs:], 1)
 
 # %% ../../nbs/net/discrete.ipynb #f076dc53
 class DerivedNet(nn.Module):
-    "The network of an `Architecture`. Input [N, in_channels, size, size]; output (logits [N, classes], auxiliary logits or None)."
+    "The network of an `Architecture`: [N, in_channels, size, size] to logits [N, classes] and auxiliary ones or None."
+    drop_path_generator: torch.Generator|None
     def __init__(self, arch: Architecture,
                  aux: bool = False, # with the auxiliary head; it speaks in training mode only
                  seed: int = 0, # of the initial weights
@@ -88,10 +95,10 @@ class DerivedNet(nn.Module):
         super().__init__()
         g = torch.Generator().manual_seed(seed)
         self.engine, self.spec, self.stem = engine or Engine(), arch.spec, arch.spec.make_stem(g)
-        self.cells = nn.ModuleList(DerivedCell(arch, c, g) for c in range(len(arch.cells)))
+        self.cells = cast("list[DerivedCell]", nn.ModuleList(DerivedCell(arch, c, g) for c in range(len(arch.cells))))
         self.classifier = arch.spec.make_top(arch.out(len(arch.cells) - 1), g)
         self.aux_cell, self.aux = arch.aux_cell, AuxHead(arch.aux_head, g) if aux else None
-        self.drop_path_prob, self.drop_path_generator = 0.0, None # set both before each training step that drops paths
+        self.drop_path_prob, self.drop_path_generator = 0.0, None # set both before a training step that drops paths
         self.masked = tuple(arch.masks) # names of the kernels with masks
         for key in self.masked: self.register_buffer(self._buffer(key), ~arch.masks[key], persistent=False)
         self._hold()
@@ -106,7 +113,8 @@ class DerivedNet(nn.Module):
         return getattr(self.cells[int(c[1:])].ops[int(o[1:])], role)
     def _hold(self):
         "Keep masked weights at 0, from now on."
-        for key in self.masked: self.kernel(key).register_hook(lambda grad, name=self._buffer(key): grad.masked_fill(getattr(self, name), 0))
+        def kept(name): return lambda grad: grad.masked_fill(getattr(self, name), 0)
+        for key in self.masked: self.kernel(key).register_hook(kept(self._buffer(key)))
         self.apply_masks()
     @torch.no_grad()
     def apply_masks(self):
@@ -121,7 +129,7 @@ class DerivedNet(nn.Module):
         self._hold()
 
     def drop_factors(self, x: Tensor # [N, ...]
-                    )->list: # of [droppable, N], or None
+                    )->list|tuple: # of [droppable, N], or None
         "Draw the drop-path factors of a step, one row an operation, by cell."
         n, sizes = len(x), [cell.droppable for cell in self.cells]
         if not self.training or self.drop_path_prob == 0: return [None] * len(sizes)

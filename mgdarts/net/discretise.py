@@ -52,7 +52,9 @@ class _Discretise(torch.autograd.Function):
         if live: h *= live[0]
         h *= grad
         # d/dt = -g h, summed over the units of a threshold; d/dg = S + |g| h
-        grad_t = torch.segment_reduce(h * g, "sum", lengths=lengths, unsafe=True, initial=0).neg_() if ctx.needs_input_grad[1] else None
+        grad_t = None
+        if ctx.needs_input_grad[1]:
+            grad_t = torch.segment_reduce(h * g, "sum", lengths=lengths, unsafe=True, initial=0).neg_()
         return torch.addcmul(grad * on, h, a), grad_t, None, None, None
 
 def discretise(g: Tensor, # [n] scaled granularity parameters: sigma(alpha), sigma(beta) or omega
@@ -73,7 +75,8 @@ def strongest(g: Tensor, # [n]
     "Marks the strongest live unit of each group, the first one among equals."
     a = g.detach().abs()
     if live is not None: a = a.masked_fill(~live, -1)
-    best = torch.segment_reduce(a, "max", lengths=lengths, unsafe=True).repeat_interleave(lengths, output_size=g.numel())
+    best = torch.segment_reduce(a, "max", lengths=lengths, unsafe=True)
+    best = best.repeat_interleave(lengths, output_size=g.numel())
     # float64 positions stay exact for any vector that fits in memory
     at = torch.arange(g.numel(), device=g.device, dtype=torch.float64)
     first = torch.segment_reduce(at.masked_fill(a != best, float("inf")), "min", lengths=lengths, unsafe=True)
@@ -89,7 +92,8 @@ class _Top(torch.autograd.Function):
         order = order[of[order].argsort(stable=True)] # kernel by kernel, the most important first
         rank = torch.arange(len(score), device=score.device) - (lengths.cumsum(0) - lengths)[of]
         ctx.save_for_backward(score)
-        return torch.zeros_like(score).index_put_((order,), (rank < (keep * lengths.double() - 1e-9).ceil()[of]).to(score))
+        on = rank < (keep * lengths.double() - 1e-9).ceil()[of]
+        return torch.zeros_like(score).index_put_((order,), on.to(score))
     @staticmethod
     def backward(ctx, grad): return grad * ctx.saved_tensors[0].sign(), None, None
 
@@ -118,8 +122,9 @@ def common_start(parts: list, # of (g [n], live [n] bool), all units of a granul
                  margin: float = 0.1 # share of the minimum
                 )->Tensor: # scalar
     "One threshold for a granularity, just under its smallest live unit (`min`); 0 where nothing lives."
-    g = parts[0][0].detach()
-    low = torch.stack([g.new_full((), float("inf")), *(g.detach().abs().masked_fill(~live, float("inf")).amin() for g, live in parts if g.numel())]).amin()
+    nothing = parts[0][0].detach().new_full((), float("inf"))
+    lows = [g.detach().abs().masked_fill(~live, float("inf")).amin() for g, live in parts if g.numel()]
+    low = torch.stack([nothing, *lows]).amin()
     return torch.where(low.isfinite(), low * (1 - margin), torch.zeros_like(low))
 
 # %% ../../nbs/net/discretise.ipynb #9de9e87b

@@ -24,14 +24,15 @@ class Engine:
                 x: Tensor, # [N, in_channels, size, size]
                 also: list|None = None # gets the logits of the auxiliary head of the whole net, where there is one
                )->Tensor: # [N, classes], not in 16 bits
-        "The logits of a super-net."
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute.amp): y = self.through_cells(net, x, also)
+        "Compute the logits of a super-net."
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute.amp):
+            y = self.through_cells(net, x, also)
         return y.float() if self.compute.amp else y
 
-    def discrete(self, net, # a MaskedNet of any space
+    def discrete(self, net, # a DerivedNet of any space
                  x: Tensor # [N, in_channels, size, size]
                 )->tuple: # ([N, classes], the same of the auxiliary head or None)
-        "The logits of a discrete network."
+        "Compute the logits of a discrete network."
         x = x.contiguous(memory_format=torch.channels_last)
         maps, aux = _tuple(net.stem(x)), None
         for c, (cell, keep) in enumerate(zip(net.cells, net.drop_factors(x))):
@@ -49,27 +50,26 @@ class Engine:
         return net.head(y)
 
     def held(self, net)->list: # of tensors
-        "What it keeps for a super-net from step to step."
+        "Return what it keeps for a super-net from step to step."
         return []
     def drawn(self, net)->bool:
-        "Whether only what is drawn of a super-net is computed."
+        "Return whether only what is drawn of a super-net is computed."
         return net.strength.hard and (net.paths or not net.training)
 
-    def equations(self, net, c: int, m # cell; Mixture
-                 ):
-        "A function of the maps that cell `c` reads."
+    def equations(self, net, c: int, m): # cell; Mixture
+        "Return a function of the maps that cell `c` reads."
         alpha, edges, widths, inner, chosen = m.of(c)
         more = {"edges": edges, "chosen": chosen, "drop": net.drop}
+        more["t_gate"], more["t_weight"] = net.thresholds(c)
         if net.sparse or not (chosen is None and widths is None and inner is None): # what the equations do not know of
             more["omega"], more["gate"] = net.masked(c, m)
-        t_gate, t_weight = net.thresholds(c)
-        return partial(net.cells[c], alpha=alpha, t_gate=t_gate, t_weight=t_weight, **{k: v for k, v in more.items() if v is not None})
+        return partial(net.cells[c], alpha=alpha, **{k: v for k, v in more.items() if v is not None})
 
-    def kept(self, net, c: int, f, maps: tuple, n: int, some: bool # images; whether only a part is computed
-            )->Tensor:
-        "What `f` computes as cell `c`, its maps kept for the backward pass or computed again in it. Running statistics follow."
+    def kept(self, net, c: int, f, maps: tuple, n: int, some: bool)->Tensor: # images; whether a part is computed
+        "Compute cell `c` as `f` does; its maps are kept for the backward pass or computed again in it."
         how = self.compute.recompute
-        if torch.is_grad_enabled() and (how == "all" or how == "earlier" and c < net.first): y, mean, var = checkpoint(f, *maps, use_reentrant=False, preserve_rng_state=False)
+        again = torch.is_grad_enabled() and (how == "all" or how == "earlier" and c < net.first)
+        if again: y, mean, var = checkpoint(f, *maps, use_reentrant=False, preserve_rng_state=False)
         else: y, mean, var = f(*maps)
         if net.training: net.cells[c].track(mean, var, n, some=some)
         return y

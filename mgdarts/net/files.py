@@ -25,15 +25,17 @@ def line(value)->str: return json.dumps(value, ensure_ascii=False, allow_nan=Fal
 def cell_text(cell)->str:
     "Write a cell, from `Space.write_cell`, one operation a line."
     if not isinstance(cell, dict): return f"  {line(cell)}"
-    return f'  {{"widths": {line(cell["widths"])}, "ops": [\n' + ",\n".join(f"    {line(op)}" for op in cell["ops"]) + "\n  ]}"
+    ops = ",\n".join(f"    {line(op)}" for op in cell["ops"])
+    return f'  {{"widths": {line(cell["widths"])}, "ops": [\n{ops}\n  ]}}'
 
 def to_json(arch: Architecture, masks_sha256: str # checksum of the masks file
            )->str:
-    "Write the text of `architecture.json`. The DARTS-like space is not named, as in files from before there were others."
+    "Write the text of `architecture.json`. The DARTS-like space is not named, as before there were others."
     head = {"schema": SCHEMA, **({} if arch.spec.kind == NetSpec.kind else {"space": arch.spec.kind}), **arch.head}
-    cells, more = map(arch.spec.write_cell, arch.cells), json.dumps(arch.provenance, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
-    text = ("{\n" + "".join(f' {line(k)}: {line(v)},\n' for k, v in head.items()) + ' "cells": [\n' + ",\n".join(map(cell_text, cells))
-            + f'\n ],\n "masks_sha256": {line(masks_sha256)},\n "provenance": {more}')
+    cells = ",\n".join(cell_text(arch.spec.write_cell(cell)) for cell in arch.cells)
+    more = json.dumps(arch.provenance, ensure_ascii=False, indent=1, sort_keys=True, allow_nan=False)
+    text = "{\n" + "".join(f" {line(k)}: {line(v)},\n" for k, v in head.items())
+    text += f' "cells": [\n{cells}\n ],\n "masks_sha256": {line(masks_sha256)},\n "provenance": {more}'
     return f'{text},\n "sha256": "{digest(json.loads(text + "}"))}"\n}}\n'
 
 # %% ../../nbs/net/files.ipynb #7bd69f41
@@ -54,7 +56,8 @@ def save(arch: Architecture,
         )->Path: # of the JSON file
     "Write an architecture. `InputError` if one is there already."
     folder = Path(folder)
-    if (folder / JSON_FILE).exists() and not overwrite: raise InputError(f"{folder} already holds an architecture: choose another folder, or ask to overwrite")
+    if (folder / JSON_FILE).exists() and not overwrite:
+        raise InputError(f"{folder} already holds an architecture: choose another folder, or ask to overwrite")
     try: folder.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(f"cannot make the folder {folder}: {e.strerror}") from None
     for name, content in contents(arch).items(): write_whole(folder / name, content)
@@ -63,7 +66,7 @@ def save(arch: Architecture,
 # %% ../../nbs/net/files.ipynb #f515336d
 def load(path # the folder, or the JSON file in it
         )->Architecture:
-    "Read an architecture, of the space that it names: without a name, of the DARTS-like one. `InputError` on anything that is not one."
+    "Read an architecture of the space that it names, by default the DARTS-like one. `InputError` if it is not one."
     path = Path(path)
     if path.is_dir(): path = path / JSON_FILE
     d = read_checked(path)
@@ -75,16 +78,20 @@ def load(path # the folder, or the JSON file in it
         if k not in keys: raise InputError(f"{path} has the unknown key {k[:40]!r}: {closest(k[:40], keys)}")
     if not isinstance(d["cells"], list): raise InputError(f"{path}: cells must be a list")
     cells = d["cells"][:65] # one more than there can be
-    spec = check_spec(space.of_file(len(cells), {k: d[k] for k in space.head_fields}))
-    return Architecture(d["name"], spec, tuple(spec.read_cell(c, x) for c, x in enumerate(cells)), read_masks(path, d["masks_sha256"]), d["provenance"])
+    spec = check_spec(space(cells=len(cells), **{k: d[k] for k in space.head_fields}))
+    cells, masks = tuple(spec.read_cell(c, x) for c, x in enumerate(cells)), read_masks(path, d["masks_sha256"])
+    return Architecture(d["name"], spec, cells, masks, d["provenance"])
 
 # %% ../../nbs/net/files.ipynb #6cffdf26
 def read_checked(path: Path)->dict:
     "Read the JSON of an architecture, and check that it is one and whole."
     d = parse_json(read_bytes(path), path)
     if "schema" not in d: raise InputError(f"{path} is not an architecture: it has no schema")
-    if whole("the schema", d["schema"], 1, 10 ** 6) > SCHEMA: raise InputError(f"{path} has schema {d['schema']} and this version reads up to {SCHEMA}: update mgdarts")
-    if "sha256" in d and d["sha256"] != digest(d): raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit; if you changed it, remove its sha256")
+    if whole("the schema", d["schema"], 1, 10 ** 6) > SCHEMA:
+        raise InputError(f"{path} has schema {d['schema']} and this version reads up to {SCHEMA}: update mgdarts")
+    if "sha256" in d and d["sha256"] != digest(d):
+        raise InputError(f"{path} is damaged, or was changed by hand: its checksum does not fit; "
+                         "if you changed it, remove its sha256")
     d.pop("sha256", None)
     return d
 
@@ -97,7 +104,9 @@ def read_masks(path: Path, sha256: str)->dict:
     "Read the masks that lie beside an architecture; `InputError` if they are not those it was saved with."
     from safetensors import SafetensorError
     from safetensors.torch import load as unpack
-    raw = read_bytes(path.with_name(MASK_FILE), 1 << 30)
-    if hashlib.sha256(raw).hexdigest() != sha256: raise InputError(f"{path.with_name(MASK_FILE)} is not the file that {path.name} was saved with")
+    file = path.with_name(MASK_FILE)
+    raw = read_bytes(file, 1 << 30)
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise InputError(f"{file} is not the file that {path.name} was saved with")
     try: return unpack(raw)
-    except (SafetensorError, KeyError, ValueError): raise InputError(f"{path.with_name(MASK_FILE)} is not a safetensors file") from None
+    except (SafetensorError, KeyError, ValueError): raise InputError(f"{file} is not a safetensors file") from None

@@ -7,13 +7,12 @@ from __future__ import annotations
 import ast, hashlib
 from pathlib import Path
 from torch import Tensor
-from .architecture import Architecture
-from ..space.found import ArchCell, MAX_WIDTH, Op, shapes, whole
-from ..space.operation import OPERATIONS
-from ..base.options import InputError, closest
-from ..space.darts import DARTS_GRAPH, NetSpec
-from ..space.operation import DARTS_OPS
 from ..base.files import read_bytes, unpickle
+from ..base.options import InputError, closest
+from .architecture import Architecture
+from ..space.darts import DARTS_GRAPH, NetSpec
+from ..space.found import ArchCell, MAX_WIDTH, Op, shapes, whole
+from ..space.operation import DARTS_OPS, OPERATIONS
 
 # %% auto #0
 __all__ = ['read_genotypes', 'import_genotype']
@@ -25,60 +24,103 @@ def _literal(node):
     if isinstance(node, ast.Constant) and type(node.value) in (int, str): return node.value
     raise ValueError
 
+def _calls(node, name: str)->bool: return isinstance(node, ast.Call) and getattr(node.func, "id", None) == name
+
 def _is_concat(node):
     "Whether the outputs are all four nodes: range(2, 6), or a list of them."
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "range" and not node.keywords: return [_literal(n) for n in node.args] == [DARTS_GRAPH.inputs, DARTS_GRAPH.states]
-    return _literal(node) == list(DARTS_GRAPH.nodes)
+    if not _calls(node, "range") or node.keywords: return _literal(node) == list(DARTS_GRAPH.nodes)
+    return [_literal(n) for n in node.args] == [DARTS_GRAPH.inputs, DARTS_GRAPH.states]
+
+def _gene(call):
+    "The cells of a call of Genotype."
+    given = dict(zip(("gene", "concat"), call.args)) | {k.arg: k.value for k in call.keywords}
+    if set(given) - {"gene", "concat"} or "gene" not in given: raise ValueError
+    if "concat" in given and not _is_concat(given["concat"]): raise ValueError
+    return _literal(given["gene"])
 
 def read_genotypes(text: str)->dict: # name -> list of cells, each a list of [operation, from, to, widths]
-    "The genotypes of a text in the authors' format. `InputError` if there is none."
+    "Read the genotypes of a text in the authors' format. `InputError` if there is none."
+    out = {}
     try:
-        out = {}
         for s in ast.parse(text).body:
-            if not (isinstance(s, ast.Assign) and len(s.targets) == 1 and isinstance(s.targets[0], ast.Name)): continue
-            call = s.value
-            if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "Genotype"): continue
-            given = dict(zip(("gene", "concat"), call.args)) | {k.arg: k.value for k in call.keywords}
-            if set(given) - {"gene", "concat"} or "gene" not in given or "concat" in given and not _is_concat(given["concat"]): raise ValueError
-            out[s.targets[0].id] = _literal(given["gene"])
+            if not isinstance(s, ast.Assign) or not _calls(s.value, "Genotype"): continue
+            if len(s.targets) == 1 and isinstance(s.targets[0], ast.Name): out[s.targets[0].id] = _gene(s.value)
     except (SyntaxError, ValueError, RecursionError, MemoryError): out = {}
-    if not out: raise InputError("not a genotype: expected NAME = Genotype(gene=[[('sep_conv_3x3', 0, 2, [18, 18, 18]), ...], ...], concat=range(2, 6))")
-    return out
+    if out: return out
+    raise InputError("not a genotype: expected NAME = Genotype(gene=[[('sep_conv_3x3', 0, 2, [18, 18, 18]), ...], "
+                     "...], concat=range(2, 6))")
 
 # %% ../../nbs/net/genotype.ipynb #11ed6251
-def _genotype_cell(c, gene, width, masks):
-    "(ArchCell, masks) of a cell of a genotype."
+def _genotype_ops(c: int, gene: list)->list:
+    "The operations of a cell of a genotype."
     try: ops = [Op(name, src, dst, tuple(w)) for name, src, dst, w in gene]
-    except (TypeError, ValueError): raise InputError(f"genotype: cell {c} has an operation that is not of the form (name, from, to, [widths])") from None
-    widths = {}
+    except (TypeError, ValueError):
+        raise InputError(f"genotype: cell {c} has an operation that is not of the form "
+                         "(name, from, to, [widths])") from None
     for i, op in enumerate(ops):
-        if op.op not in DARTS_OPS: raise InputError(f"genotype: operation {i} of cell {c} is {str(op.op)[:40]!r}: {closest(str(op.op)[:40], DARTS_OPS)}")
-        if (op.src, op.dst) not in DARTS_GRAPH.edges or not op.widths: raise InputError(f"genotype: operation {i} of cell {c} has no edge or no widths: {str(op.src)[:9]} to {str(op.dst)[:9]}")
+        name = str(op.op)[:40]
+        if op.op not in DARTS_OPS:
+            raise InputError(f"genotype: operation {i} of cell {c} is {name!r}: {closest(name, DARTS_OPS)}")
+        if (op.src, op.dst) not in DARTS_GRAPH.edges or not op.widths:
+            raise InputError(f"genotype: operation {i} of cell {c} has no edge or no widths: "
+                             f"{str(op.src)[:9]} to {str(op.dst)[:9]}")
+    return ops
+
+def _genotype_cell(c: int, gene: list, width: int, masks):
+    "(ArchCell, masks) of a cell of a genotype."
+    ops, widths = _genotype_ops(c, gene), {}
+    for op in ops:
         for state, w in ((op.src, op.widths[0]), (op.dst, op.widths[-1])):
-            if widths.setdefault(state, w) != w: raise InputError(f"genotype: state {state} of cell {c} has {str(widths[state])[:9]} channels for one operation and {str(w)[:9]} for another")
-    order = sorted(range(len(ops)), key=lambda i: (DARTS_GRAPH.edges.index((ops[i].src, ops[i].dst)), DARTS_OPS.index(ops[i].op)))
-    named = {f"c{c}.o{at}.{role}": m for at, i in enumerate(order) if masks for (role, _), m in _pair(c, i, ops[i], masks)}
-    return ArchCell(tuple(ops[i] for i in order), tuple(widths.get(s, width) for s in range(DARTS_GRAPH.states))), named
+            if widths.setdefault(state, w) == w: continue
+            raise InputError(f"genotype: state {state} of cell {c} has {str(widths[state])[:9]} channels "
+                             f"for one operation and {str(w)[:9]} for another")
+    def place(i): return DARTS_GRAPH.edges.index((ops[i].src, ops[i].dst)), DARTS_OPS.index(ops[i].op)
+    order, named = sorted(range(len(ops)), key=place), {}
+    if masks: named = {f"c{c}.o{at}.{role}": m for at, i in enumerate(order) for role, m in _pairs(c, i, ops[i], masks)}
+    cell = ArchCell(tuple(ops[i] for i in order), tuple(widths.get(s, width) for s in range(DARTS_GRAPH.states)))
+    return cell, named
 
-def _pair(c, i, op, masks):
-    "The kernels of an operation with their masks."
-    o, given = OPERATIONS[op.op], masks[c][i]
-    kernels = [(k.role, shape) for k, shape in shapes(o, o.widths_by_port(op.widths), 1)] if len(op.widths) == len(o.ports) else []
-    if not isinstance(given, (list, tuple)) or len(given) != len(kernels): raise InputError(f"masks: operation {i} of cell {c} ({op.op}) needs {len(kernels)} masks")
-    for (role, shape), m in zip(kernels, given):
-        if not isinstance(m, Tensor) or tuple(m.shape) != shape: raise InputError(f"masks: {role} of operation {i} in cell {c} must have the shape {list(shape)}")
-        if not bool(((m == 0) | (m == 1)).all()): raise InputError(f"masks: {role} of operation {i} in cell {c} has values other than 0 and 1")
-    return zip(kernels, [m != 0 for m in given])
+# %% ../../nbs/net/genotype.ipynb #2470128d
+def _pairs(c: int, i: int, op: Op, masks)->list: # of (role, bool tensor)
+    "The masks of an operation by the kernels that they belong to."
+    o, given, out = OPERATIONS[op.op], masks[c][i], []
+    kernels = shapes(o, o.widths_by_port(op.widths), 1) if len(op.widths) == len(o.ports) else []
+    if not isinstance(given, (list, tuple)) or len(given) != len(kernels):
+        raise InputError(f"masks: operation {i} of cell {c} ({op.op}) needs {len(kernels)} masks")
+    for (kernel, shape), m in zip(kernels, given):
+        here = f"masks: {kernel.role} of operation {i} in cell {c}"
+        if not isinstance(m, Tensor) or tuple(m.shape) != shape:
+            raise InputError(f"{here} must have the shape {list(shape)}")
+        if not bool(((m == 0) | (m == 1)).all()): raise InputError(f"{here} has values other than 0 and 1")
+        out.append((kernel.role, m != 0))
+    return out
 
-def _read_masks(path, gene):
+def _lengths(cells):
+    "Operations of each cell, of a list of lists; None for anything else."
+    lists = isinstance(cells, (list, tuple)) and all(isinstance(c, (list, tuple)) for c in cells)
+    return [len(c) for c in cells] if lists else None
+
+def _read_masks(path: Path, gene: list):
     "The authors' nested list of masks, of the lengths of the genotype."
     content = read_bytes(path, 1 << 28)
     try: masks = unpickle(content)
     except Exception: # PyTorch and pickle raise whatever they run into
         raise InputError(f"{path} is not a file of masks saved by PyTorch") from None
-    shape = [len(c) for c in masks] if isinstance(masks, (list, tuple)) and all(isinstance(c, (list, tuple)) for c in masks) else None
-    if shape != [len(c) for c in gene]: raise InputError(f"{path} holds no masks for this genotype: it needs a list for each of its {len(gene)} cells, with an entry for each operation")
-    return masks
+    if _lengths(masks) == _lengths(gene): return masks
+    raise InputError(f"{path} holds no masks for this genotype: it needs a list for each of its {len(gene)} cells, "
+                     "with an entry for each operation")
+
+# %% ../../nbs/net/genotype.ipynb #38ee8587
+def _named_gene(path: Path, raw: bytes, name: str|None)->tuple[str, list]: # of cells
+    "The genotype of that name, or the only one."
+    try: found = read_genotypes(raw.decode())
+    except UnicodeDecodeError: raise InputError(f"{path} is not a text file") from None
+    if name is None and len(found) > 1:
+        raise InputError(f"{path} has several genotypes, give the name of one: {', '.join(found)}")
+    name = name or next(iter(found))
+    if name not in found: raise InputError(f"{path} has no genotype {name!r}: {closest(name, found)}")
+    if isinstance(found[name], list) and all(isinstance(c, list) for c in found[name]): return name, found[name]
+    raise InputError(f"genotype {name}: gene must be a list with a list of operations for each cell")
 
 def import_genotype(genotype_path, # text file in the authors' format
                     masks_path = None, # file of masks; None: nothing is masked
@@ -90,17 +132,12 @@ def import_genotype(genotype_path, # text file in the authors' format
     "Read a published architecture. `InputError` on anything that is not one."
     path = Path(genotype_path)
     raw = read_bytes(path, 1 << 20)
-    try: found = read_genotypes(raw.decode())
-    except UnicodeDecodeError: raise InputError(f"{path} is not a text file") from None
-    if name is None and len(found) > 1: raise InputError(f"{path} has several genotypes, give the name of one: {', '.join(found)}")
-    name = name or next(iter(found))
-    if name not in found: raise InputError(f"{path} has no genotype {name!r}: {closest(name, found)}")
-    gene = found[name]
-    if not isinstance(gene, list) or not all(isinstance(c, list) for c in gene): raise InputError(f"genotype {name}: gene must be a list with a list of operations for each cell")
+    name, gene = _named_gene(path, raw, name)
     whole("the number of cells", len(gene), 3, 64)
     masks = _read_masks(Path(masks_path), gene) if masks_path is not None else None
     spec = NetSpec(whole("channels", channels, 2, MAX_WIDTH), len(gene), classes, whole("size", size, 4, 1024))
     cells = [_genotype_cell(c, g, s.width, masks) for c, (g, s) in enumerate(zip(gene, spec.cell))]
     origin = {"origin": "genotype", "name": name, "genotype_sha256": hashlib.sha256(raw).hexdigest()}
-    if masks is not None: origin["masks_sha256"] = hashlib.sha256(Path(masks_path).read_bytes()).hexdigest()
-    return Architecture(name, spec, tuple(c for c, _ in cells), {k: m for _, named in cells for k, m in named.items()}, origin)
+    if masks_path is not None: origin["masks_sha256"] = hashlib.sha256(Path(masks_path).read_bytes()).hexdigest()
+    named = {key: m for _, of in cells for key, m in of.items()}
+    return Architecture(name, spec, tuple(cell for cell, _ in cells), named, origin)

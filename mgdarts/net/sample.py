@@ -15,13 +15,13 @@ from ..space.operation import Operation
 from ..space.space import Space
 
 # %% auto #0
-__all__ = ['WEAKNAS', 'at_width', 'fitted', 'op_params', 'random_architecture', 'random_like', 'random_cells', 'random_blocks',
-           'weaknas']
+__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'op_params', 'random_architecture', 'random_like', 'random_cells', 'fill',
+           'even_cells', 'too_small', 'random_blocks', 'weaknas']
 
 # %% ../../nbs/net/sample.ipynb #e55b954a
 def at_width(arch: Architecture, channels: int, # C
              widths: list|None = None, # of each cell; None: the full width
-             middles: dict|None = None # (cell, operation's place) -> filters in the middle of an operation, where they are fewer
+             middles: dict|None = None # (cell, place of an operation) -> filters in its middle, where they are fewer
             )->Architecture: # without masks
     "Give the operations of an architecture other widths."
     spec, narrow, cells = replace(arch.spec, channels=channels), middles or {}, []
@@ -36,28 +36,35 @@ def at_width(arch: Architecture, channels: int, # C
 # %% ../../nbs/net/sample.ipynb #d1019bef
 def fitted(arch: Architecture, params: float # deployable parameters, plain number
           )->Architecture:
-    "Find the widths at which an architecture has so many parameters, or just fewer; two filters everywhere where even that is more."
+    "Find the widths at which an architecture has so many parameters, or just fewer; two filters where all have more."
     low, high = 1, 512 # sizes grow with the width
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if count(at_width(arch, middle)).params <= params else (low, middle)
-    if low < 2: return at_width(arch, 2)
-    full = [c.width for c in replace(arch.spec, channels=high).cell]
-    widths, middles = list(full), {}
-    def size(): return count(at_width(arch, high, widths, middles)).params
-    while wide := [c for c, w in enumerate(widths) if w > 2]: # all in proportion, wide cells first
-        c = max(wide, key=lambda c: (widths[c] / full[c], widths[c]))
-        widths[c] -= 1
-        if size() <= params: break
-    else: return at_width(arch, 2)
+    widths, c = narrowed(arch, params, high) if low >= 2 else (None, 0)
+    if widths is None: return at_width(arch, 2)
     fits = at_width(arch, high, widths)
     widths[c] += 1
-    twice = [(k, i) for k, cell in enumerate(arch.cells) for i, o in enumerate(cell.ops) if "mid" in operation(arch, k, o).ports and widths[k] > 2]
+    twice = [(k, i) for k, cell in enumerate(arch.cells) for i, o in enumerate(cell.ops)
+             if "mid" in operation(arch, k, o).ports and widths[k] > 2]
+    middles = {}
     for fewer in range(1, max(widths)):
         for at in twice:
             middles[at] = max(2, widths[at[0]] - fewer)
-            if size() <= params: return at_width(arch, high, widths, middles)
+            smaller = at_width(arch, high, widths, middles)
+            if count(smaller).params <= params: return smaller
     return fits
+
+def narrowed(arch: Architecture, params: float, channels: int # C, at which it is too large
+            )->tuple: # ([widths], the cell that lost the last filter), or (None, 0) where even two filters are too many
+    "Take filters away, one cell at a time, until the size fits: all in proportion, wide cells first."
+    full = [c.width for c in replace(arch.spec, channels=channels).cell]
+    widths = list(full)
+    while wide := [c for c, w in enumerate(widths) if w > 2]:
+        c = max(wide, key=lambda c: (widths[c] / full[c], widths[c]))
+        widths[c] -= 1
+        if count(at_width(arch, channels, widths)).params <= params: return widths, c
+    return None, 0
 
 # %% ../../nbs/net/sample.ipynb #32f877a6
 def op_params(op: Operation, widths: dict, stride: int)->int:
@@ -73,75 +80,103 @@ def random_architecture(spec: Space,
                         attempts: int = 200 # random widths tried; the nearest from below is returned
                        )->Architecture: # without masks
     "Draw an architecture of about `params_target` parameters. `InputError` when none tried is small enough."
-    how, more = (random_blocks, {}) if spec.cell[0].fixed else (random_cells, {"tolerance": tolerance, "attempts": attempts})
-    made = lambda cells: Architecture(name or f"random-{seed}", spec, cells, provenance={"origin": "random", "seed": seed, "params_target": params_target})
-    return how(spec, params_target, torch.Generator().manual_seed(seed), made, **more)
+    origin = {"origin": "random", "seed": seed, "params_target": params_target}
+    def make(cells): return Architecture(name or f"random-{seed}", spec, cells, provenance=origin)
+    g = torch.Generator().manual_seed(seed)
+    if spec.cell[0].fixed: return random_blocks(spec, params_target, g, make)
+    return random_cells(spec, params_target, g, make, tolerance, attempts)
 
 def random_like(arch: Architecture, seed: int)->Architecture:
     "Draw an architecture of the same space and size as another."
     return random_architecture(arch.spec, count(arch).params, seed, "random")
 
-
 # %% ../../nbs/net/sample.ipynb #b5df0450
 def random_cells(spec: Space, params_target: int, g: torch.Generator, make, # cells -> Architecture
                  tolerance: float, attempts: int)->Architecture:
     "As `random_architecture`, where the width of cells is free."
-    best, best_n, smallest, low, high = None, -1, None, 0.5, 1.0
-    graph, n, ops = spec.graph, len(spec.ops), spec.operations
+    best, best_n, smallest, low, high, enough = None, -1, [], 0.5, 1.0, (1 - tolerance) * params_target
+    graph, n = spec.graph, len(spec.ops)
     def pick(n): return int(torch.randint(n, (1,), generator=g))
     for _ in range(attempts):
         ratio = low + (high - low) * torch.rand(spec.cells, generator=g)
         widths = [max(2, 2 * round(r * c.width / 2)) for r, c in zip(ratio.tolist(), spec.cell)]
         chosen = [{(graph.into[j][pick(len(graph.into[j]))], pick(n)) for j in graph.nodes} for _ in spec.cell]
-        def made():
-            return make(tuple(ArchCell(tuple(Op(spec.ops[o], *graph.edges[e], (w,) * len(ops[o].ports)) for e, o in sorted(c)), (w,) * graph.states)
-                              for c, w in zip(chosen, widths)))
-        total = count(made()).dense
-        smallest = total if smallest is None else min(total, smallest)
+        total = count(make(even_cells(spec, chosen, widths))).dense
+        smallest.append(total)
         if total > params_target: # start narrower
             low, high = 0.8 * low, 0.8 * high
             continue
-        places = [(c, e, o) for c in range(spec.cells) for e in range(len(graph.edges)) for o in range(n) if (e, o) not in chosen[c]]
-        for i in torch.randperm(len(places), generator=g).tolist():
-            if total >= (1 - tolerance) * params_target: break
-            c, e, o = places[i]
-            more = op_params(ops[o], ops[o].widths_by_port((widths[c],) * len(ops[o].ports)), spec.cell[c].stride(e))
-            if total + more <= params_target: total += more; chosen[c].add((e, o))
-        if total > best_n: best, best_n = made(), total
-        if total >= (1 - tolerance) * params_target: break
+        total = fill(spec, chosen, widths, g, total, params_target, enough)
+        if total > best_n: best, best_n = make(even_cells(spec, chosen, widths)), total
+        if total >= enough: break
         low, high = (low + high) / 2, min(1.0, 1.25 * high) # every operation fits: wider
-    if best is None: raise InputError(f"no random architecture of this space has {params_target} parameters or fewer: the smallest tried has {smallest}")
+    if best is None: raise too_small(params_target, min(smallest))
     return best
+
+def fill(spec: Space, chosen: list, # of {(edge, operation)} of each cell; gets more
+         widths: list, g: torch.Generator, total: int, # parameters that there are
+         most: int, enough: float # parameters not to be exceeded, and at which to stop
+        )->int: # parameters then
+    "Add operations in random order, as long as they fit."
+    edges, n = range(len(spec.edges)), len(spec.ops)
+    places = [(c, e, o) for c in range(spec.cells) for e in edges for o in range(n) if (e, o) not in chosen[c]]
+    for i in torch.randperm(len(places), generator=g).tolist():
+        if total >= enough: break
+        c, e, o = places[i]
+        op = spec.operations[o]
+        more = op_params(op, op.widths_by_port((widths[c],) * len(op.ports)), spec.cell[c].stride(e))
+        if total + more > most: continue
+        total += more
+        chosen[c].add((e, o))
+    return total
+
+def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
+    "Make cells of one width each."
+    def op(e, o, w):
+        src, dst = spec.edges[e]
+        return Op(spec.ops[o], src, dst, (w,) * len(spec.operations[o].ports))
+    return tuple(ArchCell(tuple(op(e, o, w) for e, o in sorted(c)), (w,) * spec.graph.states)
+                 for c, w in zip(chosen, widths))
+
+def too_small(wanted: int, smallest: int)->InputError:
+    return InputError(f"no random architecture of this space has {wanted} parameters or fewer: "
+                      f"the smallest tried has {smallest}")
 
 # %% ../../nbs/net/sample.ipynb #bd840029
 def random_blocks(spec: Space, params_target: int, g: torch.Generator, make)->Architecture:
     "As `random_architecture`, where only what is inside of operations is free."
     n, ratio = len(spec.ops), (.2 + .8 * torch.rand(spec.cells, len(spec.ops), generator=g)).tolist()
     chosen = {(c, k) for c, k in enumerate(torch.randint(n, (spec.cells,), generator=g).tolist())}
-    more = [(i // n, i % n) for i in torch.randperm(n * spec.cells, generator=g).tolist() if (i // n, i % n) not in chosen]
+    drawn = [divmod(i, n) for i in torch.randperm(n * spec.cells, generator=g).tolist()]
+    more = [at for at in drawn if at not in chosen]
     def op(c, k, scale):
         full, ports = spec.cell[c], spec.cell[c].ops[k].ports
         widths = {p: full.place(0, k, p)[1] for p in ports}
         widths["mid"] = max(1, min(widths["mid"], round(scale * ratio[c][k] * widths["mid"])))
-        return Op(spec.ops[k], *spec.edges[0], tuple(widths[p] for p in ports))
+        return Op(spec.ops[k], 0, 1, tuple(widths[p] for p in ports))
     def made(scale):
-        return make(tuple(ArchCell(tuple(op(c, k, scale) for k in range(n) if (c, k) in chosen), tuple(full.state(s)[1] for s in range(2))) for c, full in enumerate(spec.cell)))
+        return make(tuple(ArchCell(tuple(op(c, k, scale) for k in range(n) if (c, k) in chosen),
+                                   tuple(full.state(s)[1] for s in range(2))) for c, full in enumerate(spec.cell)))
     low, high = 0., 5. # at 5 every block has all its filters
-    if (least := count(made(low)).dense) > params_target: raise InputError(f"no random architecture of this space has {params_target} parameters or fewer: the smallest tried has {least}")
+    if (least := count(made(low)).dense) > params_target: raise too_small(params_target, least)
     while more and count(made(high)).dense < params_target: chosen.add(more.pop())
-    for _ in range(30): low, high = (mid, high) if count(made(mid := (low + high) / 2)).dense <= params_target else (low, mid)
+    for _ in range(30):
+        mid = (low + high) / 2
+        low, high = (mid, high) if count(made(mid)).dense <= params_target else (low, mid)
     return made(low)
 
 # %% ../../nbs/net/sample.ipynb #62ad4b96
-WEAKNAS = (((5, 3), (3, 3), (3, 4), (3, 3)), ((5, 4), (5, 6), (5, 4)), ((7, 4), (5, 6), (7, 6)), ((3, 6), (5, 6), (5, 6)),
-           ((7, 6), (5, 6), (3, 6), (5, 3))) # (kernel, expansion) of each layer, by group
+WEAKNAS = (((5, 3), (3, 3), (3, 4), (3, 3)), ((5, 4), (5, 6), (5, 4)), ((7, 4), (5, 6), (7, 6)),
+           ((3, 6), (5, 6), (5, 6)), ((7, 6), (5, 6), (3, 6), (5, 3))) # (kernel, expansion) of each layer, by group
 
 def weaknas(classes: int = 1000, size: int = 236)->Architecture:
     "Build the network that WeakNAS publishes (Table III)."
-    spec, cells, names = MobileSpec(classes=classes, size=size), [], {k: name for name, k in BLOCKS.items()}
+    spec, cells = MobileSpec(classes=classes, size=size), []
+    names = {k: name for name, k in BLOCKS.items()}
     for layer, (k, expand) in zip(spec.cell, sum(WEAKNAS, ()), strict=True):
         cin, cout = layer.inputs[0], layer.width
         mid = divisible(expand * cin)
         few = (divisible(mid // 4),) if layer.ops[0].squeezes else ()
         cells.append(ArchCell((Op(names[k], 0, 1, (cin, mid, *few, cout)),), (cin, cout)))
-    return Architecture("WeakNAS", spec, tuple(cells), provenance={"origin": "WeakNAS, 1000 queries: kernels and expansions"})
+    origin = {"origin": "WeakNAS, 1000 queries: kernels and expansions"}
+    return Architecture("WeakNAS", spec, tuple(cells), provenance=origin)

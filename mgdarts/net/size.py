@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 import torch
 from torch import Tensor
-from .channels import CellIndex, Layout
+from .channels import CellIndex, Layout, existing, more_norms
 
 # %% auto #0
 __all__ = ['UNITS', 'Size', 'CellCount', 'Masked', 'size_of', 'count_cell', 'NetCount']
@@ -28,23 +28,25 @@ class Size:
     def add(self, other: Size):
         "Add in place."
         for k in Size.__dataclass_fields__: setattr(self, k, getattr(self, k) + getattr(other, k))
-    def __add__(self, other: Size)->Size: return Size(*(getattr(self, k) + getattr(other, k) for k in Size.__dataclass_fields__))
+    def __add__(self, other: Size)->Size:
+        return Size(*(getattr(self, k) + getattr(other, k) for k in Size.__dataclass_fields__))
 
 # %% ../../nbs/net/size.ipynb #af6ea6a5
+# what is counted of a live operation, as searched; params: as derived
+UNITS = ("filters", "filters_initial", "weights", "weights_initial", "params")
+
 @dataclass
 class CellCount(Size):
     "Sizes of one cell of the derived network."
-    searched: Size|None = None # of the cell before its filters are brought to one width: what the super-net computes
+    searched: Size|None = None # before filters are brought to one width: what the super-net computes; None: the same
     ops: int = 0
     ops_initial: int = 0
-    by_op: dict = field(default_factory=dict) # (edge, op) -> units, see `UNITS`
-
-UNITS = ("filters", "filters_initial", "weights", "weights_initial", "params") # of one live operation, as searched; params: as derived
+    by_op: dict = field(default_factory=dict) # (edge, op) -> `UNITS`
 
 # %% ../../nbs/net/size.ipynb #6ea2818b
 @dataclass
 class Masked:
-    "The stored weights of a cell that are off: the channel each writes, the channel it reads, the kernel it belongs to."
+    "The stored weights of a cell that are off: the channel each writes, the channel it reads, and its kernel."
     rows: Tensor # [m] int32
     cols: Tensor # the same
     kernel: Tensor # [m] int16
@@ -52,12 +54,15 @@ class Masked:
     @classmethod
     def of(cls, lay: Layout, at: Tensor # [m] int64, places among the stored searched weights
           )->Masked: return cls(*(v["omega"].index_select(0, at) for v in (lay.rows, lay.cols, lay.segs)))
+    def between(self, unit: Tensor # [units] bool
+               )->Tensor: # [m] bool
+        "Which of them stand between channels that there are."
+        return unit.index_select(0, self.rows).logical_and_(unit.index_select(0, self.cols))
     def among(self, unit: Tensor # [units] bool
              )->Masked:
         "Those between channels that there are."
         there = self.between(unit)
         return Masked(self.rows[there], self.cols[there], self.kernel[there])
-    def between(self, unit: Tensor)->Tensor: return unit.index_select(0, self.rows).logical_and_(unit.index_select(0, self.cols)) # [m] bool
     def by_kernel(self, unit: Tensor, # [units] bool
                   n: int # kernels of the full cell
                  )->Tensor: # [n] int64
@@ -66,15 +71,15 @@ class Masked:
 
 # %% ../../nbs/net/size.ipynb #d34afdae
 def size_of(index: CellIndex, ops: Tensor, unit: Tensor, masked: Masked, more: Tensor|None = None # from `more_norms`
-           )->tuple: # (Size; by operation: weights left, searched weights left, searched weights, channels of batch norms)
-    "The size of a cell with some channels and weights off."
-    k, n = index.kernels, index.norms
-    weights, channels = index.existing(ops, unit)
-    left = weights - masked.by_kernel(unit, len(weights)) * index.live(ops)[k["op"]]
+           )->tuple: # (Size; by operation: weights left, searched ones left, searched ones, channels of batch norms)
+    "Count a cell with some channels and weights off."
+    k, n, live = index.kernels, index.norms, index.live(ops)
+    weights, channels = existing(index, ops, unit)
+    left = weights - masked.by_kernel(unit, len(weights)) * live[k["op"]]
     def by(of, v): return torch.zeros(index.none + 1, dtype=torch.long).index_add_(0, of["op"], v)
     norms = by(n, channels) + (0 if more is None else more)
-    bn = 2 * int(norms.sum())
-    size = Size(int(left.sum()) + bn, int(weights.sum()) + bn, int((left * k["side2"]).sum()), int((weights * k["side2"]).sum()))
+    bn, macs = 2 * int(norms.sum()), (int((v * k["side2"]).sum()) for v in (left, weights))
+    size = Size(int(left.sum()) + bn, int(weights.sum()) + bn, *macs)
     return size, by(k, left), by(k, left * k["searched"]), by(k, weights * k["searched"]), norms
 
 # %% ../../nbs/net/size.ipynb #eb9f2a8f
@@ -87,30 +92,32 @@ def count_cell(index: CellIndex,
     "Count a cell, mask-aware, as searched and as derived."
     masked = masked.among(alive) # of a filter that goes, and that alignment brings back, nothing is masked any more
     searched, _, weights, dense, _ = size_of(index, ops, alive, masked)
-    derived, kernels, *_, norms = size_of(index, ops, aligned, masked, index.more_norms(ops, aligned))
-    n = index.norms
-    filters = torch.zeros(2, index.none + 1, dtype=torch.long)
+    derived, kernels, *_, norms = size_of(index, ops, aligned, masked, more_norms(index, ops, aligned))
+    n, now = index.norms, existing(index, ops, alive)[1]
     learned = n["learned"] & index.live(ops)[n["op"]]
-    filters.index_add_(1, n["op"], torch.stack([index.existing(ops, alive)[1], n["width"]]) * learned)
+    filters = torch.zeros(2, index.none + 1, dtype=torch.long)
+    filters.index_add_(1, n["op"], torch.stack([now, n["width"]]) * learned)
     rows = torch.stack([*filters, weights, dense, kernels + 2 * norms], 1)[:-1].tolist()
     by_op = {divmod(i, index.spec.grid[1]): rows[i] for i in ops.flatten().nonzero().flatten().tolist()}
-    return CellCount(derived.params, derived.dense, derived.macs, derived.macs_dense, searched, int(ops.sum()), ops.numel(), by_op)
+    sizes = derived.params, derived.dense, derived.macs, derived.macs_dense
+    return CellCount(*sizes, searched, int(ops.sum()), ops.numel(), by_op)
 
 # %% ../../nbs/net/size.ipynb #c6069efd
 def _ratios(ops, ops_initial, rows)->dict:
     "Retention ratios of a set of operations. A ratio with nothing under it is None."
     total = [sum(r[i] for r in rows) for i in range(len(UNITS))]
     def ratio(a, b): return a / b if b else None
-    return {"operation": ratio(ops, ops_initial), "filter": ratio(total[0], total[1]), "weight": ratio(total[2], total[3])}
+    return {"operation": ratio(ops, ops_initial), "filter": ratio(total[0], total[1]),
+            "weight": ratio(total[2], total[3])}
 
 # %% ../../nbs/net/size.ipynb #4e007cd7
 @dataclass
 class NetCount:
-    "Sizes of a net: cells, and what surrounds them. Parameters and MACs are plain numbers, of the derived network where nothing else is said."
+    "Sizes of a net: cells, and what surrounds them. Plain numbers, of the derived network where nothing else is said."
     cells: list # CellCount of each cell
     stem: Size # and whatever else nothing of is searched
     top: Size # the classifier; nothing while a stage ends in an auxiliary head, which is never counted
-    top_searched: Size|None = None # the same before alignment
+    top_searched: Size|None = None # before alignment; None: the same
     names: tuple = () # of the operation types
 
     @property
@@ -120,7 +127,7 @@ class NetCount:
     @property
     def searched(self)->Size:
         "The super-net as it is, before filters are aligned to one width a cell."
-        return sum((c.searched for c in self.cells), self.stem + self.top_searched)
+        return sum((c.searched or c for c in self.cells), self.stem + (self.top_searched or self.top))
     @property
     def params(self)->int: return self.derived.params
     @property
@@ -134,7 +141,8 @@ class NetCount:
 
     def retention(self)->dict:
         "Retention ratio per granularity over the whole net (paper, section E)."
-        return _ratios(self.ops, sum(c.ops_initial for c in self.cells), [r for c in self.cells for r in c.by_op.values()])
+        rows = [row for c in self.cells for row in c.by_op.values()]
+        return _ratios(self.ops, sum(c.ops_initial for c in self.cells), rows)
     def retention_by_cell(self)->list:
         "One dictionary of ratios a cell."
         return [_ratios(c.ops, c.ops_initial, c.by_op.values()) for c in self.cells]
@@ -149,5 +157,5 @@ class NetCount:
         "The figures a record keeps."
         d, s = self.derived, self.searched
         return {"params": d.params, "params_dense": d.dense, "macs": d.macs, "macs_dense": d.macs_dense,
-                "params_searched": s.params, "macs_searched": s.macs, "ops": self.ops,
-                "retention": self.retention(), "retention_by_cell": self.retention_by_cell(), "retention_by_type": self.retention_by_type()}
+                "params_searched": s.params, "macs_searched": s.macs, "ops": self.ops, "retention": self.retention(),
+                "retention_by_cell": self.retention_by_cell(), "retention_by_type": self.retention_by_type()}

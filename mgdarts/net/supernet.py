@@ -6,28 +6,33 @@
 from __future__ import annotations
 import torch
 from torch import nn, Tensor
+from typing import cast
 from ..base.options import OPERATION_NAMES, Rules, SHAPES, STRENGTHS, refuse_unhandled
 from .cell import Cell
 from .channels import CellIndex, layout
 from .engine import Engine
 from .relax import Mixture
 from .size import Masked, NetCount, Size, count_cell
-from .stored import carry_columns, remap
-from ..space.layers import AuxHead
-from ..space.space import GRANULARITIES, Space
+from .stored import carry_columns, full_strength, remap
+from ..space.layers import AuxHead, Head
+from ..space.space import GRANULARITIES, Space, aux_head, stage_head
 
 # %% auto #0
-__all__ = ['SuperNet', 'part_generator', 'edge_weights', 'importance', 'thresholds', 'mixture', 'masked', 'tie', 'add_cell',
-           'open_stage', 'channels_left', 'full_gates', 'top_size', 'count', 'rebuild']
+__all__ = ['SuperNet', 'part_generator', 'grid', 'brought', 'hold', 'put_out', 'edge_weights', 'importance', 'thresholds',
+           'mixture', 'masked', 'tie', 'allowed', 'add_cell', 'open_stage', 'channels_left', 'full_gates', 'top_size',
+           'count', 'rebuild']
 
 # %% ../../nbs/net/supernet.ipynb #b8696937
 class SuperNet(nn.Module):
     "The multi-granularity super-net of a space. Input [N, in_channels, size, size], output logits [N, classes]."
     THRESHOLDS = ("t_alpha", "t_beta", "t_omega", "t_pre")
-    alpha: nn.Parameter; t_alpha: nn.Parameter; t_beta: nn.Parameter; t_omega: nn.Parameter # [cells, edges, operations]
-    t_pre: nn.Parameter # [cells, preprocessed inputs]
     op_live: Tensor # [cells, edges, operations] bool: not pruned
-    node_n: Tensor; convs: Tensor; kinds: Tensor; first_of_kind: Tensor; kind: Tensor # of the space, where the net is
+    node_n: Tensor # candidates into each node
+    convs: Tensor # bool: which operations have weights to search
+    kinds: Tensor # for each cell of the space the first of its kind
+    first_of_kind: Tensor # of the cells that there are: the first one of each kind
+    kind: Tensor # and for each cell which of these
+    head: Head # from `open`
 
     def __init__(self, spec: Space,
                  aux_size: str = "medium", # small, medium or large
@@ -41,53 +46,42 @@ class SuperNet(nn.Module):
         self.spec, self.aux_size, self.granularities, self.seed = spec, aux_size, tuple(granularities), seed
         refuse_unhandled(self.rules)
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
-        self.strength, self.parts, shape = strengths[0], strengths + self.shapes, (spec.cells, len(spec.edges), len(spec.ops))
-        brought = {k: v for p in self.parts for k, v in p.brings(spec).items()}
-        for name, size in brought.items(): setattr(self, name, nn.Parameter(torch.zeros(size)))
-        self.strong = ("alpha", *brought) # names of the parameters that have a strength
-        # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether scores are in force, drop-out on skips
+        self.strength, self.parts = strengths[0], strengths + self.shapes
+        # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
+        # scores are in force, drop-out on skips; whether thresholds are in force, the stage and its first cell
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout = None, 1., False, False, 0.
-        self.alpha = nn.Parameter(torch.zeros(shape))
-        for name in self.THRESHOLDS: setattr(self, name, nn.Parameter(torch.zeros(shape if name != "t_pre" else (spec.cells, spec.preprocessed))))
-        self.register_buffer("op_live", torch.ones(shape, dtype=torch.bool))
-        for name, value in (("node_n", spec.node_sizes), ("convs", spec.convs), ("kinds", spec.kinds)): self.register_buffer(name, torch.tensor(value), persistent=False)
-        self.stem = spec.make_stem(self._generator(1))
-        self.cells, self.head, self.aux, self.discretising, self.first = nn.ModuleList(), None, None, False, 0
+        self.discretising, self.stage, self.first = False, 0, 0
+        self.strong = brought(self) # names of the parameters that have a strength
+        self.alpha, self.t_alpha, self.t_beta, self.t_omega = (nn.Parameter(torch.zeros(grid(spec))) for _ in range(4))
+        self.t_pre = nn.Parameter(torch.zeros(spec.cells, spec.cell[0].preprocessed))
+        self.register_buffer("op_live", torch.ones(grid(spec), dtype=torch.bool))
+        hold(self, node_n=spec.node_sizes, convs=spec.convs, kinds=spec.kinds)
+        self.stem, self.aux = spec.make_stem(self._generator(1)), cast("AuxHead|None", None)
+        self.cells = cast("list[Cell]", nn.ModuleList())
 
     def _generator(self, *what)->torch.Generator: return part_generator(self.seed, *what)
-    def forward(self, x: Tensor, also: list|None = None # gets the logits of the auxiliary head of the whole net, where there is one
-               )->Tensor:
-        return self.engine.forward(self, x, also)
+    def forward(self, x: Tensor, also: list|None = None)->Tensor: return self.engine.forward(self, x, also)
 
     # how strong everything counts
     def edges(self)->Tensor|None: return edge_weights(self)
     def importance(self)->Tensor: return importance(self)
-    def strengths(self)->Tensor: return self.strength.masked(self).flatten(1) # [cells, edges * operations] M_alpha(sigma(alpha)), or what the method has in its place
+    def strengths(self)->Tensor: return self.strength.masked(self).flatten(1) # [cells, edges * operations] M_alpha
     def thresholds(self, c: int)->tuple: return thresholds(self, c)
     def mixture(self, paths: bool = False)->Mixture: return mixture(self, paths)
     def masked(self, c: int, m: Mixture)->tuple: return masked(self, c, m)
     # what the net is at this moment, and how it changes
     def open(self, end: int, stage: int): open_stage(self, end, stage)
-    def add(self, ops: Tensor, alive: Tensor): add_cell(self, ops, alive)
     def tie(self): tie(self)
     def count(self, ops=None, gates=None, weights=None)->NetCount: return count(self, ops, gates, weights)
     def channels_left(self, ops=None, gates=None, derived=True)->list: return channels_left(self, ops, gates, derived)
-    def top_size(self, unit: Tensor|None)->Size: return top_size(self, unit)
     def full_gates(self, c: int, keep: Tensor|None = None)->Tensor: return full_gates(self, c, keep)
     def rebuild(self, ops: Tensor, gates: list, stamp: int = 0)->list: return rebuild(self, ops, gates, stamp)
-
+    def _out(self, c: int)->Tensor: return put_out(self, c)
+    def _inputs(self, c: int)->tuple: return tuple(put_out(self, i) for i in range(c - self.spec.graph.inputs, c))
     @property
-    def aux_cell(self)->int: return self.spec.ends[1] + 1 # whose output the auxiliary head of the whole net reads: the first of the third sub-net
+    def aux_cell(self)->int: return self.spec.ends[1] + 1 # the first of the third sub-net: `aux` reads it
     @property
-    def drop(self)->tuple|None: return (self.skip_dropout, self.noise) if self.skip_dropout else None # drop-out on skip connections: (probability, generator)
-    def allowed(self)->Tensor: # [edges, operations] bool
-        "The operations that a cell begins with."
-        return torch.tensor([o in self.rules.ops or o not in OPERATION_NAMES for o in self.spec.ops]).expand(len(self.spec.edges), -1)
-    def _out(self, c: int)->Tensor: # bool
-        "Live channels of what cell `c` puts out; before cell 0 stand the stem's maps."
-        if c < 0: return torch.ones(self.spec.stem_out[c], dtype=torch.bool)
-        return self.cells[c].index.out(self.cells[c].layout.alive)
-    def _inputs(self, c: int)->tuple: return tuple(self._out(i) for i in range(c - self.spec.graph.inputs, c)) # the same of the maps that cell `c` reads
+    def drop(self)->tuple|None: return (self.skip_dropout, self.noise) if self.skip_dropout else None # of skips
 
 # %% ../../nbs/net/supernet.ipynb #e7b15c93
 def part_generator(seed: int, *what: int)->torch.Generator:
@@ -96,36 +90,59 @@ def part_generator(seed: int, *what: int)->torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 # %% ../../nbs/net/supernet.ipynb #9c7ba1bb
+def grid(spec: Space)->tuple:
+    "Return the shape of what has a value for every operation of the super-net."
+    return spec.cells, len(spec.edges), len(spec.ops)
+
+def brought(net: SuperNet)->tuple:
+    "Register the parameters that a method's parts bring, and return the names of all that have a strength."
+    sizes = {name: size for part in net.parts for name, size in part.brings(net.spec).items()}
+    for name, size in sizes.items(): setattr(net, name, nn.Parameter(torch.zeros(size)))
+    return ("alpha", *sizes)
+
+def hold(net: SuperNet, **what):
+    "Register tensors that follow the net's device and are not saved."
+    for name, value in what.items():
+        net.register_buffer(name, torch.tensor(value, device=net.alpha.device), persistent=False)
+
+def put_out(net: SuperNet, c: int)->Tensor: # bool
+    "Return the live channels of what cell `c` puts out; before cell 0 stand the stem's maps."
+    if c < 0: return torch.ones(net.spec.stem_out[c], dtype=torch.bool)
+    return net.cells[c].index.out(net.cells[c].layout.alive)
+
+# %% ../../nbs/net/supernet.ipynb #22437684
 def edge_weights(net: SuperNet)->Tensor|None: # [cells, edges]
     "Give the weights of the edges; None where only channels that go round would need them, and there are none."
     return next((w for p in net.parts if (w := p.edges(net)) is not None), None)
 
 @torch.no_grad()
 def importance(net: SuperNet)->Tensor: # [all cells, edges, operations]
-    "Say how strong operations are for those who look on or decide: on average, of cells that do not exist yet sigma(alpha)."
+    "Say how strong operations are for those who look on: on average, of cells that do not exist yet sigma(alpha)."
     return net.strength.importance(net)
 
 def thresholds(net: SuperNet, c: int # cell
-              )->tuple: # of gates [inputs + edges * operations + 1] and of weights [edges * operations], None where all is on
+              )->tuple: # of gates [inputs + edges * operations + 1], of weights [edges * operations]; None: all is on
     "Give the thresholds of one cell, as its `gates` and `weights` take them."
     gates, weights = (net.discretising and g in net.granularities for g in ("filter", "weight"))
-    return (torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)]) if gates else None, net.t_omega[c].flatten() if weights else None)
+    t_gate = torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)]) if gates else None
+    return t_gate, net.t_omega[c].flatten() if weights else None
 
 # %% ../../nbs/net/supernet.ipynb #a2ea505c
 def mixture(net: SuperNet, paths: bool = False # whether only what is drawn is computed
            )->Mixture:
     "Collect everything that weighs operations, edges, widths and kernels in one forward pass."
-    grid, m = (len(net.cells), len(net.spec.edges), len(net.spec.ops)), Mixture(net.strengths(), net.edges())
-    if m.edges is not None: m.alpha = (m.alpha.view(grid) * m.edges[..., None]).flatten(1)
+    shape, m = (len(net.cells), *grid(net.spec)[1:]), Mixture(net.strengths(), net.edges())
+    if m.edges is not None: m.alpha = (m.alpha.view(shape) * m.edges[..., None]).flatten(1)
     for p in net.shapes: m = p.mix(net, m)
-    if paths: m.chosen = (m.alpha.detach() > 0).view(grid).cpu()
+    if paths: m.chosen = (m.alpha.detach() > 0).view(shape).cpu()
     return m
 
 def masked(net: SuperNet, c: int, m: Mixture)->tuple: # ([searched weights], [filters])
     "Mask kernels and gates of a cell, for the whole cell at once."
     t_gate, t_weight = net.thresholds(c)
     _, _, widths, inner, _ = m.of(c)
-    return net.cells[c].weights(t_weight, net.rules.keep if net.sparse else 1., inner), net.cells[c].gates(t_gate, widths)
+    keep = net.rules.keep if net.sparse else 1.
+    return net.cells[c].weights(t_weight, keep, inner), net.cells[c].gates(t_gate, widths)
 
 @torch.no_grad()
 def tie(net: SuperNet):
@@ -135,46 +152,54 @@ def tie(net: SuperNet):
         if p.grad is not None: p.grad = torch.zeros_like(p.grad).index_add_(0, net.kinds, p.grad)[net.kinds]
 
 # %% ../../nbs/net/supernet.ipynb #99a1d248
-def add_cell(net: SuperNet, ops: Tensor, alive: Tensor # [edges, operations] and [units] bool: what the next cell stores
-            ):
-    "Append a cell."
+def allowed(net: SuperNet)->Tensor: # [edges, operations] bool
+    "Mark the operations that a cell begins with."
+    there = [o in net.rules.ops or o not in OPERATION_NAMES for o in net.spec.ops]
+    return torch.tensor(there).expand(len(net.spec.edges), -1)
+
+def add_cell(net: SuperNet, ops: Tensor, alive: Tensor): # [edges, operations] and [units] bool: what it stores
+    "Append the next cell."
     c, rules = len(net.cells), net.rules
-    cell = Cell(layout(net.spec.cell[c], ops, alive), net._generator(2, c), rules.gates, rules.keep < 1, rules.pool_norm)
-    net.cells.append(cell.to(net.alpha.device))
+    stored, g = layout(net.spec.cell[c], ops, alive), net._generator(2, c)
+    net.cells.append(Cell(stored, g, rules.gates, rules.keep < 1, rules.pool_norm).to(net.alpha.device))
 
 def open_stage(net: SuperNet, end: int, # last cell of the sub-net
                stage: int # 0-based; the last stage ends in the classifier
               ):
     "Add cells up to `end`, and put the stage's head on top."
-    device, spec = net.alpha.device, net.spec
-    if len(net.cells) <= end: net.first = len(net.cells) # cell of this stage
+    spec, last = net.spec, end == net.spec.cells - 1
+    if len(net.cells) <= end: net.first = len(net.cells)
     for c in range(len(net.cells), end + 1):
-        ops, full = net.allowed(), torch.ones(spec.cell[c].sizes["gates"], dtype=torch.bool)
-        net.op_live[c] = ops.to(device)
+        ops, full = allowed(net), torch.ones(spec.cell[c].sizes["gates"], dtype=torch.bool)
+        net.op_live[c] = ops.to(net.op_live.device)
         ops = net.shapes[0].stored(ops, spec)
-        net.add(ops, CellIndex(spec.cell[c]).alive(ops, full, *net._inputs(c)))
-    width, last, g = int(net._out(end).sum()), end == spec.cells - 1, net._generator(3, stage)
-    net.head = (spec.make_top(width, g) if last else AuxHead(spec.head(stage, net.aux_size), g, width)).to(device)
+        add_cell(net, ops, CellIndex(spec.cell[c]).alive(ops, full, *net._inputs(c)))
+    width, g = int(net._out(end).sum()), net._generator(3, stage)
+    net.head = spec.make_top(width, g) if last else AuxHead(stage_head(spec, stage, net.aux_size), g, width)
+    net.head.to(net.alpha.device)
     if last and net.rules.aux:
-        net.aux = AuxHead(spec.aux_head(net.aux_cell), net._generator(3, 3), int(net._out(net.aux_cell).sum())).to(device)
+        width = int(net._out(net.aux_cell).sum())
+        net.aux = AuxHead(aux_head(spec, net.aux_cell), net._generator(3, 3), width).to(net.alpha.device)
     net.stage, kinds = stage, spec.kinds[:end + 1]
     first = sorted(set(kinds))
-    for name, at in (("first_of_kind", first), ("kind", [first.index(k) for k in kinds])): net.register_buffer(name, torch.tensor(at, device=device), persistent=False)
+    hold(net, first_of_kind=first, kind=[first.index(k) for k in kinds])
 
 # %% ../../nbs/net/supernet.ipynb #42670f33
 def channels_left(net: SuperNet, ops: Tensor|None = None, gates: list|None = None, # as for `count`
                   derived: bool = True # of the network that would be derived; else of the super-net
                  )->list: # of [units] bool, a vector for each cell
     "List which channels the cells have, or would have."
-    n, out = net.spec.graph.inputs, []
-    outs = list(net._inputs(0))
+    n, out, outs = net.spec.graph.inputs, [], list(net._inputs(0))
     for c, cell in enumerate(net.cells):
         lay, index = cell.layout, cell.index
-        if not derived and ops is None: out.append(lay.alive)
+        if ops is None and not derived: unit = lay.alive
         else:
-            now, full = lay.ops if ops is None else ops[c] & lay.ops, net.full_gates(c, None if gates is None else gates[c])
-            out.append(index.align(now, full, cell.full_strength(), *outs[-n:]) if derived else index.alive(now, full, *outs[-n:]))
-        outs.append(index.out(out[-1]))
+            now = lay.ops if ops is None else ops[c] & lay.ops
+            full = net.full_gates(c, None if gates is None else gates[c])
+            if derived: unit = index.align(now, full, full_strength(cell), *outs[-n:])
+            else: unit = index.alive(now, full, *outs[-n:])
+        out.append(unit)
+        outs.append(index.out(unit))
     return out
 
 # %% ../../nbs/net/supernet.ipynb #7cc479c4
@@ -203,11 +228,12 @@ def count(net: SuperNet, ops: Tensor|None = None, # [cells, edges, operations] b
     parts, spec = [], net.spec
     alive, aligned = (net.channels_left(ops, gates, derived) for derived in (False, True))
     for c, cell in enumerate(net.cells):
+        live = cell.layout.ops if ops is None else ops[c] & cell.layout.ops
         on = cell.omega_live.cpu() if weights is None else cell.omega_live.cpu() & weights[c]
         off = Masked.of(cell.layout, (~on).nonzero().flatten())
-        parts.append(count_cell(cell.index, cell.layout.ops if ops is None else ops[c] & cell.layout.ops, alive[c], aligned[c], off))
-    tops = (net.top_size(units[-1] if units else None) for units in (aligned, alive))
-    return NetCount(parts, Size.whole(spec.stem_params, spec.stem_macs), *tops, spec.ops)
+        parts.append(count_cell(cell.index, live, alive[c], aligned[c], off))
+    top, searched = (top_size(net, units[-1] if units else None) for units in (aligned, alive))
+    return NetCount(parts, Size.whole(spec.stem_params, spec.stem_macs), top, searched, spec.ops)
 
 # %% ../../nbs/net/supernet.ipynb #6e23b9d8
 @torch.no_grad()
@@ -216,7 +242,8 @@ def rebuild(net: SuperNet, ops: Tensor, # [cells, edges, operations] bool: opera
             stamp: int = 0 # distinguishes the fresh weights of one rebuilding from those of another
            )->list: # (old parameter, new parameter, positions, kept), for optimizers
     "Compact, regrow, or both: store exactly what lives from now on. Exact in evaluation for whatever only leaves."
-    heads = [(len(net.cells) - 1, net.head)] + [(net.aux_cell, net.aux)] * (net.aux is not None)
+    heads: list[tuple[int, Head]] = [(len(net.cells) - 1, net.head)]
+    if net.aux is not None: heads.append((net.aux_cell, net.aux))
     moved, before = [], [net._out(c) for c, _ in heads]
     net.op_live[:len(net.cells)] = ops.to(net.op_live.device)
     for c, cell in enumerate(net.cells):

@@ -70,7 +70,7 @@ class Frame:
 # %% ../../nbs/runs/frames.ipynb #52b0d646
 def kinds(spec)->tuple: # of names
     "Return the rows of a space's histograms: its operations with weights, and input, which has filters only."
-    return tuple(o for o, conv in zip(spec.ops, spec.convs) if conv) + ("input",) * bool(spec.preprocessed)
+    return tuple(o for o, conv in zip(spec.ops, spec.convs) if conv) + ("input",) * bool(spec.cell[0].preprocessed)
 
 def _kind(spec, op: int # -1: preprocessing
          )->int: # row of the histograms

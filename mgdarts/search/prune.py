@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 import torch
 from torch import Tensor
+from ..net.channels import existing, more_norms
 from ..net.discretise import strongest
 from ..net.size import Masked, NetCount
-from ..net.stored import carry, carry_columns
-from ..net.supernet import SuperNet
+from ..net.stored import carry, carry_columns, full_strength
+from ..net.supernet import SuperNet, top_size
 
 # %% auto #0
 __all__ = ['SLACK', 'Candidates', 'evenly', 'chance_weaker', 'units', 'bounded', 'candidates', 'Sizes', 'choose', 'follow',
@@ -155,7 +156,7 @@ class Sizes:
             if bool(whole.any()):
                 off.rows = torch.where(whole, cell.spec.units + op.index_select(0, off.kernel.int()), off.rows)
             filters = torch.full((width,), self.gone, dtype=torch.int32).index_copy_(0, slots, gates)
-            self.cells.append((index, filters, cell.full_strength(), weights[at], off))
+            self.cells.append((index, filters, full_strength(cell), weights[at], off))
 
     def widths(self)->Tensor: # [m] int64
         "For each candidate the cell whose width it has a say in, or -1."
@@ -177,13 +178,13 @@ class Sizes:
         for live, (index, gates, strength, number, off) in zip(ops, self.cells):
             here = live, ~gone.index_select(0, gates)
             a, d = index.alive(*here, *alive[-2:]), index.align(*here, strength, *aligned[-2:])
-            weights, norms = index.existing(live, d)
+            weights, norms = existing(index, live, d)
             masked = off.between(torch.cat([a & d, index.live(live)])).logical_and_(gone.index_select(0, number))
-            stored = weights.sum() + 2 * (norms.sum() + index.more_norms(live, d).sum())
+            stored = weights.sum() + 2 * (norms.sum() + more_norms(index, live, d).sum())
             out += int(stored) - int(masked.count_nonzero())
             alive.append(index.out(a))
             aligned.append(index.out(d))
-        return out + net.top_size(d).params
+        return out + top_size(net, d).params
 
 # %% ../../nbs/search/prune.ipynb #0f9e0fd4
 def choose(net: SuperNet, c: Candidates,

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import torch
 from torch import Tensor
-from ..net.supernet import SuperNet
+from ..net.supernet import SuperNet, allowed
 
 # %% auto #0
 __all__ = ['update_momentum', 'potential', 'quotas', 'regrow']
@@ -75,7 +75,7 @@ def regrow(net: SuperNet,
     "Bring pruned operations of the current sub-net back."
     n = len(net.cells)
     live = net.op_live[:n].cpu()
-    gone = net.allowed() & ~live # what was never there was not pruned, and cannot return
+    gone = allowed(net) & ~live # what was never there was not pruned, and cannot return
     quota = quotas(potential(torch.sigmoid(net.alpha[:n]).cpu(), mom[:n].cpu(), live, cells), gone.sum(1), num)
     g, ops, gates, back = net._generator(5, stamp), live.clone(), [net.full_gates(c) for c in range(n)], []
     for c, o in quota.nonzero().tolist():

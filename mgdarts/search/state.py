@@ -9,6 +9,7 @@ from dataclasses import asdict
 import torch
 from ..base.events import plain
 from ..base.options import need, modern
+from ..net.supernet import add_cell
 from .loss import Lambda
 from .stages import SearchState, fresh_net
 from .step import make_adam, make_optimizer
@@ -67,7 +68,7 @@ def load_state(search, state: dict):
     fresh_net(search)
     net, cfg = search.net, search.cfg
     if s.stage >= 0:
-        for saved in state["cells"]: net.add(saved["ops"], saved["alive"])
+        for saved in state["cells"]: add_cell(net, saved["ops"], saved["alive"])
         net.open(*search.stages[s.stage][1:])
     net.load_state_dict(state["net"])
     net.discretising, net.first = state["discretising"], state["first"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from .cell import CellSpec
 from .found import MAX_WIDTH, whole
-from .graph import Graph, dense_graph
+from .graph import dense_graph
 from .operation import DARTS_OPS, OPERATIONS
 from .space import Space, count_supernet
 
