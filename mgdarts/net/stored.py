@@ -14,9 +14,9 @@ from ..space.layers import reset_uniform
 from ..space.operation import Operation
 
 # %% auto #0
-__all__ = ['remap', 'carry', 'carry_columns', 'LiveOp', 'Parts', 'live_operations', 'preprocessing_plan', 'threshold_runs',
-           'pools_of', 'pool_slots', 'StoredCell', 'nothing_of', 'full_strength', 'pool_statistics', 'fresh_weights',
-           'relayout', 'plan']
+__all__ = ['remap', 'carry', 'carry_columns', 'LiveOp', 'Parts', 'turn', 'live_operations', 'preprocessing_plan',
+           'threshold_runs', 'pools_of', 'pool_slots', 'StoredCell', 'nothing_of', 'full_strength', 'pool_statistics',
+           'fresh_weights', 'relayout', 'plan']
 
 # %% ../../nbs/net/stored.ipynb #88f95aad
 def remap(old: Tensor, # [m] int64, ascending slots stored so far
@@ -79,6 +79,12 @@ class Parts:
         return cls(kernels, gates, shapes, [len(i) for _, i in lay.gates])
 
 # %% ../../nbs/net/stored.ipynb #90b1fc81
+def turn(op: LiveOp, side: int # of the maps that it makes
+        )->int:
+    "Return when a node adds an operation up: floating-point sums depend on their order, and all engines keep one."
+    if op.operation.kind == "dil": return 3 if op.stride == 1 and side % 2 == 0 else 1
+    return 4 if op.operation.passes(op.stride) else 2 if op.operation.kind == "skip" else 0
+
 def live_operations(lay: Layout, parts: Parts)->tuple: # ({node: LiveOps}, channel indices, channels of each state)
     "List the live operations into each node, and the channels of the node that each of them writes."
     spec, places, nodes = lay.spec, [], {}
@@ -93,7 +99,7 @@ def live_operations(lay: Layout, parts: Parts)->tuple: # ({node: LiveOps}, chann
         return LiveOp(e, o, operation, stride, kernels, gates, None if full else len(places) - 1)
     for node in spec.graph.nodes:
         there = [(e, o) for e in spec.graph.into[node] for o in lay.ops[e].nonzero().flatten().tolist()]
-        nodes[node] = [live(e, o, node) for e, o in there]
+        nodes[node] = sorted((live(e, o, node) for e, o in there), key=lambda op: turn(op, spec.side))
     return nodes, places, [len(s) for s in states]
 
 # %% ../../nbs/net/stored.ipynb #92e4f188
