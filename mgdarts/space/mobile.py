@@ -108,6 +108,8 @@ class MobileSpec(Space):
     kind, graph, ops = "mobilenet", Graph(1, ((0, 1),)), tuple(BLOCKS)
     head_fields = ("width", *Space.head_fields)
 
+    def __post_init__(self): # files say 1.0, and an equal space is equal there
+        if type(self.width) is int and 0 < self.width <= 16: object.__setattr__(self, "width", float(self.width))
     @classmethod
     def of_config(cls, cfg, classes, size, in_channels=3):
         return cls(cfg.space.cells, cfg.space.width, classes, size, in_channels, cfg.space.stem)
