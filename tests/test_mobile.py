@@ -428,10 +428,12 @@ def test_files_and_what_is_wrong_with_them(tmp_path):
     arch.masks = {k: torch.rand(s, generator=torch.Generator().manual_seed(0)) > 0.4 for k, s in arch.mask_shapes().items()}
     path = architecture.save(arch, tmp_path)
     assert architecture.load(tmp_path) == arch and architecture.fingerprint(arch) == architecture.fingerprint(architecture.load(tmp_path))
+    whole, real = (architecture.fingerprint(random_architecture(MobileSpec(4, w, 3, 16), 10 ** 7)) for w in (1, 1.0))
+    assert whole == real
     text = path.read_text()
     whole = json.loads(text)
     del whole["sha256"]
-    for change, word in (({"space": "mars"}, "mars"), ({"space": 3}, "space"), ({"width": "wide"}, "width"), ({"width": 1e9}, "width"), ({"cells": whole["cells"][:2]}, "cells"), ({"channels": 8}, "channels"),
+    for change, word in (({"space": "mars"}, "mars"), ({"space": 3}, "space"), ({"width": "wide"}, "width"), ({"width": 1e9}, "width"), ({"width": 10 ** 400}, "width"), ({"cells": whole["cells"][:2]}, "cells"), ({"channels": 8}, "channels"),
                          ({"cells": [[[3, 10 ** 9, 0]], *whole["cells"][1:]]}, "filters"), ({"cells": [[[4, 8, 0]], *whole["cells"][1:]]}, "kernel"), ({"cells": [[], *whole["cells"][1:]]}, "blocks"),
                          ({"cells": [[[3, 8, 8]], *whole["cells"][1:]]}, "squeezed"), ({"cells": [[[5, 8, 0], [3, 8, 0]], *whole["cells"][1:]]}, "order")):
         path.write_text(json.dumps(whole | change))

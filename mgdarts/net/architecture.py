@@ -5,10 +5,10 @@
 # %% ../../nbs/net/architecture.ipynb #1b0d7afd
 from __future__ import annotations
 import json, math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 import torch
 from torch import Tensor
-from ..base.options import InputError
+from ..base.options import InputError, OPERATION_NAMES
 from ..space.found import ArchCell, Op, check_cell, shapes, whole
 from ..space.operation import OPERATIONS, Operation, PREPROCESS
 from ..space.space import HeadSpec, Space, aux_head
@@ -23,12 +23,11 @@ __all__ = ['MAX_WEIGHTS', 'plain_space', 'Architecture', 'check_spec', 'check_na
 def plain_space(spec: Space, cells: tuple # of ArchCell
                )->Space:
     "Return the space that an architecture says it belongs to."
-    changed: dict = {"stem": spec.stem_kind}
-    if (spec.constraint, spec.partial) != (3, 1): changed |= {"constraint": 3, "partial": 1}
-    used = {op.op for c in cells if isinstance(c, ArchCell) for op in c.ops}
-    ops = tuple(name for name in OPERATIONS if name in {*type(spec).ops, *used})
-    if ops != spec.ops and used <= {*OPERATIONS}: changed["ops"] = ops
-    return replace(spec, **changed)
+    changed: dict = {"stem": spec.stem_kind, "constraint": 3, "partial": 1}
+    used = {op.op for c in cells if isinstance(c, ArchCell) for op in c.ops if isinstance(op.op, str)}
+    if used <= {*OPERATION_NAMES}: # those that a space may be given; `check_cell` refuses others
+        changed["ops"] = tuple(name for name in OPERATIONS if name in {*type(spec).ops, *used})
+    return replace(spec, **{f.name: changed[f.name] for f in fields(spec) if f.name in changed})
 
 # %% ../../nbs/net/architecture.ipynb #bf3294d7
 @dataclass(eq=False)

@@ -81,11 +81,13 @@ def row(arch: Architecture, c: int, n: CellCount, retention: dict)->dict:
     cell, full = arch.cells[c], arch.spec.cell[c]
     convs = sum(operation(arch, c, op).searched for op in cell.ops)
     ratio = convs / full.grid[0] / sum(o.searched for o in full.ops)
+    written = arch.spec.write_cell(cell) # a list: of blocks
     return {"index": c, "channels": full.width, "widths": list(cell.widths), "reduction": full.reduction,
             "ops": n.ops, "convs": convs, "edges": len({(op.src, op.dst) for op in cell.ops}), "params": n.dense,
             "nonzero": n.params, "macs": n.macs_dense, "macs_nonzero": n.macs,
             "retention": {**retention, "conv": ratio},
-            "by_type": types(NetCount([n], Size(), Size(), names=arch.spec.ops))}
+            "by_type": types(NetCount([n], Size(), Size(), names=arch.spec.ops)),
+            **({"blocks": written} if isinstance(written, list) else {})}
 
 # %% ../../nbs/net/count.ipynb #c043aaa5
 def counts(arch: Architecture)->dict: # JSON-ready

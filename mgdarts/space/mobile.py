@@ -15,7 +15,7 @@ from .space import Space
 
 # %% auto #0
 __all__ = ['EXPANSION', 'SQUEEZE', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'lay_out_layer', 'LayerSpec', 'MobileSpec', 'depths',
-           'halved_ends', 'layers', 'write_blocks', 'read_blocks']
+           'halved_ends', 'layers', 'write_blocks', 'check_blocks', 'read_blocks']
 
 # %% ../../nbs/space/mobile.ipynb #ca71696c
 def divisible(v: float, by: int = 8)->int:
@@ -108,6 +108,8 @@ class MobileSpec(Space):
     kind, graph, ops = "mobilenet", Graph(1, ((0, 1),)), tuple(BLOCKS)
     head_fields = ("width", *Space.head_fields)
 
+    def __post_init__(self): # files say 1.0, and an equal space is equal there
+        if type(self.width) is int and 0 < self.width <= 16: object.__setattr__(self, "width", float(self.width))
     @classmethod
     def of_config(cls, cfg, classes, size, in_channels=3):
         return cls(cfg.space.cells, cfg.space.width, classes, size, in_channels, cfg.space.stem)
@@ -181,19 +183,28 @@ def write_blocks(cell: ArchCell)->list: # of [kernel, filters, squeezed filters]
     "Write a discovered layer as plain JSON."
     return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
 
+def check_blocks(layer: LayerSpec, rows: list): # of (kernel, filters, squeezed filters)
+    "Refuse impossible blocks in the words of files: `InputError`."
+    c, kernels, inside = layer.index, tuple(BLOCKS.values()), layer.ops[0].inner(layer.inputs[0])
+    if not 0 < len(rows) <= len(kernels):
+        raise InputError(f"architecture: layer {c} needs one to {len(kernels)} blocks")
+    for i, (k, mid, few) in enumerate(rows):
+        here = f"of block {i} of layer {c}"
+        if not isinstance(k, int) or k not in kernels:
+            raise InputError(f"architecture: the kernel {here} is {str(k)[:40]}: "
+                             f"choose from {', '.join(map(str, kernels))}")
+        whole(f"the number of filters {here}", mid, 1, inside["mid"])
+        whole(f"the number of squeezed filters {here}", few, *((1, MAX_WIDTH) if "squeeze" in inside else (0, 0)))
+    if any(a[0] >= b[0] for a, b in zip(rows, rows[1:])):
+        raise InputError(f"architecture: the blocks of layer {c} are out of order or there twice: sort by kernel")
+
 def read_blocks(layer: LayerSpec, d)->ArchCell: # what `write_blocks` wrote
     "Read a discovered layer; `InputError` if it is something else."
-    c, cin, cout, squeezes = layer.index, layer.inputs[0], layer.width, layer.ops[0].squeezes
-    names, ops = {k: name for name, k in BLOCKS.items()}, []
+    cin, cout, names = layer.inputs[0], layer.width, {k: name for name, k in BLOCKS.items()}
     try: rows = [(kernel, mid, few) for kernel, mid, few in d]
     except (TypeError, ValueError):
-        raise InputError(f"architecture: layer {c} must be a list of blocks of the form "
+        raise InputError(f"architecture: layer {layer.index} must be a list of blocks of the form "
                          "[kernel, filters, squeezed filters]") from None
-    for i, (k, mid, few) in enumerate(rows):
-        if not isinstance(k, int) or k not in names:
-            raise InputError(f"architecture: the kernel of block {i} of layer {c} is {str(k)[:40]}: "
-                             f"choose from {', '.join(map(str, names))}")
-        lo, hi = (1, MAX_WIDTH) if squeezes else (0, 0)
-        whole(f"the number of squeezed filters of block {i} of layer {c}", few, lo, hi)
-        ops.append(Op(names[k], 0, 1, (cin, mid, few, cout) if squeezes else (cin, mid, cout)))
+    check_blocks(layer, rows)
+    ops = [Op(names[k], 0, 1, (cin, mid, few, cout) if few else (cin, mid, cout)) for k, mid, few in rows]
     return ArchCell(tuple(ops), (cin, cout))
