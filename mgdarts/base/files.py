@@ -13,7 +13,7 @@ from .options import InputError
 # %% auto #0
 __all__ = ['SCHEMA', 'STATE', 'STATE_VERSION', 'write_whole', 'read_bytes', 'parse_json', 'digest', 'write_json', 'read_json',
            'tensors_in', 'pickled', 'unpickle', 'pack_state', 'unpack_state', 'Checkpoints', 'Lines', 'refuse_links',
-           'lock']
+           'lock', 'turn']
 
 # %% ../../nbs/base/files.ipynb #05fee06c
 def write_whole(path: Path, content: bytes):
@@ -210,4 +210,17 @@ def lock(folder: Path):
         try: fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise InputError(f"another process is working on {folder}: wait for it, or choose another --out") from None
+        yield
+
+# %% ../../nbs/base/files.ipynb #be194b83
+@contextmanager
+def turn(path: Path):
+    "Work while no other process is at the same: whoever comes later waits."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    try: import fcntl
+    except ImportError: # not on this system
+        yield
+        return
+    with open(path, "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
         yield

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from ..base.data import load_data
 from ..base.events import RunFailed, Stopped
-from ..base.files import read_json, write_json
+from ..base.files import read_json, turn, write_json
 from ..base.options import InputError, from_dict
 from ..net import files
 from .arms import Job
@@ -71,18 +71,23 @@ def network_of(job: Job, cfg, splits, run: Path)->tuple: # architecture, weights
 
 # %% ../../nbs/paper/running.ipynb #b68e9cec
 def do(job: Job, folder: str|Path, # of all runs
-       quiet: bool = True):
+       quiet: bool = True,
+       load=load_data # what gives a configuration its images
+      ):
     "Run an arm, or what is missing of it."
     run, out = job.run(folder), job.training(folder)
     if job.finished(folder): return
+    def images(cfg): return load(cfg.data, cfg.seed, device_of(cfg))
     if job.search:
         cfg = from_dict(job.search)
-        search(cfg, run, begun(run, cfg), quiet=quiet, listeners=(report,), prepare=MemoryWatch(run))
+        splits = None if (run / "result.json").exists() else images(cfg)
+        search(cfg, run, begun(run, cfg), splits, quiet, (report,), MemoryWatch(run))
     if not job.train: return
-    if out.name in ("train", "random"): retrain(run, None, job.random, resume=True, quiet=quiet, listeners=(report,))
+    if out.name in ("train", "random"):
+        retrain(run, None, job.random, images(cfg), resume=True, quiet=quiet, listeners=(report,))
     else:
         cfg = from_dict(job.train)
-        splits = load_data(cfg.data, cfg.seed, device_of(cfg))
+        splits = images(cfg)
         arch, weights = network_of(job, cfg, splits, run)
         train(cfg, arch, out, splits, weights, resume=True, quiet=quiet)
 
@@ -98,9 +103,10 @@ def grouped(wanted: list, # of Job
 
 # %% ../../nbs/paper/running.ipynb #8187f27c
 def attempt(work, job: Job, folder)->str: # why it failed; empty: it did not
-    "Run a job on one thread; only a signal ends more than the job."
+    "Run a job on one thread, when no other process is at it; only a signal ends more than the job."
     torch.set_num_threads(1)
-    try: work(job, folder)
+    try:
+        with turn(Path(folder) / ".turns" / job.key()): work(job, folder)
     except Stopped: raise
     except Exception as e:
         kind = "" if isinstance(e, (InputError, RunFailed)) else f"{type(e).__name__}: "
