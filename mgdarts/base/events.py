@@ -6,12 +6,13 @@
 from __future__ import annotations
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 # %% auto #0
 __all__ = ['plain', 'Event', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'Stopped', 'evaluate']
 
 # %% ../../nbs/base/events.ipynb #c19b9384
-def plain(value):
+def plain(value)->Any:
     "Numbers, lists and dictionaries that JSON knows; a number that is not finite becomes None."
     if isinstance(value, dict): return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)): return [plain(v) for v in value]
@@ -84,7 +85,7 @@ class Stopped(RunFailed):
 # %% ../../nbs/base/events.ipynb #77421bac
 def evaluate(nets: list, # modules that give logits, or (logits, more); in evaluation mode afterwards
              batches, # of (images, labels), read once for all
-             device = "cpu" # or a torch.device
+             device: Any = "cpu" # or a torch.device
             )->list: # of (accuracy in percent, mean cross-entropy); NaN when there is no batch
     "Accuracy and loss of several nets as they are."
     import torch, torch.nn.functional as F # not above: the command line answers before PyTorch is loaded

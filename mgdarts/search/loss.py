@@ -108,7 +108,7 @@ def prices(net: SuperNet,
     "R_size of each cell of the current sub-net."
     n, costs = len(net.cells), None
     if mu:
-        costs = torch.stack([cost(c, *net.thresholds(i), what) for i, c in enumerate(net.cells)])
+        costs = torch.stack([cost(c, *net.thresholds(i), what=what) for i, c in enumerate(net.cells)])
         costs = costs / average_cost(net.spec, what)
     return size_by_cell(net.alpha[:n], net.op_live[:n], net.spec.node_sizes, costs, reg, mu)
 
@@ -116,7 +116,8 @@ def prices(net: SuperNet,
 def pressure(net: SuperNet)->Tensor: # scalar
     "R_thr of the current sub-net."
     n = len(net.cells)
-    return sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
+    parts = (threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
+    return sum(parts, net.alpha.new_zeros(()))
 
 def regulariser(net: SuperNet, what: str = "params", reg: float = 1.0, mu: float = 0.0 # as for `prices`
                )->tuple: # (R_size of all cells, R_thr)

@@ -19,6 +19,7 @@ def update_momentum(mom: Tensor, # [cells, 14, 7], changed in place
                    ):
     "One step of Eq. 6."
     s = torch.sigmoid(alpha)
+    assert alpha.grad is not None
     mom.mul_(gamma).add_(alpha.grad / (s * (1 - s)).clamp(min=1e-6), alpha=1 - gamma)
 
 # %% ../../nbs/search/regrow.ipynb #7e8ccf5a
@@ -40,7 +41,8 @@ def potential(strength: Tensor, # [cells, 14, 7] sigma(alpha)
         shares.append(mean / total if bool((total > 0).all()) else alike)
     p = (shares[0] + shares[1]) / 2
     if cells == "density":
-        p = p * (sum(d / d.sum() if d.sum() > 0 else torch.full_like(d, 1 / len(d)) for d in density) / 2)[:, None]
+        by_cell = [d / d.sum() if d.sum() > 0 else torch.full_like(d, 1 / len(d)) for d in density]
+        p = p * (sum(by_cell[1:], by_cell[0]) / 2)[:, None]
     return p / p.sum()
 
 # %% ../../nbs/search/regrow.ipynb #1d3287b6

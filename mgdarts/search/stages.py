@@ -162,14 +162,16 @@ def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None # [c
             ):
     "Prune all but some operations, or by strength what the space allows or the target asks for."
     s, parts = search.state, search.parts
-    if keep is None and search.spec.constraint == 1:
+    assert strength is not None or keep is not None
+    if strength is not None and search.spec.constraint == 1:
         keep = strongest_two(strength, search.spec.graph)
         for p in parts.decisions: keep = p.connected(keep, strength, search.spec)
     if not parts.whole: settle(search)
     net = search.net
     s.rebuilds += 1
     for p in parts.shapes: p.ending(net)
-    found, target = (by_strength(net, strength), s.target) if keep is None else (all_but(net, keep), 0.)
+    if keep is not None: found, target = all_but(net, keep), 0.
+    elif strength is not None: found, target = by_strength(net, strength), s.target
     done = commit(net, target, [search.optimizer, search.adam], s.rebuilds, found, wait=False)
     count = done.after
     for p in parts.shapes: count = p.ended(net, s.target, count)

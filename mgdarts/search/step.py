@@ -117,7 +117,8 @@ def update(search, turn: Turn):
     search.optimizer.step()
     if search.adam and "strengths" in turn.groups: search.adam.step()
     if net.discretising:
-        with torch.no_grad(): torch._foreach_clamp_min_([getattr(net, n) for n in net.THRESHOLDS], 0.)
+        with torch.no_grad():
+            for name in net.THRESHOLDS: getattr(net, name).clamp_(min=0.)
     tell(search, "update", images=turn.images, groups=turn.groups)
 
 # %% ../../nbs/search/step.ipynb #37545ef3

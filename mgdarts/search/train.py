@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib, json, math
 from dataclasses import asdict
+from typing import Any
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..net.discrete import DerivedNet
@@ -45,7 +46,7 @@ def total_loss(logits: Tensor, # [N, classes]
     return loss if aux is None else loss + cfg.aux_weight * F.cross_entropy(aux, y, label_smoothing=cfg.label_smoothing)
 
 # %% ../../nbs/search/train.ipynb #4fbff06b
-def to_cpu(tree):
+def to_cpu(tree)->Any:
     "A copy of nested dictionaries and lists, tensors on the CPU."
     if isinstance(tree, Tensor): return tree.detach().to("cpu", copy=True)
     if isinstance(tree, dict): return {k: to_cpu(v) for k, v in tree.items()}
@@ -69,13 +70,14 @@ class Trainer:
         self.events, self.check_every = events or Emitter(), check_every
         self.net = DerivedNet(arch, cfg.aux_weight > 0, seed, engine)
         if init_state is not None: start_from(self.net, init_state)
-        self.net.to(self.device, memory_format=torch.channels_last)
+        self.net.to(self.device).to(memory_format=torch.channels_last)
         rate = learning_rate(cfg, 0)
         self.optimizer = torch.optim.SGD(self.net.parameters(), rate, cfg.momentum, weight_decay=cfg.weight_decay)
         self.epoch = self.epoch_step = 0 # the step to be done next
         self.sums = torch.zeros(3, dtype=torch.float64, device=self.device) # loss, hits, images of this epoch
         self.history, self.best = [], {"epoch": -1, "val_acc": -1.0, "net": None}
-        self.result, self.safe_state = None, None
+        self.result: dict|None = None
+        self.safe_state: dict|None = None
 
     @property
     def step_count(self)->int:
@@ -184,7 +186,7 @@ def finish(trainer: Trainer):
     if 0 <= t.best["epoch"] < t.cfg.epochs - 1:
         best = DerivedNet(t.arch, t.cfg.aux_weight > 0, t.seed, t.net.engine)
         best.load_state_dict(t.best["net"])
-        nets.append(best.to(t.device, memory_format=torch.channels_last))
+        nets.append(best.to(t.device).to(memory_format=torch.channels_last))
     tests, last, size = evaluate(nets, t.loaders["test"].eval(), t.device), t.history[-1], counts(t.arch)
     validated = {"test_acc_best_val": tests[-1][0], "val_acc_final": last.get("val_acc"),
                  "val_acc_best": t.best["val_acc"], "best_val_epoch": t.best["epoch"]}

@@ -33,7 +33,8 @@ def score_among(net, ops: Tensor, # [kinds, edges, operations] bool
     net.requires_grad_(False) # gradients are asked of images only
     with torch.enable_grad(): found = score(net)
     net.requires_grad_().op_live.copy_(live)
-    for c, before in zip(net.cells, statistics): torch._foreach_copy_(c.statistics, before)
+    for c, before in zip(net.cells, statistics):
+        for now, was in zip(c.statistics, before): now.copy_(was)
     return found
 
 # %% ../../nbs/search/trial.ipynb #02d8785f
