@@ -21,22 +21,23 @@ import torch.nn.functional as F
 
 from mgdarts.runs.make import make_search, make_trainer
 from mgdarts.net.discrete import DerivedNet
-from mgdarts.net import cell
-from mgdarts.net.architecture import kernels
+from mgdarts.fast import cell as fast_cell
+from mgdarts.fast import convolutions, engine
+from mgdarts.fast.engine import make
+from mgdarts.fast.layout import natively
 from mgdarts.search import loss
 from mgdarts.runs import memory
 from mgdarts.runs.listen import read_events
 from mgdarts.runs import run as runs
 from mgdarts.views.report import report
-from mgdarts.net import supernet
 from mgdarts.net.count import count
 from mgdarts.net.sample import random_architecture
 from mgdarts.base.options import Compute, InputError, Search as Settings
 from mgdarts.methods.registry import preset
 from mgdarts.base.data import Split, Splits, channel_stats
 from mgdarts.base.randomness import stream
-from mgdarts.search.step import make_optimizer
-from mgdarts.search.stages import plan
+from mgdarts.search.step import fetch, make_optimizer, optimise
+from mgdarts.search.stages import begin_joint, open_stage, plan
 from mgdarts.space.darts import NetSpec
 from mgdarts.net.supernet import SuperNet
 
@@ -158,11 +159,11 @@ def losses(g: Ground):
         try:
             for device in dict.fromkeys(("cpu", g.device.type)):
                 s = make_search(preset("smoke", method, device=device, **{"data.subset": 256, "search.warmup": 0}))
-                s._open()
-                values, inner = [], s._backward
-                s._backward = lambda loss, values=values, inner=inner: (values.append(loss.detach()), inner(loss))[1]
+                open_stage(s)
+                values = []
+                s.events.listen(lambda event, values=values: values.append(event.data["value"].detach()), "forward")
                 for i in range(3):
-                    with syncs(g) if i == 2 and device != "cpu" else contextlib.nullcontext({}) as where: s._optimise(9)
+                    with syncs(g) if i == 2 and device != "cpu" else contextlib.nullcontext({}) as where: optimise(s)
                 seen[device] = [float(v) for v in values]
                 if device == g.device.type: row |= {"losses": seen[device], "syncs": sum(where.values()), "where": dict(where)}
             row["difference"] = max(abs(a - b) for a, b in zip(seen["cpu"], seen[g.device.type], strict=True))
@@ -172,18 +173,31 @@ def losses(g: Ground):
 
 # 2: steps of the super-net
 @contextlib.contextmanager
-def contiguous(net):
-    "The fused path with maps in PyTorch's default layout (NCHW), instead of channels last."
-    plain = lambda f: lambda x: f(x).contiguous()
-    seen, back = dict(kernels.SEEN), cell.from_phases
-    kernels.SEEN.update({k: plain(f) for k, f in seen.items() if k != "map"})
-    cell.from_phases = plain(back)
-    handle = net.stem.register_forward_hook(lambda _, __, out: tuple(o.contiguous() for o in out) if out[0] is not out[1] else (out[0].contiguous(),) * 2)
+def plain_stem(net):
+    "The maps of a net's stem in PyTorch's default layout (NCHW), instead of channels last."
+    inner = engine.run
+
+    def run(m, *args):
+        out = inner(m, *args)
+        return engine.each(torch.Tensor.contiguous, out) if m is net.stem else out
+
+    engine.run = run
     try: yield
+    finally: engine.run = inner
+
+
+@contextlib.contextmanager
+def contiguous(net):
+    "The same for all maps of the fast path."
+    plain = lambda f: lambda x: f(x).contiguous()
+    seen, back = dict(convolutions.SEEN), fast_cell.from_phases
+    convolutions.SEEN.update({k: plain(f) for k, f in seen.items() if k != "map"})
+    fast_cell.from_phases = plain(back)
+    try:
+        with plain_stem(net): yield
     finally:
-        kernels.SEEN.update(seen)
-        cell.from_phases = back
-        handle.remove()
+        convolutions.SEEN.update(seen)
+        fast_cell.from_phases = back
 
 
 def whole_net(C: int, cells: int, live: float, size: int = 32, **how) -> SuperNet:  # how: of `Compute`
@@ -304,12 +318,7 @@ def planned(g: Ground):
 
 
 def native_plan(net, n: int) -> int:  # bytes
-    real = kernels.native
-    try:
-        for m in (kernels, supernet): m.native = lambda x: True
-        return memory.step_memory(net, Settings(), n).peak_bytes
-    finally:
-        for m in (kernels, supernet): m.native = real
+    with natively(): return memory.step_memory(net, Settings(), n).peak_bytes
 
 
 # 4: real steps, with their data
@@ -332,18 +341,18 @@ def real(g: Ground):
         try:
             cfg = preset("small", device=g.device.type, **{"space.channels": C, "space.cells": 3 if g.toy else 8, "data.autoaugment": auto, "search.batch": n, "compute.tf32": how != "fp32", "compute.amp": how == "bf16", "compute.recompute": "none", "search.target_m": 0.03 if g.toy else 0.3})
             s = make_search(cfg, noise(8 * n, 8 if g.toy else 32, g.device))
-            s.stage = 1  # the next one to be opened is the last
-            s._open()
-            s._begin_joint()
-            s.epoch_step = 1  # no copy of the state, which is made once an epoch
+            s.state.stage = 1  # the next one to be opened is the last
+            open_stage(s)
+            begin_joint(s)
+            s.state.epoch_step = 1  # no copy of the state, which is made once an epoch
             count = len(s.loaders["train"])
 
             def step():
-                s.epoch_step = 1 + s.epoch_step % (count - 2)
-                s._optimise(count + 100)
+                s.state.epoch_step = 1 + s.state.epoch_step % (count - 2)
+                optimise(s)
 
             row["ms"] = g.ms(step, 1.0)
-            row["batch_ms"] = g.ms(s._batch, 0.3)
+            row["batch_ms"] = g.ms(lambda: fetch(s), 0.3)
             row["images_per_s"] = 1e3 * n / row["ms"]
             with syncs(g) as where: step()
             row |= {"syncs": sum(where.values()), "where": dict(where)}
@@ -367,16 +376,15 @@ def retraining(g: Ground):
         row = {"how": how, "batch": n, "layout": layout, "params": size.params, "macs": size.macs_dense}
         try:
             g.precision(how)
-            net = DerivedNet(arch, True, 0).to(g.device)
+            net = DerivedNet(arch, True, 0, make()).to(g.device)
             if layout == "nhwc": net = net.to(memory_format=torch.channels_last)
-            else: net.stem.register_forward_hook(lambda _, __, out: (out[0].contiguous(),) * 2)
             opt = torch.optim.SGD(net.parameters(), 0.025, 0.9, weight_decay=3e-4)
             x, y = batch(g, n, spec.size)
             net.train()
 
             def step():
                 opt.zero_grad(set_to_none=True)
-                with torch.autocast(g.device.type, torch.bfloat16, enabled=how == "bf16"): logits, aux = net(x)
+                with torch.autocast(g.device.type, torch.bfloat16, enabled=how == "bf16"), plain_stem(net) if layout == "nchw" else contextlib.nullcontext(): logits, aux = net(x)
                 (F.cross_entropy(logits.float(), y) + 0.4 * F.cross_entropy(aux.float(), y)).backward()
                 torch.nn.utils.clip_grad_norm_(net.parameters(), 5.0)
                 opt.step()
@@ -401,7 +409,7 @@ def retraining(g: Ground):
 
         def step():
             t.epoch_step = 1 + t.epoch_step % (count_ - 2)
-            t._optimise(count_ + 100)
+            t.optimise()
 
         row |= {"batch": n, "ms": g.ms(step)}
         row["images_per_s"] = 1e3 * n / row["ms"]
@@ -433,7 +441,7 @@ def bits(g: Ground):
             row["same_bits"] = len(found[0]) == len(found[1]) and bool(torch.equal(*found))
             if len(found[0]) == len(found[1]): row["difference"] = float((found[0] - found[1]).abs().max())
             row["not_deterministic"] = sorted({str(x.message).split(" does not")[0][:80] for x in w if "does not have a deterministic" in str(x.message)})
-            row["step_ms"] = g.ms(lambda: s._optimise(10**6), 0.3)
+            row["step_ms"] = g.ms(lambda: optimise(s), 0.3)
             if g.left() > 15 and (strict or not g.toy): row |= resumed(g)
         except Exception as e: row["error"] = said(e)
         finally:
@@ -465,7 +473,7 @@ def resumed(g: Ground) -> dict:
 def advice(g: Ground):
     "What is said when memory runs out."
     s = make_search(preset("smoke", device=g.device.type))
-    s._open()
+    open_stage(s)
     yield {"asked": "advice of a search on the device", **attempt_row(lambda: runs.memory_advice(s))}
     if g.gpu:
         total = torch.cuda.get_device_properties(0).total_memory
