@@ -1,37 +1,40 @@
-"The view-model against independent counts, the stepper against plain runs, the panels without a browser."
+"The view-model against independent counts, the stepper against plain runs, the panels without a browser: both spaces."
 import copy
 import json
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import nbformat
 import papermill
 import pytest
 import torch
 
-from mgdarts.runs.make import make_search
-from mgdarts.base.events import Event
+from mgdarts.base.events import Event, evaluate
 from mgdarts.base.files import Checkpoints
-from mgdarts.net import files as architecture
-from mgdarts.runs.listen import read_events
-from mgdarts.runs.make import bare_search
-from mgdarts.runs import run as runs
 from mgdarts.base.options import InputError
 from mgdarts.methods.registry import preset
-from mgdarts.views.inspector import View, WhatIf, accuracy, distribution, fixed_ratio, pruned, some_images
-from mgdarts.views.branch import branch
-from mgdarts.runs.memory import step_memory
+from mgdarts.net import files as architecture
+from mgdarts.runs import run as runs
+from mgdarts.runs.listen import read_events
+from mgdarts.runs.make import bare_search, make_search
+from mgdarts.runs.memory import prune_to, step_memory
 from mgdarts.search.prune import commit
-from mgdarts.views.replay import replay
-from mgdarts.base.events import evaluate
-from mgdarts.space.darts import EDGES, OPS, is_conv
+from mgdarts.search.stages import open_stage
 from mgdarts.space.space import GRANULARITIES
-from pathlib import Path
+from mgdarts.views.branch import branch
+from mgdarts.views.inspector import (View, WhatIf, accuracy, distribution, fixed_ratio, place_of, pruned, scope,
+                                     some_images)
+from mgdarts.views.replay import replay
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
+SPACES = ("darts", "mobilenet")
+
+
+def settings(space="darts", **more): return preset("smoke", **FAST, **{"space.kind": space}, **more)
 
 
 def same(a, b):
@@ -42,9 +45,9 @@ def same(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
-@pytest.fixture(scope="module")
-def search():
-    s = make_search(preset("smoke", **FAST))
+@pytest.fixture(scope="module", params=SPACES)
+def search(request):
+    s = make_search(settings(request.param))
     s.run("stage")
     s.run("stage")
     while s.warmup or s.phase_epoch < 2:
@@ -53,18 +56,26 @@ def search():
     return s
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, run_of):
-    return run_of(tmp_path_factory.mktemp("runs") / "demo", **FAST)
+def like(search):
+    "Another search in the same state."
+    other = make_search(settings(search.spec.kind))
+    other.load_state_dict(search.state_dict())
+    return other
+
+
+@pytest.fixture(scope="module", params=SPACES)
+def finished(request, tmp_path_factory, run_of):
+    more = {} if request.param == "darts" else {"space.kind": request.param}
+    return run_of(tmp_path_factory.mktemp("runs") / f"demo-{request.param}", **FAST, **more)
 
 
 def test_questions_leave_the_search_as_it_was(search):
     before = copy.deepcopy(search.state_dict())
-    grad = search.net.alpha.grad.clone()
+    grad, ops = search.net.alpha.grad.clone(), search.spec.ops
     view = View(search)
     w = WhatIf(view)
     w.move("operation", "all", 0.5)
-    w.move("filter", "sep_conv_3x3", 0.6)
+    w.move("filter", ops[1], 0.6)
     w.move("weight", (0, 0, 1), 0.01)
     result = w.outcome()
     images = some_images(search.loaders["val"])
@@ -77,8 +88,7 @@ def test_questions_leave_the_search_as_it_was(search):
 
 
 def test_a_view_stays_when_the_search_goes_on(search):
-    other = make_search(preset("smoke", **FAST))
-    other.load_state_dict(search.state_dict())
+    other = like(search)
     view = View(other)
     params, strength = view.count.params, view.strength.clone()
     other.run("commit")
@@ -86,66 +96,70 @@ def test_a_view_stays_when_the_search_goes_on(search):
     assert not torch.equal(torch.sigmoid(other.net.alpha[: len(strength)]), strength)
 
 
-@pytest.mark.parametrize("granularity, which, to", [("operation", "all", 0.52), ("operation", (0, 1, 2), 0.9), ("filter", "all", 0.55), ("filter", "dil_conv_5x5", 0.7), ("weight", "all", 0.05), ("weight", "sep_conv_5x5", 0.02)])
+MOVES = [("operation", "all", 0.52), ("operation", (0, 0, 2), 0.9), ("filter", "all", 0.55), ("filter", 2, 0.7),
+         ("weight", "all", 0.05), ("weight", 1, 0.02)]  # a number: that operation of the space
+
+
+@pytest.mark.parametrize("granularity, which, to", MOVES)
 def test_an_outcome_is_what_a_commit_does(search, granularity, which, to):
     w = WhatIf(View(search))
-    w.move(granularity, which, to)
-    result = w.outcome()
-    other = make_search(preset("smoke", **FAST))
-    other.load_state_dict(search.state_dict())
-    with torch.no_grad():
-        for k, v in w.thresholds().items():
-            getattr(other.net, k).copy_(v)
+    w.move(granularity, search.spec.ops[which] if isinstance(which, int) else which, to)
+    result, other, masked = w.outcome(), like(search), View(search).net
+    for net in (other.net, masked):
+        with torch.no_grad():
+            for k, v in w.thresholds().items():
+                getattr(net, k).copy_(v)
     done = commit(other.net, 0.0, other.optimizer, 99)
     assert done.after.summary() == result.count.summary()
     # and its accuracy is that of the masked net, with nothing taken out
     images = some_images(search.loaders["val"])
-    masked = View(search).net
-    with torch.no_grad():
-        for k, v in w.thresholds().items():
-            getattr(masked, k).copy_(v)
     assert accuracy(w.view, result.masks, images) == evaluate([masked], images)[0][0]
 
 
 def test_moving_thresholds(search):
     w = WhatIf(View(search))
     learned = {k: v.clone() for k, v in w.view.thresholds.items()}
-    w.move("operation", "sep_conv_3x3", 0.8)
-    now = w.thresholds()["t_alpha"]
-    live = w.view.live
-    o = OPS.index("sep_conv_3x3")
-    d = (now - learned["t_alpha"])[: len(live)]
+    live, o = w.view.live, 1
+    name = search.spec.ops[o]
+    w.move("operation", name, 0.8)
+    d = (w.thresholds()["t_alpha"] - learned["t_alpha"])[: len(live)]
     assert d[..., o][live[..., o]].std() < 1e-6 and not d[..., :o].any() and not d[..., o + 1:].any()
-    assert w.value("operation", "sep_conv_3x3") == pytest.approx(0.8)
-    w.move("operation", "sep_conv_3x3", 0.0)
-    assert w.value("operation", "sep_conv_3x3") < 1e-5 and (w.thresholds()["t_alpha"] >= 0).all()
+    assert w.value("operation", name) == pytest.approx(0.8)
+    w.move("operation", name, 0.0)
+    assert w.value("operation", name) < 1e-5 and (w.thresholds()["t_alpha"] >= 0).all()
     w.reset()
     assert not w.moved and same(learned, w.thresholds())
+
+
+def test_thresholds_that_there_are_not(search):
+    w = WhatIf(View(search))
     for bad in (float("nan"), -1, "x", None):
         with pytest.raises(InputError):
             w.move("operation", "all", bad)
-    for bad in ("kernels", "sep"):
+    for granularity, which in (("kernels", "all"), ("operation", "sep"), ("operation", (99, 0, 0))):
         with pytest.raises(InputError):
-            w.scope("operation" if bad == "sep" else bad, bad)
+            scope(w.view, granularity, which)
     with pytest.raises(InputError, match="no operation"):
-        w.scope("operation", (99, 0, 0))
+        scope(w.view, "operation", (0, 0, len(search.spec.ops)))
 
 
 def test_distributions_hold_every_unit(search):
     w = WhatIf(View(search))
-    n = w.view.count
+    n, after = w.view.count, w.view.next.count
     for g, i in (("filter", 0), ("weight", 2)):
-        types = [distribution(w, g, o) for o in OPS if is_conv(OPS.index(o))]
-        assert sum(sum(d.kept) + sum(d.going) for d in types if d) == sum(r[i] for c in n.cells for r in c.by_op.values())
-    gone = distribution(w, "operation")
-    assert sum(gone.going) == n.ops - w.view.after.ops and sum(gone.kept) == w.view.after.ops
-    assert distribution(w, "weight", (0, 0, 0)) is None
+        types = [distribution(w, g, o) for o, conv in zip(search.spec.ops, search.spec.convs) if conv]
+        drawn = sum(sum(d.kept) + sum(d.going) for d in types if d)
+        assert drawn == sum(r[i] for c in n.cells for r in c.by_op.values())
+    ops = distribution(w, "operation")
+    assert sum(ops.going) == n.ops - after.ops and sum(ops.kept) == after.ops
+    if not search.spec.convs[0]:
+        assert distribution(w, "weight", (0, 0, 0)) is None
 
 
 def test_fixed_ratios(search):
     view = View(search)
     share, o = fixed_ratio(view, int(view.count.params * 0.7))
-    assert 0 < share < 1 and view.count.params * 0.66 < o.count.params <= view.count.params * 0.7
+    assert 0 < share < 1 and view.count.params * 0.6 < o.count.params <= view.count.params * 0.7
     # one share everywhere: of every gate the same, as far as it divides
     for cell, keep in zip(view.net.cells, o.masks["gates"]):
         for (gate, _), k in zip(cell.layout.gates, keep.split(cell.gate_n.tolist())):
@@ -153,16 +167,26 @@ def test_fixed_ratios(search):
                 assert int((~k).sum()) == min(int(share * len(k) + 1e-9), len(k) - 1)
 
 
-@pytest.mark.parametrize("cells, live", [(3, 1.0), (3, 0.4)])
-def test_memory_estimate(cells, live):
-    from mgdarts.runs.memory import prune_to
-    from mgdarts.search.stages import open_stage
-    s = make_search(preset("smoke", **FAST, **{"space.channels": 12, "space.cells": cells, "data.size": 16, "search.stages": 1}))
+SIZES = {"darts": {"space.channels": 12}, "mobilenet": {"space.width": .5, "search.target_m": .45}}
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("live", [1.0, 0.4])
+def test_memory_estimate(space, live):
+    more = {**SIZES[space], "space.cells": 3, "data.size": 16, "search.stages": 1}
+    s = make_search(settings(space, **more))
     open_stage(s)
     prune_to(s.net, live, torch.Generator().manual_seed(0))
     view = View(s)
     exact = step_memory(s.net, s.cfg, view.batch, real=True).peak_bytes
     assert exact * 0.7 < view.now.memory < exact * 1.4, view.now.memory / exact
+
+
+def test_operations_are_numbered_as_events_name_them(search):
+    spec = search.spec
+    for e, (a, b) in enumerate(spec.graph.edges):
+        for o, name in enumerate(spec.ops):
+            assert place_of(spec, (1, a, b, name)) == (1, e, o)
 
 
 def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
@@ -173,7 +197,8 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
         if e.epoch == 3:
             raise Enough
 
-    cfg, a = preset("smoke", **FAST), tmp_path / "a"
+    cfg, a = settings(finished.name.removeprefix("demo-")), tmp_path / "a"
+
     def prepare(s):
         s.events.listen(lambda e: s.events.emit(Event("save", 0, 0, "")), "rest")
 
@@ -189,7 +214,8 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
         branch(a, state, w, out)
     result = runs.search(None, out, resume=True)
     events = read_events(out / "events.jsonl")
-    assert events[-1]["type"] == "done" and result["params"] == events[-1]["params"] and len({(e["type"], e["step"], e["stage"], json.dumps(e)) for e in events}) == len(events)
+    assert events[-1]["type"] == "done" and result["params"] == events[-1]["params"]
+    assert len({json.dumps(e) for e in events}) == len(events)
     assert json.loads((out / "config.json").read_text())["branch"]["run"] == "a" and not replay(out).missing
     with pytest.raises(InputError, match="finished"):
         branch(finished, bare_search(finished).state_dict(), w, tmp_path / "c")
@@ -198,6 +224,8 @@ def test_a_branch_is_a_run_like_any_other(finished, tmp_path):
 
 # ---- with widgets
 workbench = pytest.importorskip("mgdarts.views.workbench", reason="the lab requirements are not installed")
+stepper = pytest.importorskip("mgdarts.views.stepper")
+words = pytest.importorskip("mgdarts.views.words")
 
 
 def until(ready, seconds=300):
@@ -207,21 +235,26 @@ def until(ready, seconds=300):
         time.sleep(0.01)
 
 
+def strip(folder):
+    return [{k: v for k, v in e.items() if k != "time"} for e in read_events(folder / "events.jsonl")]
+
+
 def test_a_run_that_was_clicked_through_leaves_the_same_bits(finished, tmp_path):
-    s = workbench.Stepper(workbench.on_new(preset("smoke", **FAST), tmp_path / "clicked"))
+    out = tmp_path / "clicked"
+    s = stepper.Stepper(stepper.on_new(settings(finished.name.removeprefix("demo-")), out))
     until(lambda: s.search is not None)
     assert s.wait() == "paused" and s.search.steps == 0
     s.step(3)
     s.wait()
     s.run("commit")
     s.wait()
-    assert s.events[-1]["type"] == "commit"
+    assert s.diary.events[-1]["type"] == "commit"
     s.ask(lambda search: View(search)).result()
-    s.ask(lambda search: s.save()).result()
+    s.ask(stepper.save).result()
     s.stop()
     assert s.state == "stopped"
     s.close()
-    t = workbench.Stepper(workbench.on_run(tmp_path / "clicked"))
+    t = stepper.Stepper(stepper.on_run(out))
     until(lambda: t.search is not None)
     t.wait()
     t.run("stage")
@@ -229,26 +262,60 @@ def test_a_run_that_was_clicked_through_leaves_the_same_bits(finished, tmp_path)
     t.run()
     until(lambda: t.state == "finished")
     t.close()
-    strip = lambda p: [{k: v for k, v in e.items() if k != "time"} for e in read_events(p / "events.jsonl")]
-    assert strip(tmp_path / "clicked") == strip(finished)
-    assert architecture.load(tmp_path / "clicked").cells == architecture.load(finished).cells
-    assert (tmp_path / "clicked/masks.safetensors").read_bytes() == (finished / "masks.safetensors").read_bytes()
-    assert t.events == [{k: v for k, v in e.items() if k != "time"} for e in t.events] or len(t.events) == len(strip(finished))
+    assert strip(out) == strip(finished) and len(t.diary.events) == len(strip(finished))
+    assert architecture.load(out).cells == architecture.load(finished).cells
+    assert (out / "masks.safetensors").read_bytes() == (finished / "masks.safetensors").read_bytes()
+    assert (out / "report.html").exists()
 
 
 def test_a_run_belongs_to_one(tmp_path):
-    s = workbench.Stepper(workbench.on_new(preset("smoke", **FAST), tmp_path / "run"))
+    s = stepper.Stepper(stepper.on_new(settings(), tmp_path / "run"))
     until(lambda: s.search is not None)
     s.step(2)
     s.wait()
-    s.ask(lambda search: s.save()).result()
-    t = workbench.Stepper(workbench.on_run(tmp_path / "run"))
+    s.ask(stepper.save).result()
+    t = stepper.Stepper(stepper.on_run(tmp_path / "run"))
     until(lambda: t.search is not None)
     t.run()
     until(lambda: t.state == "failed")
-    assert "another process" in workbench.status_line(t)[1]
+    assert "another process" in words.status_line(t)[1]
     t.close()
     s.close()
+
+
+def look_around(bench, finished):
+    "Everything that can be seen of a finished run."
+    events, spec = bench.stepper.diary.events, bench.view.spec
+    assert bench.deck.state["word"] == "finished" and bench.can() == ("pictures",)
+    bench.do("pictures")
+    until(lambda: any("pictures are in" in t for t in bench.said))
+    assert {"progress.html", "cells.svg", "cell-0.svg"} <= {p.name for p in (finished / "pictures").iterdir()}
+    assert len(bench.stepper.diary.history) == len({e["epoch"] for e in events if e["type"] == "epoch"})
+    assert len(bench.live.plot.fig.data) > 10 and "dashed" in bench.live.history.svg
+    assert bench.live.overview.svg.count('class="cell"') == spec.cells
+    assert bench.live.cell.svg.count('class="op ') == len(spec.graph.edges) * len(spec.ops)
+    bench.tabs.selected_index = 1
+    until(lambda: bench.thresholds.table.value)
+    bench.thresholds.fields["filter"].value = 0.8
+    until(lambda: bench.whatif.value("filter") == pytest.approx(0.8))
+    assert set(dict(bench.thresholds.scope.options).values()) == {"all", *spec.ops, "selected"}
+    bench.thresholds.scope.value = "selected"
+    until(lambda: bench.thresholds.pics["weight"].svg)
+    bench.ask("accuracy")
+    until(lambda: "fixed images" in bench.answers.found.get("accuracy", ""))
+    bench.tabs.selected_index = bench.tabs.titles.index("Replay")
+    until(lambda: bench.replay.rep is not None and len(bench.replay.plot.fig.data) > 10)
+    frames = bench.replay.rep.frames
+    bench.replay.slider.value = 3
+    until(lambda: bench.replay.drawn and bench.replay.drawn[1] == 3)
+    assert bench.replay.slider.labels[3] == frames[3].label
+    assert bench.replay.plot.fig.layout.title.text.startswith(frames[3].stage) and bench.replay.cell.fig.data
+    bench.tabs.selected_index = bench.tabs.titles.index("Compare")
+    until(lambda: bench.compare.drawn == [finished.name])
+    assert bench.compare.table.rows[0][0] == finished.name and len(bench.compare.curves.fig.data) == 3
+    assert not bench.compare.difference.fig.data
+    bench.tabs.selected_index = bench.tabs.titles.index("Log")
+    until(lambda: "commit: pruned" in bench.log.html.value)
 
 
 def test_the_workbench(finished, tmp_path, monkeypatch):
@@ -256,37 +323,14 @@ def test_the_workbench(finished, tmp_path, monkeypatch):
     bench = workbench.Workbench(finished, interactive=True)
     try:
         until(lambda: bench.view is not None and bench.live.cell.svg)
-        assert bench.deck.state["word"] == "finished" and bench.can() == ("pictures",)
-        bench.do("pictures")
-        until(lambda: any("pictures are in" in t for t in bench.said))
-        assert {"progress.html", "cells.svg", "cell-0.svg"} <= {p.name for p in (finished / "pictures").iterdir()}
-        assert len(bench.stepper.history) == len({e["epoch"] for e in bench.stepper.events if e["type"] == "epoch"}) and "dashed" in bench.live.history.svg
-        assert len(bench.live.plot.fig.data) > 10 and bench.live.overview.svg.count('class="cell"') == 3
-        bench.tabs.selected_index = 1
-        until(lambda: bench.thresholds.table.value)
-        bench.thresholds.fields["filter"].value = 0.8
-        until(lambda: bench.whatif.value("filter") == pytest.approx(0.8))
-        bench.thresholds.scope.value = "selected"
-        until(lambda: bench.thresholds.pics["weight"].svg)
-        bench.accuracy()
-        until(lambda: getattr(bench, "answer", None))
-        assert 0 <= bench.answer["whatif"] <= 100
-        bench.tabs.selected_index = bench.tabs.titles.index("Replay")
-        until(lambda: bench.replay.rep is not None and len(bench.replay.plot.fig.data) > 10)
-        frames = bench.replay.rep.frames
-        bench.replay.slider.value = 3
-        until(lambda: bench.replay.drawn and bench.replay.drawn[1] == 3)
-        assert bench.replay.slider.labels[3] == frames[3].label and bench.replay.plot.fig.layout.title.text.startswith(frames[3].stage)
-        bench.tabs.selected_index = bench.tabs.titles.index("Compare")
-        until(lambda: bench.compare.drawn == ["demo"])
-        assert bench.compare.table.rows[0][0] == "demo" and len(bench.compare.curves.fig.data) == 3 and not bench.compare.difference.fig.data
-        bench.start(preset("smoke", **FAST), tmp_path / "live")
+        look_around(bench, finished)
+        bench.start(settings(finished.name.removeprefix("demo-")), tmp_path / "live")
         until(lambda: bench.stepper.search is not None and bench.stepper.search.steps > 2)
         bench.do("pause")
         until(lambda: bench.deck.state["word"] == "paused")
         steps = bench.stepper.search.steps
         for _ in range(2):  # the page says again what it takes for lost
-            bench._message(bench.deck, {"do": "step", "n": 7.0})
+            bench.hear(bench.deck, {"do": "step", "n": 7.0})
         until(lambda: bench.stepper.search.steps == steps + 1)
         assert bench.deck.heard == 7 and bench.stepper.state == "paused"
         bench.do("checkpoint")
@@ -300,7 +344,47 @@ def test_the_workbench(finished, tmp_path, monkeypatch):
         bench.do("step")
         until(lambda: bench.stepper.search is not None and bench.stepper.search.steps == steps + 2)
         until(lambda: bench.view is not None)
-        assert len(bench.stills()) == 6
+        assert len(workbench.stills([], bench.view)) == 5
+    finally:
+        bench.close()
+
+
+def test_one_workbench_goes_from_space_to_space(tmp_path, monkeypatch):
+    monkeypatch.setenv("MGDARTS_ROOT", str(tmp_path))
+    bench = workbench.Workbench(settings(), interactive=True)
+    try:
+        until(lambda: bench.view is None and bench.stepper.search is not None)
+        for space in ("mobilenet", "darts"):
+            bench.new.space.value, bench.new.settings.value = space, ", ".join(f"{k}={v}" for k, v in FAST.items())
+            bench.start(bench.new.asked(), tmp_path / space)
+            until(lambda: bench.view is not None and bench.view.spec.kind == space)
+            bench.do("pause")
+            until(lambda: bench.deck.state["word"] == "paused")
+            until(lambda: bench.live.cell.selected == ",".join(map(str, bench.selection.unit)))
+            edges, ops = len(bench.view.spec.graph.edges), len(bench.view.spec.ops)
+            assert bench.live.cell.svg.count('class="op ') == edges * ops
+            bench.selection.key("ArrowUp")
+            assert bench.selection.unit[2] < ops
+        assert ("MobileNet" in bench.deck.state["about"]) is False
+    finally:
+        bench.close()
+
+
+def test_runs_of_two_spaces_beside_each_other(tmp_path, monkeypatch):
+    monkeypatch.setenv("MGDARTS_ROOT", str(tmp_path))
+    for space, seed in (("darts", 0), ("mobilenet", 0), ("mobilenet", 1)):
+        cfg = settings(space, seed=seed, **{"search.prune_every": 1})
+        runs.search(cfg, tmp_path / "runs" / f"{space}-{seed}")
+    bench = workbench.Workbench(tmp_path / "runs/mobilenet-0", interactive=True)
+    try:
+        bench.tabs.selected_index = bench.tabs.titles.index("Compare")
+        until(lambda: bench.compare.drawn is not None)
+        bench.compare.table.chosen = ["darts-0", "mobilenet-0"]
+        until(lambda: bench.compare.drawn == ["darts-0", "mobilenet-0"])
+        assert "different spaces" in bench.compare.difference.fig.layout.annotations[0].text
+        bench.compare.table.chosen = ["mobilenet-0", "darts-0", "mobilenet-1"]
+        until(lambda: len(bench.compare.difference.fig.data) > 5)
+        assert bench.compare.said.value.startswith("A: mobilenet-0, B: mobilenet-1")
     finally:
         bench.close()
 
@@ -311,39 +395,66 @@ def test_bad_input_is_one_clear_line(tmp_path):
     bench = workbench.Workbench(interactive=True)
     try:
         assert bench.deck.state["word"] == "nothing open"
-        bench.new.settings.value = "chanels=4"
-        bench.new.start()
-        assert "chanels" in bench.said[-1]
+        start = bench.new.widget.children[0]
+        for text, named in (("chanels=4", "chanels"), ("method=darts-v1", "method"), ("seed=3", "seed")):
+            bench.new.settings.value = text
+            start.click()
+            assert named in bench.said[-1] and bench.stepper is None
         bench.branch()
         assert "run folder" in bench.said[-1]
     finally:
         bench.close()
 
 
+def test_a_damaged_run_is_said_once(finished, tmp_path):
+    for name in ("config.json", "events.jsonl"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    with open(tmp_path / "events.jsonl", "ab") as f:
+        f.write(b"no event\n")
+    bench = workbench.Workbench(tmp_path, interactive=True)
+    try:
+        until(lambda: bench.deck.state["word"] == "failed")
+        assert "damaged" in bench.deck.state["why"]
+        bench.tabs.selected_index = bench.tabs.titles.index("Replay")
+        until(lambda: any("damaged" in t for t in bench.said))
+        time.sleep(1.5)
+        assert len([t for t in bench.said if "damaged" in t]) == 1
+    finally:
+        bench.close()
+
+
 def test_a_failed_search_says_why(tmp_path):
-    s = workbench.Stepper(workbench.on_new(preset("smoke", **FAST), tmp_path / "run"))
+    s = stepper.Stepper(stepper.on_new(settings(), tmp_path / "run"))
     until(lambda: s.search is not None)
     s.wait()
     s.search.events.listen(lambda e: 1 / 0, "forward")
     s.run()
     until(lambda: s.state == "failed")
-    assert "ZeroDivisionError" in workbench.status_line(s)[1] and "in optimise" in s.trace
+    assert "ZeroDivisionError" in words.status_line(s)[1] and "in optimise" in s.trace
     with pytest.raises(ZeroDivisionError):
         s.wait()
     s.close()
 
 
 def test_the_core_needs_no_widgets():
-    code = "import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; import mgdarts.views.inspector, mgdarts.runs.run, mgdarts.cli.main, mgdarts.views.pictures"
+    names = "inspector", "replay", "compare", "animation", "report", "save", "pictures", "branch", "stepper", "words", "answers"
+    code = ("import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; "
+            f"import mgdarts.runs.run, mgdarts.cli.main, {', '.join('mgdarts.views.' + n for n in names)}")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def execute(out, **parameters):
+    papermill.execute_notebook(ROOT / "nbs/start/workbench.ipynb", out, parameters, kernel_name="python3",
+                               progress_bar=False, cwd=ROOT / "nbs")
 
 
 def test_headless_it_is_a_small_still(finished, tmp_path, here):
     out = tmp_path / "out.ipynb"
-    papermill.execute_notebook(ROOT / "nbs/start/workbench.ipynb", out, {"folder": str(finished)}, kernel_name="python3", progress_bar=False, cwd=ROOT / "nbs")
+    execute(out, folder=str(finished))
     nb = nbformat.read(out, 4)
     shown = [o.get("data", {}) for c in nb.cells for o in c.get("outputs", [])]
-    assert sum("application/vnd.plotly.v1+json" in d for d in shown) == 1 and sum("image/svg+xml" in d for d in shown) == 5
+    assert sum("application/vnd.plotly.v1+json" in d for d in shown) == 1
+    assert sum("image/svg+xml" in d for d in shown) == 5
     assert os.path.getsize(out) < 1_000_000 and "widgets" not in nb.metadata
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="InputError"):
-        papermill.execute_notebook(ROOT / "nbs/start/workbench.ipynb", out, {"foldr": "x"}, kernel_name="python3", progress_bar=False, cwd=ROOT / "nbs")
+        execute(out, foldr="x")
