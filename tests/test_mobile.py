@@ -1,6 +1,5 @@
 "The MobileNet-like space: against its published numbers, and against slow, independent versions of itself."
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -396,12 +395,14 @@ def test_an_interrupted_run_resumes_to_the_same_events(run, interrupted, events_
         assert (run / name).read_bytes() == (cut / name).read_bytes()
 
 
-def test_what_cannot_be_shown_is_said(run, tmp_path):
-    from mgdarts.views.workbench import Workbench
-    with pytest.raises(InputError, match="cannot be drawn"):
-        Workbench(run, interactive=False).stills()
-    with pytest.raises(InputError, match="cannot be drawn"):
-        Workbench(run, interactive=True)
+def test_a_run_is_drawn(run):
+    from mgdarts.views.workbench import seen_in, stills
+    drawn = stills(*seen_in(run))
+    assert {"progress", "cells", "operations", "filters", "weights"} < drawn.keys() and len(drawn) == 6  # and a cell
+    assert all(svg.startswith("<svg") for name, svg in drawn.items() if name != "progress")
+
+
+def test_what_cannot_be_exported_is_said(run, tmp_path):
     with pytest.raises(InputError, match="onnx or json"):
         export.export_arch(run, "python", tmp_path / "net.py")
     done = export.export_arch(run, "json", tmp_path / "net.json")
@@ -461,8 +462,8 @@ def test_drop_path_drops_what_is_beside_an_identity():
     net = DerivedNet(arch).train()
     assert [cell.droppable for cell in net.cells] == [0, 0, 0, 0, 0, 1]
     x = torch.randn(4, spec.cell[5].inputs[0], 1, 1)
-    for layer in (net.cells[5], partial(discrete.layer, net.cells[5])):
-        y = layer(x, torch.tensor([[0.0, 2.0, 0.0, 2.0]]))
+    cell, keep = net.cells[5], torch.tensor([[0.0, 2.0, 0.0, 2.0]])
+    for y in (cell(x, keep), discrete.blocks(cell, plan_of(cell), (x,), keep)):
         assert torch.equal(y[::2], x[::2]) and not torch.equal(y[1::2], x[1::2])
 
 

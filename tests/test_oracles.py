@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from mgdarts.base.options import Compute
-from mgdarts.fast import cell, compiled, engine, parts
-from mgdarts.net.architecture import kernels
+from mgdarts.fast import cell, compiled, convolutions, engine, layout, norms, parts
 from mgdarts.fast.engine import make
 from mgdarts.methods.registry import preset
 from mgdarts.methods.unroll import unrolled
@@ -63,7 +62,7 @@ def how(request, monkeypatch):
     if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("there is no GPU here")
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
     if request.param == "as on GPUs":
-        for module in (kernels, parts, cell, engine): monkeypatch.setattr(module, "native", lambda x: True)
+        for module in (layout, convolutions, norms, parts, cell, engine): monkeypatch.setattr(module, "native", lambda x: True)
     return HOW[request.param]
 
 
