@@ -13,7 +13,6 @@ usage: python tools/gpu.py [measure] [--device auto|cpu|cuda] [--toy] [--budget 
 
 Each part is measured in a process of its own, with a time limit: one that fails or hangs stops no other.
 """
-from mgdarts.runs.folder import environment
 import argparse
 import contextlib
 import json
@@ -117,14 +116,14 @@ def measure(args) -> dict:
     "All parts; the record is written after each of them."
     import torch
 
-    from mgdarts.runs import run as runs
     from mgdarts.base.files import write_json
+    from mgdarts.runs.folder import environment
 
     args.device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     out, begun = Path(args.out), time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    environment = environment(torch.device(args.device))
-    record = {"schema": 1, "title": "What a card does", "scale": "toy" if args.toy else "full", "environment": {**environment, **({"commit": args.commit, "modified": False} if args.commit else {})},
+    here = environment(torch.device(args.device)) | ({"commit": args.commit, "modified": False} if args.commit else {})
+    record = {"schema": 1, "title": "What a card does", "scale": "toy" if args.toy else "full", "environment": here,
               "command": shlex.join(["tools/gpu.py", *args.argv]), "budget_s": args.budget, "parts": {}}
     chosen, left = [p for p in (args.parts.split(",") if args.parts else [*PARTS, *BESIDE])], lambda: args.budget - (time.monotonic() - begun)
     with tempfile.TemporaryDirectory() as folder, open(out / "log.txt", "w") as log:

@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import io
 import json
-import os
 import signal
 import sys
 import tarfile
@@ -16,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from mgdarts.paper import arms
-from mgdarts.base import data
-from mgdarts.runs import folder as folders, run as runs
+from mgdarts.paper import running
+from mgdarts.runs import folder as folders, make as making, run as runs
 from mgdarts.paper.arms import Job
 from mgdarts.base.options import InputError, configure, from_dict, to_dict
 from mgdarts.base.data import Split, Splits, fingerprint, load_data
@@ -102,10 +100,10 @@ def made_of(commit: str):
 
 
 def work(job: Job, folder, images: str, commit: str):
-    "What a process does with a job: `arms.do`, with its images from a pack."
-    if images: runs.load_data = arms.load_data = Packed(Path(images))
+    "What a process does with a job: `running.do`, with its images from a pack."
+    if images: runs.load_data = running.load_data = making.load_data = Packed(Path(images))
     if commit and runs.environment.__module__ == "mgdarts.runs.folder": made_of(commit)
-    arms.do(job, folder)
+    running.do(job, folder)
 
 
 class TimeUp(Exception): pass
@@ -118,7 +116,7 @@ def run(jobs: list, folder: Path, images: str = "", workers: int = 0, limit: flo
     start, failed, late = time.time(), {}, False
     before = signal.signal(signal.SIGALRM, up)
     if limit: signal.setitimer(signal.ITIMER_REAL, limit)
-    try: failed = arms.run_arms(jobs, folder, workers, functools.partial(work, images=str(images or ""), commit=commit))
+    try: failed = running.run_arms(jobs, folder, workers, functools.partial(work, images=str(images or ""), commit=commit))
     except TimeUp: late = True
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -32,7 +32,7 @@ from mgdarts.runs import run as runs
 from mgdarts.views.report import report
 from mgdarts.net.count import count
 from mgdarts.net.sample import random_architecture
-from mgdarts.base.options import Compute, InputError, Search as Settings
+from mgdarts.base.options import Compute, Search as Settings
 from mgdarts.methods.registry import preset
 from mgdarts.base.data import Split, Splits, channel_stats
 from mgdarts.base.randomness import stream
