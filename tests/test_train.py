@@ -7,7 +7,7 @@ from mgdarts.net.sample import random_architecture
 from mgdarts.base.options import InputError, Train
 from mgdarts.base.events import Emitter, Event, NonFiniteLoss, evaluate
 from mgdarts.space.darts import NetSpec
-from mgdarts.search.train import Trainer, drop_path, learning_rate
+from mgdarts.search.train import Trainer, drop_path, learning_rate, run_fingerprint
 
 
 class Toy:
@@ -169,7 +169,7 @@ def test_states_from_before_a_setting_was_there_still_fit():
     from mgdarts.net.files import fingerprint
     t = Trainer(arch(), loaders(), CFG, seed=4)
     old = {k: v for k, v in asdict(CFG).items() if k not in ("images", "cutout")}
-    assert t.fingerprint() == hashlib.sha256(json.dumps([fingerprint(t.arch), old, 4, 3],
+    assert run_fingerprint(t) == hashlib.sha256(json.dumps([fingerprint(t.arch), old, 4, 3],
                                                         sort_keys=True).encode()).hexdigest()
     others = [Trainer(arch(), loaders(), replace(CFG, cutout=False), seed=4),
               Trainer(arch(), {k: v for k, v in loaders().items() if k != "val"}, replace(CFG, images="train+val"),

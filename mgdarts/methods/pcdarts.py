@@ -30,7 +30,7 @@ class EdgeNorm(Strength):
     def brings(self, spec): return {"edge": (spec.cells, len(spec.edges))}
     def edges(self, net):
         graph = net.spec.graph
-        return edge_shares(net.edge[net.first_of_kind], [graph.into[n] for n in graph.nodes])[net.kind]
+        return edge_shares(net.edge[net.first_of_kind], tuple(graph.into[n] for n in graph.nodes))[net.kind]
     def settled(self, spec, rules): return spec, replace(rules, edge_norm=False)
 
 # %% ../../nbs/methods/pcdarts.ipynb #2db6d455
