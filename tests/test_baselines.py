@@ -19,10 +19,11 @@ from mgdarts.methods.registry import METHODS, preset
 from mgdarts.space.layers import AuxHead
 from mgdarts.search.stages import open_stage
 from mgdarts.search.step import fetch, loss_of, of_alpha
-from mgdarts.space.darts import AVG, EDGES, INPUTS, MAX, NODE_EDGES, STATES, NetSpec
+from mgdarts.space.darts import DARTS_GRAPH as GRAPH, NetSpec
 from mgdarts.net.supernet import SuperNet
 
 POOLS = ("avg_pool_3x3", "max_pool_3x3")
+POOLED = [NetSpec.ops.index(name) for name in POOLS] # their places among the operations
 DARTS = dict(relaxation="softmax", gates=False, discretiser="argmax", pool_norm=True)
 
 
@@ -51,7 +52,7 @@ class NaiveCell(nn.Module):
         if spec.reduction_prev:
             self.second = nn.Conv2d(spec.inputs[0], C - C // 2, 1, 2, bias=False)
             self.pre[0][1] = nn.Conv2d(spec.inputs[0], C // 2, 1, 2, bias=False)
-        strides = [2 if spec.reduction and i < INPUTS else 1 for i, _ in EDGES]
+        strides = [2 if spec.reduction and i < GRAPH.inputs else 1 for i, _ in GRAPH.edges]
         def pools(s): return nn.AvgPool2d(3, s, 1, count_include_pad=False), nn.MaxPool2d(3, s, 1)
         self.ops = nn.ModuleList([nn.ModuleList([nn.Sequential(pool, nn.BatchNorm2d(C, affine=False))
                                                  for pool in pools(s)]) for s in strides])
@@ -65,10 +66,10 @@ class NaiveCell(nn.Module):
         x = relu(x0)
         states = [norm(conv(x) if self.second is None else torch.cat([conv(x), self.second(x[:, :, 1:, 1:])], 1)),
                   self.pre[1](x1)]
-        for j in range(INPUTS, STATES):
-            into = [(w, op, EDGES[e][0]) for e in NODE_EDGES[j] for w, op in zip(weights[e], self.ops[e])]
+        for j in GRAPH.nodes:
+            into = [(w, op, GRAPH.edges[e][0]) for e in GRAPH.into[j] for w, op in zip(weights[e], self.ops[e])]
             states.append(sum(w * op(states[i]) for w, op, i in into))
-        return torch.cat(states[INPUTS:], 1)
+        return torch.cat(states[GRAPH.inputs:], 1)
 
 
 def test_pools_against_a_plain_darts_net(how):
@@ -78,7 +79,7 @@ def test_pools_against_a_plain_darts_net(how):
     net.alpha.data.normal_(generator=torch.Generator().manual_seed(0))
     net.to(dtype).train()
     naive = nn.ModuleList([NaiveCell(spec, one) for spec, one in zip(net.spec.cell, net.cells)]).to(dtype).train()
-    alpha = net.alpha.detach()[..., [AVG, MAX]].clone().requires_grad_()
+    alpha = net.alpha.detach()[..., POOLED].clone().requires_grad_()
     stem, head = copy.deepcopy(net.stem), copy.deepcopy(net.head)
     def plain(x):
         x0, x1 = stem(x)
@@ -95,15 +96,15 @@ def test_pools_against_a_plain_darts_net(how):
         alpha.grad = None
         F.cross_entropy(ours, y).backward()
         F.cross_entropy(theirs, y).backward()
-        close(net.alpha.grad[..., [AVG, MAX]], alpha.grad)
+        close(net.alpha.grad[..., POOLED], alpha.grad)
         for one, other in zip(net.cells, naive):
             close(one.plain.grad,
                   torch.cat([m.weight.grad.flatten()
                              for m in ([other.pre[0][1]] + ([other.second] if other.second else [])
                                        + [other.pre[1][1]])]))
     for one, other in zip(net.cells, naive):
-        means, variances = (v.view(STATES - 1, 2, 4 * 2 ** one.spec.stage) for v in (one.pool_mean, one.pool_var))
-        for e, (i, _) in enumerate(EDGES): # those of all edges from a state are the same
+        means, variances = (v.view(GRAPH.states - 1, 2, 4 * 2 ** one.spec.stage) for v in (one.pool_mean, one.pool_var))
+        for e, (i, _) in enumerate(GRAPH.edges): # those of all edges from a state are the same
             for k in range(2):
                 close(means[i, k], other.ops[e][k][1].running_mean)
                 close(variances[i, k], other.ops[e][k][1].running_var)
@@ -160,10 +161,10 @@ def test_pool_statistics_where_paths_are_drawn():
     n(x)
     still = 0
     for c, (mean, var), one in zip(n.cells, old, drawn):
-        moved = [(a != b).view(STATES - 1, 2, -1).any(-1) for a, b in ((c.pool_mean, mean), (c.pool_var, var))]
-        for s in range(STATES - 1):
-            for k, o in enumerate((AVG, MAX)):
-                there = bool(one[[e for e, (i, _) in enumerate(EDGES) if i == s], o].any())
+        moved = [(a != b).view(GRAPH.states - 1, 2, -1).any(-1) for a, b in ((c.pool_mean, mean), (c.pool_var, var))]
+        for s in range(GRAPH.states - 1):
+            for k, o in enumerate(POOLED):
+                there = bool(one[[e for e, (i, _) in enumerate(GRAPH.edges) if i == s], o].any())
                 assert bool(moved[0][s, k]) == bool(moved[1][s, k]) == there
                 still += not there
     assert 0 < still < 30
@@ -180,7 +181,7 @@ def test_pool_statistics_follow_every_layout():
         c.pool_mean.normal_(generator=g)
         c.pool_var.uniform_(1, 2, generator=g)
     ops, gates = torch.rand(3, 14, 7, generator=g) < .6, []
-    ops[:, [NODE_EDGES[j][0] for j in range(INPUTS, STATES)], 1] = True
+    ops[:, [GRAPH.into[j][0] for j in GRAPH.nodes], 1] = True
     for c in net.cells:
         keep = torch.rand(len(c.spec.gates), c.spec.width, generator=g) < .7
         keep[:, 0] = True
@@ -429,9 +430,9 @@ def test_the_second_head_follows_the_channels_it_reads():
     net = SuperNet(NetSpec(4, 6, size=16), rules=Rules(aux=.4))
     net.open(5, 2)
     ops, gates = torch.zeros(6, 14, 7, dtype=torch.bool), [net.full_gates(c) for c in range(6)]
-    ops[:, [NODE_EDGES[j][0] for j in range(INPUTS, STATES)], 1] = True # a separable convolution into every node
+    ops[:, [GRAPH.into[j][0] for j in GRAPH.nodes], 1] = True # a separable convolution into every node
     for gate in net.spec.cell[4].gates:
-        if gate.role == "out" and gate.edge == NODE_EDGES[3][0]: gates[4][gate.start:gate.start + 5] = False
+        if gate.role == "out" and gate.edge == GRAPH.into[3][0]: gates[4][gate.start:gate.start + 5] = False
     before, width = net.aux.reads.detach().clone(), net.spec.cell[4].width
     moved = net.rebuild(ops, gates)
     left = torch.tensor([c for c in range(4 * width) if not width <= c < width + 5])

@@ -14,7 +14,7 @@ from mgdarts.fast.engine import make
 from mgdarts.net.supernet import SuperNet
 from mgdarts.runs.bench import measured
 from mgdarts.runs.memory import memory_plan, prune_to, step_memory
-from mgdarts.space.darts import INPUTS, NODE_EDGES, STATES, NetSpec
+from mgdarts.space.darts import DARTS_GRAPH, NetSpec
 
 
 @pytest.mark.parametrize("recompute", ["none", "earlier", "all"])
@@ -51,7 +51,7 @@ def test_pruning_to_a_share_feeds_every_node(live):
     net.open(2, 2)
     prune_to(net, live, torch.Generator().manual_seed(0))
     assert int(net.op_live.sum()) == max(int(live * 294), 12)
-    assert all(net.op_live[c, NODE_EDGES[n]].any() for c in range(3) for n in range(INPUTS, STATES))
+    assert all(net.op_live[c, DARTS_GRAPH.into[n]].any() for c in range(3) for n in DARTS_GRAPH.nodes)
 
 
 def test_bench_step_in_a_process_of_its_own():

@@ -20,7 +20,7 @@ from mgdarts.methods.unroll import ahead
 from mgdarts.search.decide import final_strength
 from mgdarts.search.rules import Final, Pressure
 from mgdarts.search.stages import decide
-from mgdarts.space.darts import INPUTS, NODE_EDGES, STATES
+from mgdarts.space.darts import DARTS_GRAPH
 
 TINY = {"data.subset": 100, "search.batch": 40, "search.length": 3, "search.max_epochs": 2, "search.warmup": 1,
         "search.prune_every": 1, "train.epochs": 1, "rules.samples": 1, "rules.batches": 1, "search.lambda_step": .05}
@@ -73,7 +73,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
     stored = sum(p.numel() for p in DerivedNet(arch, aux=False).parameters()) - masked
     assert counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"] == stored
     for cell in arch.cells: # every node is fed, and by two edges with an operation each where the space says so
-        for j in range(INPUTS, STATES):
+        for j in DARTS_GRAPH.nodes:
             into = [op.edge for op in cell.ops if op.dst == j]
             assert into and (config(method).space.constraint == 3 or len(into) == len(set(into)) == 2)
     if config(method).space.constraint < 3:
@@ -207,8 +207,8 @@ def test_the_three_spaces(method, constraint, splits):
     if constraint < 3: assert live[1].equal(live[2]) # the reduction cells
     if constraint == 1: # learned thresholds may leave a node one edge
         assert live.sum(-1).max() == 1
-        assert all(live[c, list(NODE_EDGES[j])].any(-1).sum() in ((1, 2) if method == "mg-darts" else (2,))
-                   for c in range(3) for j in range(INPUTS, STATES))
+        assert all(live[c, list(DARTS_GRAPH.into[j])].any(-1).sum() in ((1, 2) if method == "mg-darts" else (2,))
+                   for c in range(3) for j in DARTS_GRAPH.nodes)
     elif method != "mg-darts": assert search.net.count().params <= 15_000
 
 

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from .augment import Augment, autoaugment, crop_flip, cutout, normalise
 from .data import Split, Splits
-from .images import Files
 from .randomness import stream
 
 # %% auto #0
@@ -31,13 +30,14 @@ def train_batch(split: Split,
                 seed: int, epoch: int, step: int
                )->tuple: # float32 [B, C, S, S] channels last, int64 [B]
     "Augmented, normalised images and their labels. The augmentation depends on (seed, epoch, step) alone."
-    on_disk, g = isinstance(split.images, Files), stream(seed, "augment", epoch, step)
-    a = (augment or Augment(0, False, 0)).at(split.images.shape[-1])
+    images, g = split.images, stream(seed, "augment", epoch, step)
+    a = (augment or Augment(0, False, 0)).at(images.shape[-1])
     at = indices.to(split.labels.device)
-    if on_disk:
-        x = split.images.read(indices, torch.rand(len(indices), 4, generator=g) if a.crop else None).to(at.device)
-    else: x = split.images[at]
-    x = crop_flip(x, 0 if on_disk else a.crop, a.flip, g)
+    if isinstance(images, Tensor): x, border = images[at], a.crop
+    else: # files are cropped as they are read
+        draws, border = torch.rand(len(indices), 4, generator=g) if a.crop else None, 0
+        x = images.read(indices, draws).to(at.device)
+    x = crop_flip(x, border, a.flip, g)
     if a.autoaugment: x = autoaugment(x, g, a.policy)
     x = normalise(x, split.mean, split.std)
     return cutout(x, a.cutout, g) if a.cutout else x, split.labels[at]
@@ -59,7 +59,7 @@ class Loader:
                  drop_last: bool = True): # leave out an incomplete last batch
         self.splits, self.split_name, self.batch_size, self.seed = splits, split_name, batch, seed
         self.augment, self.drop_last = augment, drop_last
-        self._order = (None, None) # the epoch last asked for, and its batches
+        self._order: tuple = (None, []) # the epoch last asked for, and its batches
         if augment: augment.at(splits.size) # known to be possible before the first batch
     @property
     def split(self)->Split: return getattr(self.splits, self.split_name)

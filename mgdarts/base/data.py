@@ -93,8 +93,8 @@ class Split:
     def __len__(self): return len(self.labels)
     def pick(self, indices: Tensor)->Split: # int64, on the CPU
         "Some of the images."
-        here = isinstance(self.images, Tensor)
-        images = self.images[indices.to(self.images.device)] if here else self.images.pick(indices)
+        images = self.images
+        images = images[indices.to(images.device)] if isinstance(images, Tensor) else images.pick(indices)
         return replace(self, images=images, labels=self.labels[indices.to(self.labels.device)])
 
 # %% ../../nbs/base/data.ipynb #c9153233
@@ -155,9 +155,10 @@ def load_data(cfg: Data,
 def train_and_val(splits: Splits)->Splits:
     "The images held out for validation are trained on too: there is no validation split any more."
     a, b = splits.train, splits.val
-    here, labels = isinstance(a.images, Tensor), torch.cat([a.labels, b.labels])
-    images = torch.cat([a.images, b.images]) if here else replace(a.images, paths=a.images.paths + b.images.paths)
-    mean, std = (t.to(labels.device) for t in channel_stats(images.cpu() if here else images))
+    if b is None: return splits # nothing is held out
+    def joined(x, y): return torch.cat([x, y]) if isinstance(x, Tensor) else replace(x, paths=x.paths + y.paths)
+    images, labels = joined(a.images, b.images), joined(a.labels, b.labels)
+    mean, std = (t.to(labels.device) for t in channel_stats(images.cpu() if isinstance(images, Tensor) else images))
     test = replace(splits.test, mean=mean, std=std)
     return replace(splits, train=Split(images, labels, mean, std), val=None, test=test)
 

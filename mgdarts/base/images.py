@@ -100,7 +100,8 @@ class Files:
             image = decode(paths[i], self.rgb)
             if draws is None: out[i] = fit(image, self.size, round(self.size * 8 / 7))
             else:
-                top, left, h, w = crop_box(*image.shape[-2:], draws[i].tolist())
+                height, width = image.shape[-2:]
+                top, left, h, w = crop_box(height, width, draws[i].tolist())
                 out[i] = resize(image[:, top:top + h, left:left + w], self.size, self.size)
         parallel(work, paths)
         return out

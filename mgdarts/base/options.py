@@ -98,7 +98,8 @@ REGISTRIES = (DECISIONS, STRENGTHS, STARTS, SHAPES, SCHEDULES, PRESSURES) # as t
 # %% ../../nbs/base/options.ipynb #f3b107e7
 OPERATIONS = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "avg_pool_3x3",
               "max_pool_3x3") # of the DARTS-like space
-OPERATION_NAMES, SPACE_KINDS = list(OPERATIONS), ["darts", "mobilenet"] # what is added joins these
+OPERATION_NAMES: list[str] = list(OPERATIONS) # what is added joins these
+SPACE_KINDS = ["darts", "mobilenet"]
 
 @dataclass
 class Space:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ def register(*datasets: Dataset):
 def read_digits(folder: Path, cfg: Data)->Source:
     "The digits of scikit-learn."
     from sklearn.datasets import load_digits
-    raw = load_digits()
+    raw: Any = load_digits() # a Bunch, which no checker looks into
     images = torch.tensor(raw.images * (255 / 16)).round().to(torch.uint8)[:, None]
     labels = torch.tensor(raw.target, dtype=torch.int64)
     quota = [round(n / 5) for n in labels.bincount().tolist()]
@@ -89,7 +90,7 @@ def read_fashion(folder: Path, cfg: Data)->Source:
             raise InputError(f"no Fashion-MNIST, and it could not be downloaded ({type(e).__name__}): "
                              f"put {FASHION_FILES[0]}.gz and its three siblings into {folder / 'fashion-mnist'}, "
                              "or install Debian's dataset-fashion-mnist") from None
-        files = fashion_files(folder)
+        files = fashion_files(folder) or []
     train, train_labels, test, test_labels = map(read_idx, files)
     for images, labels, file in ((train, train_labels, files[0]), (test, test_labels, files[2])):
         if images.dim() != 3 or images.shape[1] != images.shape[2] or labels.shape != images.shape[:1] \

@@ -208,8 +208,6 @@ class StoredCell(nn.Module):
         return moved
     def flat(self, x: Gate|Segment)->int: return candidate(self.spec, x) # its operation's place in alpha
     @property
-    def PRE(self)->int: return self.spec.preprocessed # inputs with a threshold of their own
-    @property
     def statistics(self)->tuple: # running statistics: tensors that training moves, besides the parameters
         return (self.mean, self.var) + ((self.pool_mean, self.pool_var) if self.pool_norm else ())
 

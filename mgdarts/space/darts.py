@@ -10,12 +10,10 @@ from .cell import CellSpec
 from .found import MAX_WIDTH, whole
 from .graph import dense_graph
 from .operation import DARTS_OPS, OPERATIONS
-from .space import Space, count_supernet
+from .space import Space
 
 # %% auto #0
-__all__ = ['DARTS_GRAPH', 'OPS', 'SKIP', 'SEP3', 'SEP5', 'DIL3', 'DIL5', 'AVG', 'MAX', 'INPUTS', 'NODES', 'STATES', 'EDGES',
-           'NODE_EDGES', 'KERNEL', 'chain', 'stem_sizes', 'NetSpec', 'is_sep', 'is_dil', 'is_conv', 'stage_ends',
-           'Gate', 'Segment', 'AUX', 'GRANULARITIES', 'HeadSpec', 'CellSpec', 'count_supernet']
+__all__ = ['DARTS_GRAPH', 'chain', 'stem_sizes', 'NetSpec']
 
 # %% ../../nbs/space/darts.ipynb #4f93ac34
 DARTS_GRAPH = dense_graph(2, 4)
@@ -86,18 +84,3 @@ class NetSpec(Space):
     def cell(self)->tuple:
         small = self.stem_kind == "cifar"
         return chain(self, self.channels, self.size if small else -(-self.size // 8), not small)
-
-# %% ../../nbs/space/darts.ipynb #87266446
-# transitional names
-from .cell import Gate, Segment
-from .space import AUX, GRANULARITIES, HeadSpec
-OPS = DARTS_OPS
-SKIP, SEP3, SEP5, DIL3, DIL5, AVG, MAX = range(7)
-INPUTS, NODES, STATES = 2, 4, 6
-EDGES, NODE_EDGES = DARTS_GRAPH.edges, DARTS_GRAPH.into
-KERNEL = {SEP3: 3, SEP5: 5, DIL3: 3, DIL5: 5}
-def is_sep(op: int)->bool: return op in (SEP3, SEP5)
-def is_dil(op: int)->bool: return op in (DIL3, DIL5)
-def is_conv(op: int)->bool: return op in KERNEL
-def stage_ends(cells): return cells // 3 - 1, 2 * cells // 3 - 1, cells - 1
-_all_ = ["Gate", "Segment", "AUX", "GRANULARITIES", "HeadSpec", "CellSpec", "count_supernet"]
