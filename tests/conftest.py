@@ -101,14 +101,14 @@ def here(monkeypatch):
 @pytest.fixture
 def in_turn(monkeypatch):
     "The arms of a study run in this process, one after the other; two processes may share a folder of runs."
-    from mgdarts.paper import arms, study
+    from mgdarts.paper import running, study
 
     def run_arms(wanted, folder, workers=0):
         failed = {}
         Path(folder).mkdir(parents=True, exist_ok=True)
         for i, job in enumerate(wanted):
             with FileLock(Path(folder) / f"{job.key()}.lock"):
-                try: arms.do(job, folder)
+                try: running.do(job, folder)
                 except (InputError, RunFailed) as e: failed[i] = str(e)
         return failed
 

@@ -20,7 +20,7 @@ NUMBER = re.compile(r"(?<![\w.])\d+(?:\.\d+)?")
 FILES = {f"table{n:02}" for n in range(1, 11)} | {"figures", "claims", "systems", "slips"}
 
 
-def printed(n): return paper._rows(f"table{n:02}") # as texts
+def printed(n): return paper.rows_of(f"table{n:02}") # as texts
 
 
 def numbers(text): return {float(x) for x in NUMBER.findall(re.sub(r"CIFAR-\d+", "", text))}
@@ -37,7 +37,7 @@ def test_files_are_well_formed(name):
     path = paper.root() / "data/paper" / f"{name}.csv"
     text = path.read_bytes().decode("utf-8")
     assert "\r" not in text and text.endswith("\n") and not text.startswith("\ufeff")
-    rows = paper._rows(name)
+    rows = paper.rows_of(name)
     assert rows and len(set(rows[0])) == len(rows[0])
     for r in rows: assert None not in r and None not in r.values() and all(v == v.strip() for v in r.values()), r
     assert len({tuple(r.values()) for r in rows}) == len(rows)

@@ -10,8 +10,8 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs/start/quickstart.ipynb"
 FAST = "data.subset=200, search.warmup=1, search.max_epochs=2, train.epochs=2, search.batch=32"
 
 
-def execute(out, **parameters):
-    papermill.execute_notebook(NOTEBOOK, out, parameters, kernel_name="python3", progress_bar=False,
+def execute(target, **parameters):
+    papermill.execute_notebook(NOTEBOOK, target, parameters, kernel_name="python3", progress_bar=False,
                                cwd=NOTEBOOK.parent)
 
 

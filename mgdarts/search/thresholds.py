@@ -38,8 +38,8 @@ def start_alone(net: SuperNet, margin: float):
     for c, cell in enumerate(net.cells):
         flat = torch.cat([net.t_pre[c], net.t_beta[c].flatten(), net.t_pre.new_zeros(1)])
         flat[cell.gate_of] = start_thresholds(torch.sigmoid(cell.beta), cell.gate_len, None, margin)
-        inputs = cell.spec.preprocessed
-        net.t_pre[c], net.t_beta[c] = flat[:inputs], flat[inputs:-1].view_as(net.t_beta[c])
+        n = len(net.t_pre[c])
+        net.t_pre[c], net.t_beta[c] = flat[:n], flat[n:-1].view_as(net.t_beta[c])
         net.t_omega[c].view(-1)[cell.conv] = start_thresholds(cell.omega, cell.conv_len, cell.omega_live, margin)
 
 # %% ../../nbs/search/thresholds.ipynb #cbe6d56a
