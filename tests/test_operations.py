@@ -8,7 +8,9 @@ from mgdarts.space.layers import AuxHead, Stem, avg_pool, depthwise, factorized_
 from mgdarts.space.space import HeadSpec
 
 
-def draw(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(memory_format=torch.channels_last)
+def draw(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed),
+                       dtype=torch.float64).to(memory_format=torch.channels_last)
 
 def with_grads(f, *args):
     args = [a.clone(memory_format=torch.preserve_format).requires_grad_() for a in args]
@@ -16,14 +18,17 @@ def with_grads(f, *args):
     return [y.detach(), *torch.autograd.grad((y * draw(*y.shape, seed=9)).sum(), args)]
 
 def agree(f, g, *args):
-    for a, b in zip(with_grads(f, *args), with_grads(g, *args)): torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    for a, b in zip(with_grads(f, *args), with_grads(g, *args)):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
 
 
 @settings(max_examples=40, deadline=None)
-@given(n=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 9), w=st.integers(1, 9), k=st.sampled_from((3, 5)), stride=st.sampled_from((1, 2)))
+@given(n=st.integers(1, 3), c=st.integers(1, 5), h=st.integers(1, 9), w=st.integers(1, 9), k=st.sampled_from((3, 5)),
+       stride=st.sampled_from((1, 2)))
 def test_a_dilated_kernel_is_a_larger_one_with_gaps(n, c, h, w, k, stride):
     def gaps(w): return F.conv_transpose2d(w, torch.ones(1, 1, 1, 1, dtype=w.dtype), stride=2)
-    agree(lambda x, w: depthwise(x, w, stride, 2), lambda x, w: F.conv2d(x, gaps(w), None, stride, k - 1, 1, c), draw(n, c, h, w), draw(c, 1, k, k, seed=1))
+    agree(lambda x, w: depthwise(x, w, stride, 2), lambda x, w: F.conv2d(x, gaps(w), None, stride, k - 1, 1, c),
+          draw(n, c, h, w), draw(c, 1, k, k, seed=1))
 
 @pytest.mark.parametrize("k", (3, 5))
 @pytest.mark.parametrize("stride", (1, 2))
@@ -48,24 +53,30 @@ def test_phases_do_not_copy_gradients_wrong():
 
 @pytest.mark.parametrize("side", (2, 8))
 def test_factorized_reduce(side):
-    plain = lambda x, a, b: torch.cat([F.conv2d(x, a, None, 2), F.conv2d(x[:, :, 1:, 1:], b, None, 2)], 1)
-    for f in (factorized_reduce, lambda x, a, b: reduced(even_odd(x), a, b)): agree(f, plain, draw(2, 5, side, side), draw(3, 5, 1, 1, seed=1), draw(2, 5, 1, 1, seed=2))
+    def plain(x, a, b): return torch.cat([F.conv2d(x, a, None, 2), F.conv2d(x[:, :, 1:, 1:], b, None, 2)], 1)
+    for f in (factorized_reduce, lambda x, a, b: reduced(even_odd(x), a, b)):
+        agree(f, plain, draw(2, 5, side, side), draw(3, 5, 1, 1, seed=1), draw(2, 5, 1, 1, seed=2))
 
 @pytest.mark.parametrize("side", (1, 3, 7))
 def test_factorized_reduce_pads_odd_sides_with_zeros(side):
     x, a, b = draw(2, 5, side, side), draw(3, 5, 1, 1, seed=1), draw(2, 5, 1, 1, seed=2)
     y, padded = factorized_reduce(x, a, b), factorized_reduce(F.pad(x, (0, 1, 0, 1)), a, b)
-    assert y.shape[-1] == (side + 1) // 2 and torch.allclose(y, padded) and torch.allclose(y, reduced(even_odd(x), a, b))
+    assert y.shape[-1] == (side + 1) // 2 and torch.allclose(y, padded)
+    assert torch.allclose(y, reduced(even_odd(x), a, b))
 
 def test_pools():
     x = draw(2, 3, 7, 7)
     ones = F.avg_pool2d(torch.ones_like(x), 3, 2, 1)
-    assert torch.allclose(avg_pool(x, 2), F.avg_pool2d(x, 3, 2, 1) / ones) and max_pool(x).shape == x.shape and max_pool(x, 2).shape[-1] == 4
+    assert torch.allclose(avg_pool(x, 2), F.avg_pool2d(x, 3, 2, 1) / ones) and max_pool(x).shape == x.shape
+    assert max_pool(x, 2).shape[-1] == 4
 
 def test_fresh_weights_depend_on_their_generator_alone():
-    make = lambda seed: init_conv((8, 4, 3, 3), 36, torch.Generator().manual_seed(seed))
-    torch.manual_seed(1); a = make(0); state = torch.get_rng_state()
-    torch.manual_seed(2); b = make(0)
+    def make(seed): return init_conv((8, 4, 3, 3), 36, torch.Generator().manual_seed(seed))
+    torch.manual_seed(1)
+    a = make(0)
+    state = torch.get_rng_state()
+    torch.manual_seed(2)
+    b = make(0)
     assert a.equal(b) and not a.equal(make(1)) and a.abs().max() <= 1 / 6 and a.requires_grad
     torch.manual_seed(1)
     assert state.equal(torch.get_rng_state())

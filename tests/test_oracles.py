@@ -1,4 +1,5 @@
-"What the published code computes, this code computes: parameters, outputs and gradients of the authors' own networks (see `oracles/README.md`)."
+"""What the published code computes, this code computes: parameters, outputs and gradients of the authors' own networks
+(see `oracles/README.md`)."""
 import functools
 import json
 from dataclasses import dataclass
@@ -33,7 +34,8 @@ OPS, EDGES = NetSpec.ops, NetSpec.graph.edges # of the DARTS-like space
 def read(name):
     "Tensors and metadata of a file."
     with safe_open(ORACLES / f"{name}.safetensors", "pt") as f:
-        return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) if v[0] in "[{" else v for k, v in f.metadata().items()}
+        return {k: f.get_tensor(k) for k in f.keys()}, {k: json.loads(v) if v[0] in "[{" else v for k,
+                                                        v in f.metadata().items()}
 
 
 def oracle(name, dtype):
@@ -53,16 +55,19 @@ class How:
         return tuple(of[n].to(self.device) for n in names)
 
 
-HOW = {"reference": How("reference"), "fused": How("fused"), "as on GPUs": How("fused"), "compiled": How("fused", torch.float32, 1e-3), "on a GPU": How("fused", device="cuda")}
+HOW = {"reference": How("reference"), "fused": How("fused"), "as on GPUs": How("fused"),
+       "compiled": How("fused", torch.float32, 1e-3), "on a GPU": How("fused", device="cuda")}
 
 
 @pytest.fixture(params=HOW)
 def how(request, monkeypatch):
-    "Operation by operation; fused, with the CPU kernels in PyTorch; with those that GPUs use; compiled, which are for 32-bit numbers."
+    """Operation by operation; fused, with the CPU kernels in PyTorch; with those that GPUs use; compiled, which are for
+    32-bit numbers."""
     if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("there is no GPU here")
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
     if request.param == "as on GPUs":
-        for module in (layout, convolutions, norms, parts, cell, engine): monkeypatch.setattr(module, "native", lambda x: True)
+        for module in (layout, convolutions, norms, parts, cell, engine):
+            monkeypatch.setattr(module, "native", lambda x: True)
     return HOW[request.param]
 
 
@@ -78,7 +83,8 @@ class Comparison:
 
     def check(self):
         assert self.seen
-        wrong = {kind: f"off by {off:.1e} of {size:.1e}" for kind, (off, size) in self.seen.items() if not off <= self.bound * size}
+        wrong = {kind: f"off by {off:.1e} of {size:.1e}" for kind, (off, size) in self.seen.items()
+                 if not off <= self.bound * size}
         assert not wrong, wrong
 
 
@@ -91,7 +97,8 @@ def kernel_key(c, seg):
 
 def gate_key(c, gate, what): # what: bn or beta
     if gate.op < 0: return f"cell{c}.pre{-1 - gate.edge}.{what}"
-    return f"cell{c}.edge{gate.edge:02d}.{OPS[gate.op]}.{what}" + ("" if not OPS[gate.op].startswith("sep_conv") else "1" if gate.role == "mid" else "2")
+    return f"cell{c}.edge{gate.edge:02d}.{OPS[gate.op]}.{what}" + ("" if not OPS[gate.op].startswith("sep_conv")
+                                                                   else "1" if gate.role == "mid" else "2")
 
 
 def stored_kernels(net):
@@ -100,8 +107,9 @@ def stored_kernels(net):
         at, lay = {"omega": 0, "plain": 0}, one.layout
         for seg, shape in lay.kernels:
             n = torch.Size(shape).numel()
-            rows = lay.alive[seg.row0:seg.row0 + seg.rows]
-            cut = rows.nonzero().flatten() if seg.depthwise else torch.meshgrid(rows.nonzero().flatten(), lay.alive[seg.col0:seg.col0 + seg.cols].nonzero().flatten(), indexing="ij")
+            places = (seg.row0, seg.rows), (seg.col0, seg.cols)
+            rows, cols = (lay.alive[first:first + k].nonzero().flatten() for first, k in places)
+            cut = rows if seg.depthwise else torch.meshgrid(rows, cols, indexing="ij")
             yield one, seg, slice(at[seg.group], at[seg.group] + n), shape, kernel_key(c, seg), cut
             at[seg.group] += n
 
@@ -119,7 +127,9 @@ def stored_gates(net):
 def whole_norms(net):
     "Batch norms of the parts that are not searched."
     yield "stem.bn", net.stem.convs[0].norm
-    if isinstance(net.head, AuxHead): yield "head.bn1", net.head.narrow.norm; yield "head.bn2", net.head.whole.norm
+    if isinstance(net.head, AuxHead):
+        yield "head.bn1", net.head.narrow.norm
+        yield "head.bn2", net.head.whole.norm
 
 
 def whole_weights(net, read=None):
@@ -141,7 +151,8 @@ def super_net(number, D, cfg, dtype):
     net.open(n - 1, number - 1)
     if cfg["head_channels"]:
         last = spec.cell[n - 1]
-        net.head = AuxHead(HeadSpec(last.out, last.side, *cfg["head_channels"], 1, cfg["classes"]), torch.Generator(), last.out)
+        net.head = AuxHead(HeadSpec(last.out, last.side, *cfg["head_channels"], 1, cfg["classes"]), torch.Generator(),
+                           last.out)
     keep = [torch.ones(c.spec.sizes["gates"], dtype=torch.bool) for c in net.cells]
     for c, one in enumerate(net.cells):
         for gate in one.spec.gates:
@@ -155,10 +166,12 @@ def super_net(number, D, cfg, dtype):
             getattr(one, seg.group)[at] = D[key][cut].flatten()
             if seg.group == "omega": one.omega_live[at] = D["state." + key][cut].flatten() > 0
         for c, one, gate, ids, at in stored_gates(net):
-            for name, row in zip(("scale", "shift", "mean", "var"), D[gate_key(c, gate, "bn")]): getattr(one, name)[at] = row[ids]
+            for name, row in zip(("scale", "shift", "mean", "var"), D[gate_key(c, gate, "bn")]):
+                getattr(one, name)[at] = row[ids]
             one.beta[at] = D[gate_key(c, gate, "beta")][ids]
         for key, norm in whole_norms(net):
-            for name, row in zip(("weight", "bias", "running_mean", "running_var"), D[key]): getattr(norm, name).copy_(row)
+            for name, row in zip(("weight", "bias", "running_mean", "running_var"), D[key]):
+                getattr(norm, name).copy_(row)
         for key, p in whole_weights(net):
             for k in (key, "grad." + key):
                 if D[k].shape != p.shape: D[k] = D[k][:, net._out(n - 1)] # of channels that are gone
@@ -171,7 +184,8 @@ def gradients(net, D, seen):
     n = len(net.cells)
     for one, seg, at, shape, key, cut in stored_kernels(net):
         want = D["grad." + key]
-        seen.add(f"gradient of {seg.group}, {'depthwise' if seg.depthwise else '1x1'}", getattr(one, seg.group).grad[at].view(shape), want[cut])
+        seen.add(f"gradient of {seg.group}, {'depthwise' if seg.depthwise else '1x1'}",
+                 getattr(one, seg.group).grad[at].view(shape), want[cut])
         gone = torch.ones_like(want, dtype=torch.bool)
         gone[cut] = False
         assert not want[gone].any() # nothing that is pruned has a gradient in the published code either
@@ -221,14 +235,16 @@ def test_masks_and_regularisers(number):
     for c, one, gate, ids, at in stored_gates(net):
         if gate.learned: assert torch.equal(on[c][0][at], D["state." + gate_key(c, gate, "beta")][ids] == 2)
     for one, seg, at, shape, key, cut in stored_kernels(net):
-        if seg.group == "omega": assert torch.equal(on[list(net.cells).index(one)][1][at].view(shape), D["state." + key][cut] == 2)
+        if seg.group == "omega":
+            assert torch.equal(on[list(net.cells).index(one)][1][at].view(shape), D["state." + key][cut] == 2)
     pressure = sum(threshold_loss(getattr(net, k)[:n], live) for k, live in live_thresholds(net).items())
     first = 0 if number == 1 else net.spec.ends[number - 2] + 1
     price = size_loss(net.alpha[first:n], net.op_live[first:n], net.spec.node_sizes) # of the stage's own cells
     (pressure + price).backward()
     seen.add("R_threshold", pressure, D["r_thr"])
     seen.add("R_size", price, D["r_size.live"])
-    for name in net.THRESHOLDS: seen.add(f"gradient of R_threshold on {name}", getattr(net, name).grad[:n], D["grad_r_thr." + name])
+    for name in net.THRESHOLDS:
+        seen.add(f"gradient of R_threshold on {name}", getattr(net, name).grad[:n], D["grad_r_thr." + name])
     seen.add("gradient of R_size", net.alpha.grad[:n], D["grad_r_size.live.alpha"])
     seen.check()
 
@@ -243,20 +259,26 @@ def derived(D, meta):
         cells.append(ArchCell(ops, tuple(D["widths"][c].tolist())))
         keys.append([f"cell{c}.edge{EDGES.index((op.src, op.dst)):02d}.{op.op}." for op in ops])
         for i, key in enumerate(keys[-1]):
-            masks |= {f"c{c}.o{i}.{role}": D[f"mask.{key}{role}"] != 0 for role in ("dw1", "pw1", "dw2", "pw2", "dw", "pw") if f"mask.{key}{role}" in D}
-    arch = Architecture("oracle", NetSpec(cfg["channels"], len(cells), cfg["classes"], cfg["image"]), tuple(cells), masks)
+            masks |= {f"c{c}.o{i}.{role}": D[f"mask.{key}{role}"] != 0
+                      for role in ("dw1", "pw1", "dw2", "pw2", "dw", "pw") if f"mask.{key}{role}" in D}
+    arch = Architecture("oracle", NetSpec(cfg["channels"], len(cells), cfg["classes"], cfg["image"]), tuple(cells),
+                        masks)
     net, head = DerivedNet(arch, True, 0), arch.aux_head
     net.aux = AuxHead(HeadSpec(head.width, head.side, *cfg["aux_channels"], 1, head.classes), torch.Generator())
-    weights = {"stem.conv": net.stem.convs[0].weight, "aux.conv1": net.aux.narrow.weight, "aux.conv2": net.aux.whole.weight}
+    weights = {"stem.conv": net.stem.convs[0].weight, "aux.conv1": net.aux.narrow.weight,
+               "aux.conv2": net.aux.whole.weight}
     norms = {"stem.bn": net.stem.convs[0].norm, "aux.bn1": net.aux.narrow.norm, "aux.bn2": net.aux.whole.norm}
-    for name, top in (("aux.classifier", net.aux.classifier), ("classifier", net.classifier)): weights |= {name + ".weight": top.weight, name + ".bias": top.bias}
+    for name, top in (("aux.classifier", net.aux.classifier), ("classifier", net.classifier)):
+        weights |= {name + ".weight": top.weight, name + ".bias": top.bias}
     for c, one in enumerate(net.cells):
         for key, module in [(f"cell{c}.pre{s}.", m) for s, m in enumerate(one.pre)] + list(zip(keys[c], one.ops)):
             own = dict(module.named_parameters(recurse=False))
-            weights |= {key + {"pre": "conv", "a": "conv_a", "b": "conv_b"}.get(role, role): p for role, p in own.items()}
+            weights |= {key + {"pre": "conv", "a": "conv_a", "b": "conv_b"}.get(role, role): p for role,
+                        p in own.items()}
             own = list(getattr(module, "norms", []))
             norms |= {f"{key}bn{i + 1 if len(own) > 1 else ''}": m for i, m in enumerate(own)}
-    assert {*weights, *norms} == {k for k in D if not k.startswith(("mask.", "grad.", "after.", "out.", "x", "y", "ops", "widths"))}
+    assert {*weights, *norms} == {k for k in D if not k.startswith(("mask.", "grad.", "after.", "out.", "x", "y", "ops",
+                                                                    "widths"))}
     return net, weights, norms
 
 
@@ -268,13 +290,15 @@ def test_derived_network(how):
     with torch.no_grad():
         for key, p in weights.items(): p.copy_(D[key])
         for key, norm in norms.items():
-            for name, row in zip(("weight", "bias", "running_mean", "running_var"), D[key]): getattr(norm, name).copy_(row)
+            for name, row in zip(("weight", "bias", "running_mean", "running_var"), D[key]):
+                getattr(norm, name).copy_(row)
         net.apply_masks()
         seen.add("logits in evaluation", net.eval()(x)[0], D["out.eval.logits"])
     logits, aux = net.train()(x)
     loss = F.cross_entropy(logits, y) + meta["config"]["aux_weight"] * F.cross_entropy(aux, y)
     loss.backward()
-    for name, value in (("logits", logits), ("aux_logits", aux), ("loss", loss)): seen.add(name, value, D["out.train." + name])
+    for name, value in (("logits", logits), ("aux_logits", aux), ("loss", loss)):
+        seen.add(name, value, D["out.train." + name])
     for key, p in weights.items(): seen.add(f"gradient of {key.split('.')[-1]}", p.grad, D["grad." + key])
     for key, norm in norms.items():
         seen.add("gradient of batch norms", torch.stack([norm.weight.grad, norm.bias.grad]), D["grad." + key])
@@ -284,7 +308,8 @@ def test_derived_network(how):
 
 # ---------------------------------------------------------------- DARTS and PC-DARTS
 
-FIXED = {"stem.convs.0.weight": "stem.conv", "stem.convs.0.norm.weight": "stem.bn.weight", "stem.convs.0.norm.bias": "stem.bn.bias", "head.weight": "classifier.weight", "head.bias": "classifier.bias"}
+FIXED = {"stem.convs.0.weight": "stem.conv", "stem.convs.0.norm.weight": "stem.bn.weight",
+         "stem.convs.0.norm.bias": "stem.bn.bias", "head.weight": "classifier.weight", "head.bias": "classifier.bias"}
 
 
 def preprocessing(key, D):
@@ -296,7 +321,8 @@ def weights_of(net, D, prefix=""):
     "Name of a parameter -> its value."
     out = {ours: D[prefix + theirs] for ours, theirs in FIXED.items()}
     for c, one in enumerate(net.cells):
-        flat, rows = {"omega": [], "plain": []}, {-1 - s: preprocessing(f"{prefix}cell{c}.pre{s}.", D) for s in range(2)}
+        flat, rows = {"omega": [], "plain": []}, {-1 - s: preprocessing(f"{prefix}cell{c}.pre{s}.", D)
+                                                  for s in range(2)}
         for seg, shape in one.layout.kernels:
             if seg.op >= 0: w = D[prefix + kernel_key(c, seg)]
             else: w, rows[seg.edge] = rows[seg.edge][:shape[0]], rows[seg.edge][shape[0]:]
@@ -312,7 +338,8 @@ def baseline(method, D, meta, dtype, pool_norm):
     cfg, own, ops = meta["config"], preset("small", method), meta["ops"]
     assert own.rules.partial == cfg["K"] and own.rules.pool_norm
     own.rules.pool_norm = pool_norm
-    spec = NetSpec(cfg["channels"], cfg["layers"], cfg["classes"], cfg["image"], constraint=own.space.constraint, partial=own.rules.partial)
+    spec = NetSpec(cfg["channels"], cfg["layers"], cfg["classes"], cfg["image"], constraint=own.space.constraint,
+                   partial=own.rules.partial)
     net = SuperNet(spec, granularities=own.search.granularities, engine=make(Compute()), rules=own.rules)
     net.open(cfg["layers"] - 1, 2)
     net.to(dtype).train()
@@ -320,7 +347,8 @@ def baseline(method, D, meta, dtype, pool_norm):
         for name, value in weights_of(net, D).items(): net.get_parameter(name).copy_(value)
         for c, one in enumerate(spec.cell):
             kind = "reduce" if one.reduction else "normal"
-            net.alpha[c], net.zero[c] = D["alpha_" + kind][:, [ops.index(o) for o in OPS]], D["alpha_" + kind][:, ops.index("none")]
+            alpha = D["alpha_" + kind]
+            net.alpha[c], net.zero[c] = alpha[:, [ops.index(o) for o in OPS]], alpha[:, ops.index("none")]
             if cfg["K"] > 1: net.edge[c] = D["beta_" + kind]
     return net
 
@@ -349,13 +377,17 @@ def test_two_level_methods(method, file, variant, how):
     logits = net(valid[0])
     seen.add("logits", logits, D[variant + "out.logits_valid"])
     first = torch.autograd.grad(F.cross_entropy(logits, valid[1]), [net.get_parameter(k) for k in strengths])
-    for name, g in strengths_of(net, dict(zip(strengths, first)), meta): seen.add(f"first-order gradient of {name}", g, D[f"{variant}grad_first.{name}"])
-    if variant or method == "pc-darts" and how is not HOW["reference"]: return seen.check() # the step ahead is the same code, and PC-DARTS takes none
+    for name, g in strengths_of(net, dict(zip(strengths, first)), meta):
+        seen.add(f"first-order gradient of {name}", g, D[f"{variant}grad_first.{name}"])
+    if variant or method == "pc-darts" and how is not HOW["reference"]:
+        return seen.check() # the step ahead is the same code, and PC-DARTS takes none
     buffers = {k: v.to(how.device) for k, v in weights_of(net, D, "momentum.").items()}
     assert {k for k in weights if net.get_parameter(k).numel()} == set(buffers)
     rate, momentum, decay = (float(D[k]) for k in ("eta", "momentum", "weight_decay"))
-    second = unrolled(net, lambda f, x, y, *_: F.cross_entropy(f(x), y), train, valid, weights, strengths, rate, momentum, decay, buffers)
-    for name, g in strengths_of(net, second, meta): seen.add(f"second-order gradient of {name}", g, D[f"{variant}grad_second.{name}"])
+    second = unrolled(net, lambda f, x, y, *_: F.cross_entropy(f(x), y), train, valid, weights, strengths, rate,
+                      momentum, decay, buffers)
+    for name, g in strengths_of(net, second, meta):
+        seen.add(f"second-order gradient of {name}", g, D[f"{variant}grad_second.{name}"])
     seen.check()
 
 
