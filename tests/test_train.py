@@ -174,7 +174,7 @@ def test_states_from_before_a_setting_was_there_still_fit():
     others = [Trainer(arch(), loaders(), replace(CFG, cutout=False), seed=4),
               Trainer(arch(), {k: v for k, v in loaders().items() if k != "val"}, replace(CFG, images="train+val"),
                       seed=4)]
-    assert len({t.fingerprint(), *(o.fingerprint() for o in others)}) == 3
+    assert len({run_fingerprint(t), *(run_fingerprint(o) for o in others)}) == 3
 
 def test_events(whole):
     t, heard = Trainer(arch(), loaders(), CFG, seed=4), []
