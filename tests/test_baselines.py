@@ -20,7 +20,7 @@ from mgdarts.space.layers import AuxHead
 from mgdarts.search.stages import open_stage
 from mgdarts.search.step import fetch, loss_of, of_alpha
 from mgdarts.space.darts import DARTS_GRAPH as GRAPH, NetSpec
-from mgdarts.net.supernet import SuperNet
+from mgdarts.net.supernet import SuperNet, add_cell
 
 POOLS = ("avg_pool_3x3", "max_pool_3x3")
 POOLED = [NetSpec.ops.index(name) for name in POOLS] # their places among the operations
@@ -32,7 +32,7 @@ def how(request, monkeypatch):
     "(implementation, number type, bound)"
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
     if request.param == "as on GPUs":
-        for module in ("kernels", "parts", "cell", "engine"):
+        for module in ("layout", "convolutions", "norms", "parts", "cell", "engine"):
             monkeypatch.setattr(f"mgdarts.fast.{module}.native", lambda x: True)
     impl = "reference" if request.param == "reference" else "fused"
     return (impl, torch.float32, 1e-4) if request.param == "compiled" else (impl, torch.float64, 1e-9)
@@ -441,7 +441,7 @@ def test_the_second_head_follows_the_channels_it_reads():
     net(torch.randn(2, 3, 16, 16), also)
     assert also[0].shape == (2, 10)
     again = SuperNet(NetSpec(4, 6, size=16), rules=Rules(aux=.4), seed=1)
-    for c in net.cells: again.add(c.layout.ops, c.layout.alive)
+    for c in net.cells: add_cell(again, c.layout.ops, c.layout.alive)
     again.open(5, 2)
     again.load_state_dict(net.state_dict())
     assert torch.equal(again.aux.reads, net.aux.reads)
