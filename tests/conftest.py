@@ -37,6 +37,22 @@ def environment():
     os.environ.update({k: v for k, v in before.items() if k != "PYTEST_CURRENT_TEST"})
 
 
+@pytest.fixture(autouse=True)
+def additions():
+    "What a test or a notebook adds to the lists of the package (operations, methods, spaces, data) goes with it."
+    from mgdarts.base import options, sources
+    from mgdarts.methods.registry import METHODS
+    from mgdarts.space import operation, spaces
+    lists = [(x, x.copy()) for x in (options.OPERATION_NAMES, options.SPACE_KINDS)]
+    dicts = [(x, dict(x)) for x in (operation.OPERATIONS, spaces.SPACES, sources.DATASETS, METHODS, *options.REGISTRIES)]
+    beside = [(r.beside, dict(r.beside)) for r in options.REGISTRIES]
+    yield
+    for now, before in lists: now[:] = before
+    for now, before in dicts + beside:
+        now.clear()
+        now.update(before)
+
+
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory):
     "A folder of this test run, the same in each of its processes."

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from mgdarts.base.files import read_json
-from mgdarts.base import options, sources
+from mgdarts.base import options
 from mgdarts.base.options import Compute
 from mgdarts.fast.engine import FastEngine
-from mgdarts.methods.registry import METHODS, preset
+from mgdarts.methods.registry import preset
 from mgdarts.net.derive import derive, inherited
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.engine import Engine
@@ -22,7 +22,7 @@ from mgdarts.net.files import load
 from mgdarts.net.supernet import SuperNet
 from mgdarts.runs import run as runs
 from mgdarts.runs.export import export_arch
-from mgdarts.space import operation, spaces
+from mgdarts.space import spaces
 from mgdarts.space.darts import NetSpec
 from mgdarts.views.drawings import cells as draw
 from mgdarts.views.replay import replay
@@ -152,20 +152,6 @@ def data_of_ones_own():
 
 
 ALL = (operation_of_ones_own, unlike_any_other, method_of_ones_own, space_of_ones_own, data_of_ones_own)
-
-
-@pytest.fixture(autouse=True)
-def gone_afterwards(monkeypatch):
-    "What a test adds to the lists of the package goes with it."
-    for where, name in ((operation, "OPERATIONS"), (spaces, "SPACES"), (sources, "DATASETS")):
-        for k in (kept := getattr(where, name)).copy(): monkeypatch.setitem(kept, k, kept[k])
-    lists = [(x, x.copy()) for x in (options.OPERATION_NAMES, options.SPACE_KINDS)]
-    dicts = [(x, x.copy()) for x in (operation.OPERATIONS, spaces.SPACES, sources.DATASETS, METHODS, *options.REGISTRIES)]
-    yield
-    for now, before in lists: now[:] = before
-    for now, before in dicts:
-        now.clear()
-        now.update(before)
 
 
 @pytest.mark.parametrize("one", ALL, ids=lambda f: f.__name__)
