@@ -74,13 +74,13 @@ def test_search_derive_retrain(method, tmp_path, capsys):
     assert counts(arch)["params_nonzero"] == result["derived"]["params_nonzero"] == stored
     for cell in arch.cells: # every node is fed, and by two edges with an operation each where the space says so
         for j in DARTS_GRAPH.nodes:
-            into = [op.edge for op in cell.ops if op.dst == j]
+            into = [op.src for op in cell.ops if op.dst == j]
             assert into and (config(method).space.constraint == 3 or len(into) == len(set(into)) == 2)
     if config(method).space.constraint < 3:
         kinds = {}
         for cell, spec in zip(arch.cells, arch.spec.cell):
-            assert kinds.setdefault(spec.reduction,
-                                    [(o.op, o.edge) for o in cell.ops]) == [(o.op, o.edge) for o in cell.ops]
+            ops = [(o.op, o.src, o.dst) for o in cell.ops]
+            assert kinds.setdefault(spec.reduction, ops) == ops
     if config(method).rules.fit:
         # the width is a whole number of filters, here two or three
         assert abs(result["derived"]["params_nonzero"] / 1e4 - 1) < .35
@@ -160,11 +160,11 @@ def test_a_pressure_beside_the_others(parts, splits):
     class One(Pressure):
         def of_alpha(self, alpha, live, clock): return [alpha.sum() * 0 + 1]
     search, plain, seen = make_search(config("darts-v1"), splits), None, []
-    search.events.listen(lambda e: seen.append(float(e.data["value"])), "forward")
+    search.events.listen(lambda e: seen.append(float(e.data["value"].detach())), "forward")
     search.step()
     del PRESSURES.beside["One"]
     plain = make_search(config("darts-v1"), splits)
-    plain.events.listen(lambda e: seen.append(float(e.data["value"])), "forward")
+    plain.events.listen(lambda e: seen.append(float(e.data["value"].detach())), "forward")
     plain.step()
     assert [round(a - b, 4) for a, b in zip(seen[:2], seen[2:])] == [1, 1]
 
