@@ -244,18 +244,18 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         desk.press("epoch")
         desk.until("[workbench.stepper.search.epoch_step, workbench.stepper.state]", lambda v: v == [0, "paused"])
         desk.press("commit")
-        desk.until("[workbench.stepper.events[-1]['type'], workbench.stepper.state]", lambda v: v == ["commit", "paused"])
+        desk.until("[workbench.stepper.diary.events[-1]['type'], workbench.stepper.state]", lambda v: v == ["commit", "paused"])
 
         # an operation by keyboard, and with the pointer
         page.locator(".mg-box[tabindex='0']").nth(1).focus()
-        before = desk.ask("workbench.selected")
+        before = desk.ask("workbench.selection.unit")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowUp")
-        after = desk.until("workbench.selected", lambda s: s[1] == (before[1] + 1) % 14 and s[2] == (before[2] + 1) % 7)
+        after = desk.until("workbench.selection.unit", lambda s: s[1] == (before[1] + 1) % 14 and s[2] == (before[2] + 1) % 7)
         page.wait_for_function("k => document.querySelector('.mg-pic .op.sel')?.dataset.pick === k", arg=",".join(map(str, after)))
         assert page.evaluate("() => document.activeElement.classList.contains('mg-box')")  # JupyterLab did not take the keys
         desk.page.locator(".mg-pic .op[data-pick='0,4,3'] .hit").dispatch_event("click")
-        desk.until("workbench.selected", lambda s: s == [0, 4, 3])
+        desk.until("workbench.selection.unit", lambda s: s == [0, 4, 3])
         desk.shot("light-live")
 
         # a threshold is dragged: what follows is shown, the search is untouched
@@ -271,7 +271,7 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         page.mouse.up()
         moved = desk.until("workbench.whatif.value('operation')", lambda v: v > learned + 0.05)
         assert desk.ask("float(workbench.stepper.search.net.t_alpha.sum())") == alpha
-        desk.until("workbench.thresholds.result.count.ops if hasattr(workbench.thresholds, 'result') else 999", lambda n: n < desk.ask("workbench.view.count.ops"))
+        desk.until("workbench.thresholds.result.count.ops if workbench.thresholds.result else 999", lambda n: n < desk.ask("workbench.view.count.ops"))
         page.locator(".handle[data-drag=filter]").focus()
         value = desk.ask("workbench.whatif.value('filter')")
         page.keyboard.press("ArrowRight")
@@ -279,7 +279,7 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         page.wait_for_function("() => document.activeElement?.dataset?.key === 'filter'")  # the picture was drawn anew, the focus stays
         assert desk.ask("workbench.whatif.value('operation')") == moved
         page.click(".mgdarts-wb button:has-text('Validation accuracy')")
-        desk.until("getattr(workbench, 'answer', None)", lambda a: a is not None and 0 <= a["whatif"] <= 100)
+        desk.until("workbench.answers.found.get('accuracy', '')", lambda a: "fixed images" in a)
         page.wait_for_selector("text=/validation accuracy on/")
         desk.shot("light-thresholds")
         page.fill(".mgdarts-wb input[placeholder='its name']", "bold")
@@ -324,10 +324,10 @@ def test_nothing_is_lost(lab, tmp_path):
         desk.says("running")
 
         # a click that does not arrive is said again by the page
-        desk.ask("workbench.deck.on_msg(workbench._message, remove=True)")
+        desk.ask("workbench.deck.on_msg(workbench.hear, remove=True)")
         desk.press("pause")
         time.sleep(0.5)
-        desk.ask("workbench.deck.on_msg(workbench._message)")
+        desk.ask("workbench.deck.on_msg(workbench.hear)")
         desk.says("paused")
         desk.press("run")
         desk.says("running")
@@ -358,6 +358,35 @@ def test_nothing_is_lost(lab, tmp_path):
         desk.says("running")
         desk.press("stop")
         desk.says("stopped")
+
+
+def test_the_other_space(lab, tmp_path):
+    "A search of layers is started from the form, watched, asked and replayed like any other."
+    with browser(lab, tmp_path) as desk:
+        page = desk.page
+        desk.open()
+        desk.run_all()
+        desk.says("finished")
+        page.select_option(".mgdarts-wb .widget-dropdown:has(label:text-is('space')) select", "mobilenet")
+        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']", "data.subset=200, search.warmup=1, max_epochs=2")
+        page.keyboard.press("Tab")
+        page.click(".mgdarts-wb button:has-text('Start a new search')")
+        desk.says("running")
+        desk.until("workbench.view.spec.kind if workbench.view else ''", lambda kind: kind == "mobilenet")
+        desk.says("finished")
+        page.wait_for_function("() => document.querySelectorAll('.mg-pic .op').length === 3")
+        assert page.locator(".mgdarts-wb .mg-title").inner_text().count("MobileNet-like") == 1
+        page.locator(".mg-pic .op[data-pick$=',0,1'] .hit").dispatch_event("click")
+        page.wait_for_function("() => document.querySelector('.mg-pic .op.sel')?.dataset.pick.endsWith(',0,1')")
+        desk.shot("layers-live")
+        desk.tab("Thresholds")
+        page.wait_for_selector(".handle[data-drag=operation]")
+        desk.shot("layers-thresholds")
+        desk.tab("Replay")
+        desk.until("len(workbench.replay.plot.fig.data)", lambda n: n > 10)
+        title = desk.ask("workbench.replay.plot.fig.layout.title.text")
+        page.wait_for_function("t => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p._fullLayout?.title?.text === t)", arg=title)
+        desk.shot("layers-replay")
 
 
 def test_mgdarts_lab(lab, tmp_path):

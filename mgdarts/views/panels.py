@@ -247,9 +247,11 @@ class ReplayPanel:
         if self.read != (stamp,):
             self.read = (stamp,)
             self.load()
-        i, c, rep = self.slider.value, unit[0] if unit else 0, self.rep
+        i, c = self.slider.value, unit[0] if unit else 0
         if self.drawn == (stamp, i, c): return
-        self.drawn = (stamp, i, c)
+        try: self._draw(self.rep, i, c)
+        finally: self.drawn = (stamp, i, c)
+    def _draw(self, rep, i: int, c: int):
         if not rep or not len(rep):
             self.plot.show(empty("there is nothing to replay yet"))
             return self.cell.show(empty(""))
@@ -287,7 +289,9 @@ class ComparePanel:
         if not self.rows: self.load()
         chosen = [k for k in self.table.chosen if k in self.rows]
         if self.drawn == chosen: return
-        self.drawn = chosen
+        try: self._draw(chosen)
+        finally: self.drawn = chosen
+    def _draw(self, chosen: list):
         found = compare.entries([self.rows[k]["run"] for k in chosen])
         told = compare.settings(found)
         self.settings.value = rows_html(["settings that differ", *(e.name for e in found)], told) if told else ""
