@@ -241,7 +241,8 @@ def on_run(folder: str|Path):
     folder = Path(folder)
     read_config(folder) # not a run: say so at once
     def work(s):
-        s.folder, s.seen, s.diary = folder, bytes_of(folder), recorded(folder)
+        s.folder, s.seen = folder, bytes_of(folder)
+        s.diary = recorded(folder)
         found = Checkpoints(folder / "checkpoint").load()
         s.looking, s.busy = True, False
         if found: s.search = bare_search(folder, found)
