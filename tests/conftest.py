@@ -3,15 +3,13 @@ import json
 import os
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 from hypothesis import settings
 
-from mgdarts.base.events import RunFailed
-from mgdarts.base.options import InputError, to_dict
+from mgdarts.base.options import to_dict
 from mgdarts.fast import compiled
 from mgdarts.methods.registry import preset
 from mgdarts.runs.listen import read_events
@@ -112,23 +110,6 @@ def here(monkeypatch):
     yield
     plotly.io.renderers.default = before
     Shell.clear_instance()
-
-
-@pytest.fixture
-def in_turn(monkeypatch):
-    "The arms of a study run in this process, one after the other; two processes may share a folder of runs."
-    from mgdarts.paper import running, study
-
-    def run_arms(wanted, folder, workers=0):
-        failed = {}
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for i, job in enumerate(wanted):
-            with FileLock(Path(folder) / f"{job.key()}.lock"):
-                try: running.do(job, folder)
-                except (InputError, RunFailed) as e: failed[i] = str(e)
-        return failed
-
-    monkeypatch.setattr(study, "run_arms", run_arms)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"Arms, records, verdicts, and a reproduction notebook: nothing runs twice, nothing is lost, and noise is not called a result."
+"Arms, records, verdicts, notebooks by command: nothing runs twice, nothing is lost, noise is not called a result."
 import json
 import os
 import signal
@@ -38,8 +38,6 @@ from mgdarts.space.darts import NetSpec
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 100, "data.test_subset": 200, "search.stages": 1, "search.warmup": 0, "search.max_epochs": 2,
         "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
-SMALLEST = ("data.subset=100, data.test_subset=100, search.warmup=0, search.max_epochs=1, search.prune_every=1, "
-            "search.batch=50, train.epochs=1")
 WHOLE = {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "out", "runs_dir"}
 
 
@@ -65,7 +63,7 @@ def done(tmp_path_factory):
 def test_a_finished_arm_is_not_run_again(done, monkeypatch):
     folder, pair = done
     assert all(j.finished(folder) for j in pair)
-    started = lambda *_: pytest.fail("something was started")
+    def started(*_): pytest.fail("something was started")
     monkeypatch.setattr(running.multiprocessing, "get_context", started)
     wanted = [*pair, make("the same under another name")]
     assert run_arms(wanted, folder) == run_arms(wanted, folder, workers=1, work=started) == {}
@@ -73,9 +71,13 @@ def test_a_finished_arm_is_not_run_again(done, monkeypatch):
 
 def test_the_key_is_of_what_is_run():
     one = make()
-    assert one.key() == make("another name").key() == make(how={"train.epochs": 5}).key() == make(how={"search.stages": 1}).key()
-    assert len({one.key(), make(seed=1).key(), make(how={"search.regrow": 0.5}).key(), make(build={"filters": 0.5}).key()}) == 4
-    assert len({j.training(Path("r")) for j in (one, make(how={"train.epochs": 5}), make(keep=0.5), make(random=True), make(how={"train.weights": "supernet"}))}) == 5
+    names = {make("another name").key(), make(how={"train.epochs": 5}).key(), make(how={"search.stages": 1}).key()}
+    assert names == {one.key()}
+    others = [make(seed=1), make(how={"search.regrow": 0.5}), make(build={"filters": 0.5})]
+    assert len({j.key() for j in (one, *others)}) == 4
+    trained = [make(how={"train.epochs": 5}), make(keep=0.5), make(random=True),
+               make(how={"train.weights": "supernet"})]
+    assert len({j.training(Path("r")) for j in (one, *trained)}) == 5
     elsewhere = make(how={"data.dir": "/somewhere/else"})
     assert elsewhere.key() == one.key() and at(elsewhere, "") == one
     assert from_dict(one.search).preset == "smoke"
@@ -83,7 +85,8 @@ def test_the_key_is_of_what_is_run():
 
 def test_a_killed_arm_goes_on_and_ends_the_same(done, tmp_path):
     folder, (one, _) = done
-    code = "import json, sys; from mgdarts.paper.running import Job, do; do(Job(**json.loads(sys.argv[1])), sys.argv[2])"
+    code = ("import json, sys; from mgdarts.paper.running import Job, do\n"
+            "do(Job(**json.loads(sys.argv[1])), sys.argv[2])")
     p = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(one)), str(tmp_path)])
     for _ in range(1200):
         if list(one.run(tmp_path).glob("checkpoint/*.pt")):
@@ -93,13 +96,13 @@ def test_a_killed_arm_goes_on_and_ends_the_same(done, tmp_path):
     p.wait()
     assert not one.finished(tmp_path) and list(one.run(tmp_path).glob("checkpoint/*.pt"))
     do(one, tmp_path)
-    same = lambda row: {k: v for k, v in row.items() if not k.endswith("_s")}
+    def same(row): return {k: v for k, v in row.items() if not k.endswith("_s")}
     assert same(measure(one, tmp_path)) == same(measure(one, folder))
 
 
 def test_one_arm_fails_and_the_others_end(done, capsys):
     folder, pair = done
-    others = [make("no search", build={"filters": 0.5}), make("luck", random=True), make("half of the weights", keep=0.5)]
+    others = [make("no search", build={"filters": 0.5}), make("luck", random=True), make("half", keep=0.5)]
     bad = make("too large", how={"search.target_m": 9.0})
     failed = run_arms([bad, *pair, *others], folder, workers=1)
     assert list(failed) == [0] and "target_m" in failed[0] and all(j.finished(folder) for j in others)
@@ -107,8 +110,11 @@ def test_one_arm_fails_and_the_others_end(done, capsys):
     record = make_record("table05", [bad, *pair, *others], folder, {}, failed, 0.0)
     assert [f["label"] for f in record["failed"]] == ["too large"] and len(record["rows"]) == 5
     one, _, _, luck, half = record["rows"]
-    assert luck["params_m"] <= one["params_m"] and half["ratio_weight"] == 0.5 and half["params_m"] < one["params_m"] and half["search_s"] == one["search_s"]
-    assert luck["ops"] == counts(load(others[1].training(folder)))["ops"] and luck["acc"] == read_json(others[1].training(folder) / "result.json", "a result")["test_acc_final"]
+    assert luck["params_m"] <= one["params_m"] and half["search_s"] == one["search_s"]
+    assert half["ratio_weight"] == 0.5 and half["params_m"] < one["params_m"]
+    out = others[1].training(folder)
+    assert luck["ops"] == counts(load(out))["ops"]
+    assert luck["acc"] == read_json(out / "result.json", "a result")["test_acc_final"]
 
 
 def test_an_arm_trained_on_all_images_shares_the_search_and_has_no_validation(done):
@@ -118,7 +124,8 @@ def test_an_arm_trained_on_all_images_shares_the_search_and_has_no_validation(do
     do(every, folder)
     record = make_record("table05", [one, every], folder, {}, {}, 0.0)
     a, b = record["rows"]
-    assert (a["trained_on"], b["trained_on"]) == ("train", "train+val") and a["val_acc"] is not None and b["val_acc"] is b["acc_best_val"] is None and b["acc"] >= 0
+    assert (a["trained_on"], b["trained_on"]) == ("train", "train+val") and b["acc"] >= 0
+    assert a["val_acc"] is not None and b["val_acc"] is b["acc_best_val"] is None
     assert a["data_source"] == b["data_source"] == "scikit-learn" and record["values"]["one"]["val_acc"]["n"] == 1
 
 
@@ -173,7 +180,8 @@ def test_an_interruption_keeps_what_is_finished(done, tmp_path):
     code = ("import json, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
             "from mgdarts.paper.running import Job, run_arms\n"
             "run_arms([Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])")
-    p = subprocess.Popen([sys.executable, "-c", code, json.dumps([vars(one), vars(two)]), str(tmp_path)], stderr=subprocess.DEVNULL)
+    given = json.dumps([vars(one), vars(two)]), str(tmp_path)
+    p = subprocess.Popen([sys.executable, "-c", code, *given], stderr=subprocess.DEVNULL)
     for _ in range(1200):
         if (two.run(tmp_path) / "events.jsonl").exists():
             break
@@ -187,7 +195,8 @@ def test_weights_taken_away_and_networks_built():
     spec = NetSpec(8, 3, size=16)
     found = [built(spec, 20_000, f, fit_at=0.5, seed=3) for f in (0.5, 1.0)]
     assert found[0] == built(spec, 20_000, 0.5, fit_at=0.5, seed=3)
-    assert [[(op.op, op.src, op.dst) for op in c.ops] for c in found[0].cells] == [[(op.op, op.src, op.dst) for op in c.ops] for c in found[1].cells]
+    def ops(a): return [[(op.op, op.src, op.dst) for op in c.ops] for c in a.cells]
+    assert ops(found[0]) == ops(found[1])
     whole = built(spec, 20_000, 0.5, weights=1.0)
     g = torch.Generator().manual_seed(0)
     scores = {k: torch.rand(s, generator=g) for k, s in whole.mask_shapes().items()}
@@ -209,10 +218,11 @@ def test_a_record_is_rebuilt_from_the_configurations_in_it(done):
             f.unlink() if f.is_file() else f.rmdir()
         j.run(folder).rmdir()
     new = rebuild(record, folder, workers=1)
-    clockless = lambda rows: [{k: v for k, v in r.items() if k not in ("search_s", "train_s")} for r in rows]
+    def clockless(rows): return [{k: v for k, v in r.items() if k not in ("search_s", "train_s")} for r in rows]
     assert clockless(new["rows"]) == clockless(record["rows"]) and new["arms"] == record["arms"]
     assert new["values"]["one"]["acc"] == record["values"]["one"]["acc"] and record["values"]["one"]["acc"]["n"] == 2
-    assert record["scale"] == "scaled down" and "digits" in record["dataset"] and record["environment"]["torch"] == torch.__version__
+    assert record["scale"] == "scaled down" and "digits" in record["dataset"]
+    assert record["environment"]["torch"] == torch.__version__
     assert record["paper"] == paper.table(5)
     with pytest.raises(InputError, match="no arms"):
         rebuild({"item": "table05", "arms": [{"label": "x"}]}, folder)
@@ -228,14 +238,18 @@ def test_a_recorded_arm_is_not_run_again(done, tmp_path, monkeypatch):
     (tmp_path / "table08").mkdir()
     (tmp_path / "table08/record.json").write_text("{}")  # damaged: says nothing
     started = []
-    monkeypatch.setattr(reproduce, "run_arms", lambda wanted, *_: started.extend(wanted) or {i: "not here" for i in range(len(wanted))})
+    def not_here(wanted, *_):
+        started.extend(wanted)
+        return dict.fromkeys(range(len(wanted)), "not here")
+    monkeypatch.setattr(reproduce, "run_arms", not_here)
     def study(seeds, **more):
         settings = ", ".join(f"{k}={v}" for k, v in {**FAST, "search.length": 6, "search.lambda_step": 4e-3}.items())
         s = Study("table05", seeds=seeds, out=str(tmp_path), runs_dir=str(tmp_path / "runs"), settings=settings)
         return s.run([Arm("under another name")], **more)
     record = study("0,1,2").record
     assert [(j.label, j.seed) for j in started] == [("under another name", 2)] and record["failed"][0]["seed"] == 2
-    assert [{**r, "label": "one"} for r in record["rows"]] == old["rows"] and record["values"]["under another name"]["acc"]["n"] == 2
+    assert [{**r, "label": "one"} for r in record["rows"]] == old["rows"]
+    assert record["values"]["under another name"]["acc"]["n"] == 2
     started.clear()
     with pytest.raises(RunFailed):
         study("0", files=True)
@@ -261,7 +275,9 @@ def test_verdicts_on_made_up_numbers(ours, theirs, by, verdict):
 
 def test_a_claim_needs_all_of_its_parts():
     claim = next(c for c in paper.claims() if c["id"] == "joint-beats-iterative")
-    record = lambda half: {"rows": [{"label": n, "seed": s, "acc": v} for n, vs in {"Joint": [97.1, 97.2, 97.3], "Iterative (Full Epoch)": [95.1, 95.2, 95.3], "Iterative (Half Epoch)": half}.items() for s, v in enumerate(vs)], "scale": "scaled down", "dataset": "made up"}
+    def record(half):
+        accs = {"Joint": [97.1, 97.2, 97.3], "Iterative (Full Epoch)": [95.1, 95.2, 95.3]}
+        return {"rows": rows(**accs, **{"Iterative (Half Epoch)": half}), "scale": "scaled down", "dataset": "made up"}
     assert judge(claim, record([95.0, 95.1, 95.2]))["verdict"] == "reproduced"
     assert judge(claim, record([97.0, 97.2, 97.4]))["verdict"] == "inconclusive"
     assert judge(claim, record([99.0, 99.1, 99.2]))["verdict"] == "not reproduced"
@@ -271,7 +287,8 @@ def test_a_claim_needs_all_of_its_parts():
 
 def test_welch_is_students_where_it_can_be_looked_up():
     diff, half = gap([1.0, 2.0, 3.0], [4.0, 5.0, 6.0])
-    assert diff == -3 and half == pytest.approx(2.776445 * (2 / 3) ** 0.5, rel=1e-6)  # Student's 97.5 % point, 4 degrees of freedom
+    # Student's 97.5 % point, 4 degrees of freedom
+    assert diff == -3 and half == pytest.approx(2.776445 * (2 / 3) ** 0.5, rel=1e-6)
     assert gap([1.0, 2.0, 3.0], [4.0, 5.0, 6.0], tests=10)[1] > half
 
 
@@ -280,7 +297,10 @@ def test_every_claim_has_a_check_and_every_target_a_notebook():
     assert {p.stem for p in (ROOT / "nbs/paper").glob("*.ipynb")} >= set(TARGETS) >= {c["item"] for c in paper.claims()}
 
 
-@pytest.mark.parametrize("args", [["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"], ["all", "--arms", "r = 0"], ["table05", "--set", "chanels=4"], ["table05", "--dataset", "nothing-here"], ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
+@pytest.mark.parametrize("args", [
+    ["tabel05"], ["table05", "--seeds", "a"], ["table05", "--seeds", "-1"], ["all", "--preset", "smok"],
+    ["all", "--arms", "r = 0"], ["table05", "--set", "chanels=4"], ["table05", "--dataset", "nothing-here"],
+    ["table05", "--jobs", "-1"], ["nowhere/record.json"]])
 def test_bad_input_gets_one_line(args, capsys):
     assert main(["reproduce", *args]) == 2
     err = capsys.readouterr().err.strip()
@@ -290,7 +310,8 @@ def test_bad_input_gets_one_line(args, capsys):
 def test_claims_command(tmp_path, capsys):
     assert main(["claims", "--records", str(tmp_path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)["claims"]
-    assert len(found) == len(paper.claims()) and {c["verdict"] for c in found} == {"not run"} and {"id", "text", "verdict", "scale"} <= found[0].keys()
+    assert len(found) == len(paper.claims()) and {c["verdict"] for c in found} == {"not run"}
+    assert {"id", "text", "verdict", "scale"} <= found[0].keys()
     assert main(["claims", "--records", str(tmp_path / "nothing")]) == 2
     capsys.readouterr()
     (tmp_path / "table05").mkdir()
@@ -314,35 +335,47 @@ def test_a_notebook_by_command(tmp_path, capsys, monkeypatch, here):
     "A table at smoke: record, figure, executed notebook; and made again from its record."
     monkeypatch.setattr(reproduce, "root", lambda: ROOT)
     executed = tmp_path / "runs"
-    monkeypatch.setattr(reproduce, "run_notebook", lambda name, given: run(name, given | {"runs_dir": str(executed)}, executed))
+    def elsewhere(name, given): return run(name, given | {"runs_dir": str(executed)}, executed)
+    monkeypatch.setattr(reproduce, "run_notebook", elsewhere)
     fast = [x for k, v in FAST.items() if k != "search.stages" for x in ("--set", f"{k}={v}")]
     given = [*fast, "--arms", "r = 0,r = 0.1", "--jobs", "1", "--out", str(tmp_path / "figures"), "--json"]
     assert main(["reproduce", "table05", *given]) == 0
     out = json.loads(capsys.readouterr().out)["targets"][0]
     record = read_json(tmp_path / "figures/table05/record.json", "a record")
-    assert out["arms"] == 2 and [r["label"] for r in record["rows"]] == ["r = 0", "r = 0.1"] and record["scale"] == "scaled down"
-    assert any(f.endswith("accuracy.html") for f in out["figures"]) and out["verdicts"] == [{"id": "regrowing-helps", "verdict": "not run", "scale": None}]
+    assert out["arms"] == 2 and record["scale"] == "scaled down"
+    assert [r["label"] for r in record["rows"]] == ["r = 0", "r = 0.1"]
+    assert any(f.endswith("accuracy.html") for f in out["figures"])
+    assert out["verdicts"] == [{"id": "regrowing-helps", "verdict": "not run", "scale": None}]
     nb = nbformat.read(executed / "table05.ipynb", 4)
     assert os.path.getsize(executed / "table05.ipynb") < 1_000_000
     shown = [o["data"] for c in nb.cells for o in c.get("outputs", []) if "data" in o]
-    assert any("| r = 0.1 |" in d.get("text/markdown", "") for d in shown) and any("application/vnd.plotly.v1+json" in d for d in shown)
+    assert any("| r = 0.1 |" in d.get("text/markdown", "") for d in shown)
+    assert any("application/vnd.plotly.v1+json" in d for d in shown)
     again = rebuild(tmp_path / "figures/table05/record.json", executed)
     assert again["rows"] == record["rows"] and again["values"] == record["values"]
 
 
 def test_the_notebook_of_claims(tmp_path, here):
     "All claims in a table and a picture, from a folder of records; an unknown parameter is refused."
-    record = {"item": "table09", "rows": [{"label": n, "seed": s, "acc": v + s / 10} for n, v in (("Joint", 97.0), ("Iterative (Full Epoch)", 95.0), ("Iterative (Half Epoch)", 95.0)) for s in range(3)], "scale": "scaled down", "dataset": "made up"}
+    accs = {"Joint": 97.0, "Iterative (Full Epoch)": 95.0, "Iterative (Half Epoch)": 95.0}
+    made = rows(**{n: [v, v + 0.1, v + 0.2] for n, v in accs.items()})
+    record = {"item": "table09", "rows": made, "scale": "scaled down", "dataset": "made up"}
     (tmp_path / "table09").mkdir()
     write_json(tmp_path / "table09/record.json", record)
     given = {"records": str(tmp_path), "out": str(tmp_path / "claims")}
-    papermill.execute_notebook(str(ROOT / "nbs/paper/claims.ipynb"), str(tmp_path / "claims.ipynb"), given, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
-    shown = [o["data"] for c in nbformat.read(tmp_path / "claims.ipynb", 4).cells for o in c.get("outputs", []) if "data" in o]
-    assert f"| not run | {len(paper.claims()) - 1} |" in shown[0]["text/markdown"] and "| reproduced | 1 |" in shown[0]["text/markdown"]
+    def execute(given, out):
+        papermill.execute_notebook(str(ROOT / "nbs/paper/claims.ipynb"), str(out), given, kernel_name="python3",
+                                   progress_bar=False, cwd=str(ROOT))
+        cells = nbformat.read(out, 4).cells
+        return [o["data"] for c in cells for o in c.get("outputs", []) if "data" in o]
+    shown = execute(given, tmp_path / "claims.ipynb")
+    text = shown[0]["text/markdown"]
+    assert f"| not run | {len(paper.claims()) - 1} |" in text and "| reproduced | 1 |" in text
     figure = next(d["application/vnd.plotly.v1+json"] for d in shown if "application/vnd.plotly.v1+json" in d)
-    assert sum(len(t["y"]) for t in figure["data"]) == len(paper.claims()) and (tmp_path / "claims/verdicts.html").exists()
+    assert sum(len(t["y"]) for t in figure["data"]) == len(paper.claims())
+    assert (tmp_path / "claims/verdicts.html").exists()
     with pytest.raises(papermill.exceptions.PapermillExecutionError, match="recrods"):
-        papermill.execute_notebook(str(ROOT / "nbs/paper/claims.ipynb"), str(tmp_path / "bad.ipynb"), {"recrods": ""}, kernel_name="python3", progress_bar=False, cwd=str(ROOT))
+        execute({"recrods": ""}, tmp_path / "bad.ipynb")
 
 
 run = reproduce.run_notebook
@@ -360,20 +393,3 @@ def test_bad_parameters_stop_a_notebook(tmp_path, bad, here):
     with pytest.raises(InputError):
         run("table09", {"out": str(tmp_path), "runs_dir": str(tmp_path / "runs"), **bad}, tmp_path)
     assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("name", sorted(TARGETS))
-def test_a_notebook_of_the_paper(name, here, shared, tmp_path):
-    "From top to bottom, at the smallest size, in this process; an arm that several notebooks want runs once."
-    given = {"settings": SMALLEST, "jobs": 1, "out": str(tmp_path), "runs_dir": str(shared / "arms")}
-    shown = nbformat.read(run(name, given, tmp_path), 4)
-    outputs = [o for c in shown.cells for o in c.get("outputs", [])]
-    drawn = [o for o in outputs if "application/vnd.plotly.v1+json" in o.get("data", {})]
-    pages = sorted(p.stem for p in (tmp_path / name).glob("*.html"))
-    assert drawn and len(pages) >= len(drawn) > 0
-    if name in ("fig02", "fig03", "fig04"): return  # nothing is recorded
-    record = read_json(tmp_path / name / "record.json", "a record")
-    assert record["failed"] == [] and len(record["rows"]) == len(record["arms"]) and record["scale"] == "scaled down"
-    said = [o["data"]["text/markdown"] for o in outputs if "text/markdown" in o.get("data", {})]
-    assert all(any(f"| {label} |" in text for text in said) for label in record["values"]) or name in ("fig08", "fig09")
-    assert said[-1].startswith("| claim |") == (name in {c["item"] for c in paper.claims()})
