@@ -47,7 +47,8 @@ def facts_of(data: dict # from `load_run`
     record, r, done = data["record"], data["result"], _finished(data)
     cfg, env, origin = record["config"], record["environment"], record.get("data_source")
     out = {"dataset": record["dataset"] + (f" ({origin})" if origin else ""), "method": cfg["method"],
-           "preset": cfg["preset"] or "none", "scale": record["scale"], "super-net": net_name(space_of(from_dict(cfg), 10, 32)),
+           "preset": cfg["preset"] or "none", "scale": record["scale"],
+           "super-net": net_name(space_of(from_dict(cfg), 10, 32)), # its name is the same for all images
            "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)",
            "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
     if r: out |= {"target reached": "yes" if r["reached"] else "no: target not reached", **_sizes(r),
@@ -63,9 +64,11 @@ def _cells(size: dict)->list:
 # %% ../../nbs/views/report.ipynb #806553a8
 def _blocks(arch: Architecture, size: dict)->list:
     "Say of each layer which blocks are left, and how much of each granularity."
-    def filters(c, name): return next((f"{op.widths[1]} filters" for op in arch.cells[c["index"]].ops if op.op == name), "")
+    def filters(c, name):
+        return next((f"{op.widths[1]} filters" for op in arch.cells[c["index"]].ops if op.op == name), "")
     def left(c): return {f"{g}s left": v if v is None else f"{v:.1%}" for g, v in c["retention"].items() if g != "conv"}
-    return [{"layer": c["index"], **{name: filters(c, name) for name in arch.spec.ops}, **left(c)} for c in size["cells"]]
+    return [{"layer": c["index"], **{name: filters(c, name) for name in arch.spec.ops}, **left(c)}
+            for c in size["cells"]]
 
 # %% ../../nbs/views/report.ipynb #96a1a933
 def _drift(drift: dict)->list:
@@ -131,5 +134,5 @@ def report(event: Event):
     "Write the report of a run whose results are there: a listener, for `runs.search` and `runs.retrain`."
     if event.type != "written": return
     run = Path(event.data["folder"])
-    page, results = run / "report.html", [*run.glob("result.json"), *run.glob("*/result.json")]
-    if not page.exists() or page.stat().st_mtime_ns <= max(p.stat().st_mtime_ns for p in results): write_report(run)
+    there, results = run / "report.html", [*run.glob("result.json"), *run.glob("*/result.json")]
+    if not there.exists() or there.stat().st_mtime_ns <= max(p.stat().st_mtime_ns for p in results): write_report(run)
