@@ -1,4 +1,5 @@
 "What the methods of the DARTS family have and MG-DARTS has not, and that each has the settings it was published with."
+import contextlib
 import copy
 import math
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from mgdarts.runs.make import make_search
 from mgdarts.fast.engine import make
+from mgdarts.fast.layout import natively
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.fast import compiled
 from mgdarts.base.options import Compute, InputError, Rules
@@ -28,14 +30,12 @@ DARTS = dict(relaxation="softmax", gates=False, discretiser="argmax", pool_norm=
 
 
 @pytest.fixture(params=("reference", "fused", "as on GPUs", "compiled"))
-def how(request, monkeypatch):
+def how(request):
     "(implementation, number type, bound)"
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
-    if request.param == "as on GPUs":
-        for module in ("layout", "convolutions", "norms", "parts", "cell", "engine"):
-            monkeypatch.setattr(f"mgdarts.fast.{module}.native", lambda x: True)
     impl = "reference" if request.param == "reference" else "fused"
-    return (impl, torch.float32, 1e-4) if request.param == "compiled" else (impl, torch.float64, 1e-9)
+    with natively() if request.param == "as on GPUs" else contextlib.nullcontext():
+        yield (impl, torch.float32, 1e-4) if request.param == "compiled" else (impl, torch.float64, 1e-9)
 
 
 # ---------------------------------------------------------------- batch norms after pools

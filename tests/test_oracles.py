@@ -1,5 +1,6 @@
 """What the published code computes, this code computes: parameters, outputs and gradients of the authors' own networks
 (see `oracles/README.md`)."""
+import contextlib
 import functools
 import json
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 
 from mgdarts.base.options import Compute
-from mgdarts.fast import cell, compiled, convolutions, engine, layout, norms, parts
+from mgdarts.fast import compiled
 from mgdarts.fast.engine import make
+from mgdarts.fast.layout import natively
 from mgdarts.methods.registry import preset
 from mgdarts.methods.unroll import unrolled
 from mgdarts.net.architecture import Architecture
@@ -60,15 +62,12 @@ HOW = {"reference": How("reference"), "fused": How("fused"), "as on GPUs": How("
 
 
 @pytest.fixture(params=HOW)
-def how(request, monkeypatch):
+def how(request):
     """Operation by operation; fused, with the CPU kernels in PyTorch; with those that GPUs use; compiled, which are for
     32-bit numbers."""
     if request.param == "on a GPU" and not torch.cuda.is_available(): pytest.skip("there is no GPU here")
     if request.param == "compiled" and compiled.library() is None: pytest.skip("there is no C++ compiler here")
-    if request.param == "as on GPUs":
-        for module in (layout, convolutions, norms, parts, cell, engine):
-            monkeypatch.setattr(module, "native", lambda x: True)
-    return HOW[request.param]
+    with natively() if request.param == "as on GPUs" else contextlib.nullcontext(): yield HOW[request.param]
 
 
 class Comparison:
