@@ -11,7 +11,7 @@ from hypothesis import given, settings, strategies as st
 from mgdarts.fast.compiled import compiled
 from mgdarts.base.options import OPERATION_NAMES, Compute, Rules
 from mgdarts.fast.convolutions import Pair, kernel_gradient, pairs
-from mgdarts.fast.engine import FastEngine, plan_of
+from mgdarts.fast.engine import Compiled, FastEngine, plan_of
 from mgdarts.fast.layout import from_phases, from_pixels, images_abreast, narrow, natively, pixels, widen
 from mgdarts.fast.norms import weighted_sum
 from mgdarts.net.discrete import DerivedNet
@@ -274,7 +274,7 @@ def test_other_ways_to_the_same_gradients(how):
 
 def test_a_compiled_cell_computes_the_same_before_and_after_a_commit(monkeypatch):
     # the compiler's own backend needs a C++ compiler; this one traces the graph and runs it
-    monkeypatch.setattr(FastEngine, "COMPILER", "aot_eager")
+    monkeypatch.setattr(Compiled, "BACKEND", "aot_eager")
     net = SuperNet(NetSpec(2, 3, size=8), seed=1, engine=FastEngine())
     net.open(0, 0)
     net.discretising = True
@@ -288,7 +288,7 @@ def test_a_compiled_cell_computes_the_same_before_and_after_a_commit(monkeypatch
         for n in (net, twin):
             n.zero_grad()
             n(x).square().mean().backward()
-        assert len(twin.engine._compiled) == 1
+        assert len(twin.engine.compiled.cells) == 1
         for p, q in zip(net.parameters(), twin.parameters()):
             if p.grad is not None:
                 assert (p.grad - q.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6

@@ -17,7 +17,7 @@ __all__ = ['SOURCES', 'FLAGS', 'SIGNATURES', 'TYPES', 'READS', 'find_compiler', 
 # %% ../../nbs/fast/compiled.ipynb #550d6a7c
 SOURCES = "kernels.cpp", "kernels.h" # files of this package; the first one includes the other
 FLAGS = "-std=c++17 -O3 -march=native -shared -fPIC -pthread -w".split()
-SIGNATURES = {"pairs": "iaa iiiiiii a i", "pointwise": "i aaaaa iiii", "norms": "iiii aa ii f i"} # i: int64, a: address, f: float
+SIGNATURES = {"pairs": "iaa iiiiiii a i", "pointwise": "i aaaaa iiii", "norms": "iiii aa ii f i"} # by letters:
 TYPES = {"i": ctypes.c_int64, "a": ctypes.c_void_p, "f": ctypes.c_float}
 
 def find_compiler()->list|None: # its command
@@ -25,6 +25,7 @@ def find_compiler()->list|None: # its command
     found = shutil.which(named[0]) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [found, *named[1:]] if found else None
 
+# %% ../../nbs/fast/compiled.ipynb #bd897aa7
 def processor()->str:
     "Describe what `-march=native` depends on."
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -42,6 +43,7 @@ def cache_folder()->Path:
     except OSError: pass
     return Path(tempfile.mkdtemp(prefix="mgdarts-"))
 
+# %% ../../nbs/fast/compiled.ipynb #50b83bbf
 def compile_library(folder, # of the sources: from `importlib.resources`
                     path: Path, command: list):
     "Compile the sources to `path`. It is there whole or not at all; what the compiler says names their lines."
@@ -65,6 +67,7 @@ def load_library(folder, command: list)->ctypes.CDLL: # as for `compile_library`
         compile_library(folder, path, command)
         return ctypes.CDLL(str(path))
 
+# %% ../../nbs/fast/compiled.ipynb #6e49cb4b
 @functools.cache
 def library()->ctypes.CDLL|None:
     "Return the compiled functions; None without a compiler, or where the environment says `MGDARTS_KERNELS=torch`."
@@ -86,6 +89,7 @@ def kernels_in_use(device: str = "cpu" # its type
     "Say what a run's last bits depend on: `compiled` or `torch`."
     return "compiled" if device == "cpu" and library() else "torch"
 
+# %% ../../nbs/fast/compiled.ipynb #cf74f9e4
 def compiled(x: Tensor)->bool:
     "Whether the compiled functions are there, and are for such a map."
     return x.dtype == torch.float32 and x.device.type == "cpu" and library() is not None
@@ -97,12 +101,15 @@ READS = ("map", 1, 1), ("map", 1, 2), ("map", 2, 1), ("phases", 1, 1), ("second"
 def _addresses(values):
     at = [0 if v is None else v.data_ptr() if isinstance(v, Tensor) else v for v in values]
     return (ctypes.c_int64 * len(at))(*at)
+
+# %% ../../nbs/fast/compiled.ipynb #6d0cd7f9
 def _real(x): return type(x) in (Tensor, torch.nn.Parameter)
 
 def run_pairs(back: bool, x: Tensor, # [N/B, B C, H, W]
               d_x: Tensor|None, # its gradient, written
               b: int, relu: bool,
-              jobs: list # of (side, place in `READS`, filters of the result, depth, point, place, how many places, result, gradient of the result, of depth, of point)
+              jobs: list # of (side, place in `READS`, filters of the result, depth, point, place, how many places,
+                         #     the result, gradients of the result, of depth, of point): as `struct Job`
              ):
     "Compute all pairs of convolutions that read a map, or their gradients."
     if not _real(x): return
@@ -121,10 +128,12 @@ def run_pointwise(back: bool, x: Tensor, # [N, C, H, W]
     library().pointwise(back, *(0 if t is None else t.data_ptr() for t in (x, w, g, out, d_w)),
                         x.numel() // x.shape[1], x.shape[1], w.shape[0], torch.get_num_threads())
 
+# %% ../../nbs/fast/compiled.ipynb #9ecebde8
 def run_norms(back: bool, rows: int, # pixels of a map
               b: int,
               maps: list, # of (norms, place of the first, z, y, gradient of y, gradient of z)
-              vectors: list, # scale, shift, mean, variance, 1/sqrt(variance + eps), a, gradients of scale and shift, base, sum
+              vectors: list, # scale, shift, mean, variance, 1/sqrt(variance + eps), a, gradients of the first two,
+                             # base, sum: as `struct Vectors`
               training: bool, relu: bool, eps: float
              ):
     "Compute batch norms of many maps, or their gradients."

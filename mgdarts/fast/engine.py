@@ -18,7 +18,8 @@ from .layout import dense, images_abreast, narrow, native, widen
 from .parts import run
 
 # %% auto #0
-__all__ = ['FUSED', 'WIDE', 'plan_of', 'Plans', 'each', 'narrowed', 'FastEngine', 'make']
+__all__ = ['FUSED', 'WIDE', 'plan_of', 'Plans', 'each', 'narrowed', 'Compiled', 'cell_function', 'how_many_abreast',
+           'through_cells', 'through_discrete', 'FastEngine', 'make']
 
 # %% ../../nbs/fast/engine.ipynb #5a2101b7
 FUSED = {darts.CellPlan: darts.fused, mobile.LayerPlan: mobile.fused,
@@ -27,9 +28,11 @@ WIDE = darts.CellPlan, discrete.DiscretePlan # take maps with images abreast
 
 def plan_of(cell)->object|None:
     "Plan a cell; None for what no chapter knows."
-    if type(cell) is Cell: return darts.plan_cell(cell) or mobile.plan_layer(cell) # no subclass: it may compute something else
-    return discrete.plan_discrete(cell) if type(cell) is DerivedCell else None
+    kind = type(cell) # no subclass: it may compute something else
+    if kind is Cell: return darts.plan_cell(cell) or mobile.plan_layer(cell)
+    return discrete.plan_discrete(cell) if kind is DerivedCell else None
 
+# %% ../../nbs/fast/engine.ipynb #c71a002b
 class Plans:
     "The plans of the cells that an engine has met, for as long as the cells live."
     def __init__(self): self.known, self.fresh = WeakKeyDictionary(), False
@@ -47,6 +50,7 @@ def each(f, maps: tuple)->tuple:
     made = {id(m): f(m) for m in maps}
     return tuple(made[id(m)] for m in maps)
 
+# %% ../../nbs/fast/engine.ipynb #2103f869
 def narrowed(f, # of narrow maps: a map, or a tuple that begins with one
              maps: tuple, b: int):
     "Return what `f` makes of wide maps, wide again."
@@ -54,68 +58,88 @@ def narrowed(f, # of narrow maps: a map, or a tuple that begins with one
     out = f(*each(partial(narrow, b=b), maps))
     return widen(dense(out), b) if isinstance(out, Tensor) else (widen(dense(out[0]), b), *out[1:])
 
+# %% ../../nbs/fast/engine.ipynb #5e307af2
+class Compiled:
+    "The cells that a compiler has taken, until one of them changes."
+    BACKEND = "inductor"
+    def __init__(self): self.cells = {}
+    def forget(self):
+        "Begin anew."
+        self.cells = {}
+        torch._dynamo.reset()
+    def __call__(self, cell, plan, most: int): # cells that there may be
+        "Return the compiled function of a cell."
+        if cell not in self.cells:
+            config = torch._dynamo.config
+            config.recompile_limit = max(config.recompile_limit, 4 * most)
+            def whole(*maps, **more): return FUSED[type(plan)](cell, plan, *maps, **more)
+            self.cells[cell] = torch.compile(whole, dynamic=False, backend=self.BACKEND)
+        return self.cells[cell]
+
+# %% ../../nbs/fast/engine.ipynb #a415c1bc
+def cell_function(engine, net, c: int, m, # cell; Mixture
+                  plan, b: int, drawn: bool):
+    "Return a function of the maps that cell `c` reads."
+    if drawn or plan is None:
+        f = engine.equations(net, c, m)
+        return lambda *maps: narrowed(f, maps, b)
+    cell, (omega, gate) = net.cells[c], net.masked(c, m)
+    f = engine.compiled(cell, plan, net.spec.cells) if engine.compute.compile else partial(FUSED[type(plan)], cell, plan)
+    f = partial(f, alpha=m.alpha[c], gate=gate, omega=omega)
+    if not isinstance(plan, WIDE): return lambda *maps: narrowed(f, maps, b)
+    more = {k: v for k, v in (("edges", m.of(c)[1]), ("drop", net.drop)) if v is not None}
+    return partial(f, b=b, **more)
+
+# %% ../../nbs/fast/engine.ipynb #b1684b96
+def how_many_abreast(net, x: Tensor, plans: list)->int:
+    "How many images to put side by side."
+    wide = any(isinstance(p, WIDE) for p in plans) and not native(x)
+    return images_abreast(len(x), net.spec.cell[0].width) if wide else 1
+
+# %% ../../nbs/fast/engine.ipynb #ed2f4a09
+def through_cells(engine, net, x: Tensor, also: list|None = None)->Tensor: # as for `Engine.forward`
+    "Compute a super-net."
+    x, drawn, plans = dense(x), engine.drawn(net), engine.plans(net)
+    b = 1 if drawn or engine.compute.compile else how_many_abreast(net, x, plans)
+    begins = net.spec.cell[0].preprocessed # all cells begin with a ReLU, and more than one of them reads each map
+    def ready(y): return y.relu() if begins else y
+    maps, m = each(lambda y: ready(widen(y, b)), run(net.stem, x)), net.mixture(drawn)
+    for c, plan in enumerate(plans):
+        y = engine.kept(net, c, cell_function(engine, net, c, m, plan, b, drawn), maps, len(x), drawn)
+        if also is not None and net.aux is not None and c == net.aux_cell: also.append(run(net.aux, y, b).float())
+        if c + 1 < len(plans): maps = (*maps, ready(y))[-len(maps):]
+    return run(net.head, y, b)
+
+# %% ../../nbs/fast/engine.ipynb #74190abb
+def through_discrete(engine, net, x: Tensor)->tuple: # as for `Engine.discrete`
+    "Compute a discrete network."
+    x, plans, aux = dense(x), [engine.plan(cell) for cell in net.cells], None
+    b = how_many_abreast(net, x, plans)
+    maps = each(lambda y: widen(y, b), run(net.stem, x))
+    for c, (cell, plan, keep) in enumerate(zip(net.cells, plans, net.drop_factors(x))):
+        if isinstance(plan, WIDE): y = FUSED[type(plan)](cell, plan, maps, keep, b)
+        elif plan: y = narrowed(lambda *ms: FUSED[type(plan)](cell, plan, ms, keep), maps, b)
+        else: y = narrowed(lambda *ms: cell(*ms, keep), maps, b)
+        maps = (*maps, y)[-len(maps):]
+        if c == net.aux_cell and net.aux is not None and net.training: aux = run(net.aux, y, b)
+    return run(net.classifier, y, b), aux
+
 # %% ../../nbs/fast/engine.ipynb #bc2b251e
 class FastEngine(Engine):
     "What the reference computes, in a fraction of the time."
-    COMPILER = "inductor"
     def __init__(self, compute: Compute|None = None):
         super().__init__(compute or Compute())
-        self.plan, self._compiled = Plans(), {}
-    def held(self, net)->list: return [t for c in net.cells if (plan := self.plan(c)) for t in plan.tensors()]
+        self.plan, self.compiled = Plans(), Compiled()
 
-    def abreast(self, net, x: Tensor, plans: list)->int:
-        "How many images to put side by side."
-        wide = any(isinstance(p, WIDE) for p in plans) and not native(x)
-        return images_abreast(len(x), net.spec.cell[0].width) if wide else 1
-
-    def through_cells(self, net, x, also=None):
-        x, drawn, plans = dense(x), self.drawn(net), self._plans(net)
-        b = 1 if drawn or self.compute.compile else self.abreast(net, x, plans)
-        def ready(y): return y.relu() if net.spec.cell[0].preprocessed else y # the ReLU that all cells that read it begin with
-        maps, m = each(lambda y: ready(widen(y, b)), run(net.stem, x)), net.mixture(drawn)
-        for c, plan in enumerate(plans):
-            f = self.fused(net, c, m, b, plan) if plan and not drawn else self.equations(net, c, m, b)
-            y = self.kept(net, c, f, maps, len(x), drawn)
-            if also is not None and net.aux is not None and c == net.aux_cell: also.append(run(net.aux, y, b).float())
-            if c + 1 < len(plans): maps = (*maps, ready(y))[-len(maps):]
-        return run(net.head, y, b)
-
-    def equations(self, net, c, m, b=1):
-        f = super().equations(net, c, m)
-        return lambda *maps: narrowed(f, maps, b)
-    def fused(self, net, c: int, m, b: int, plan):
-        "A function of the maps that cell `c` reads."
-        cell, (omega, gate) = net.cells[c], net.masked(c, m)
-        f = self._compile(net, cell, plan) if self.compute.compile else partial(FUSED[type(plan)], cell, plan)
-        f = partial(f, alpha=m.alpha[c], gate=gate, omega=omega)
-        if not isinstance(plan, WIDE): return lambda *maps: narrowed(f, maps, b)
-        more = {k: v for k, v in (("edges", m.of(c)[1]), ("drop", net.drop)) if v is not None}
-        return partial(f, b=b, **more)
-
-    def _plans(self, net)->list:
+    def plans(self, net)->list:
+        "Plan the cells of a super-net. Where one has changed, nothing that was compiled is of use any more."
         self.plan.fresh = False
         plans = [self.plan(cell) for cell in net.cells]
-        if self.compute.compile and self.plan.fresh: self._compiled = {}; torch._dynamo.reset()
+        if self.compute.compile and self.plan.fresh: self.compiled.forget()
         return plans
-    def _compile(self, net, cell, plan):
-        if cell not in self._compiled:
-            config = torch._dynamo.config # all cells are one function to it
-            config.recompile_limit = max(config.recompile_limit, 4 * net.spec.cells)
-            def whole(*maps, **more): return FUSED[type(plan)](cell, plan, *maps, **more)
-            self._compiled[cell] = torch.compile(whole, dynamic=False, backend=self.COMPILER)
-        return self._compiled[cell]
-
-    def discrete(self, net, x):
-        x, plans, aux = dense(x), [self.plan(cell) for cell in net.cells], None
-        b = self.abreast(net, x, plans)
-        maps = each(lambda y: widen(y, b), run(net.stem, x))
-        for c, (cell, plan, keep) in enumerate(zip(net.cells, plans, net.drop_factors(x))):
-            if isinstance(plan, WIDE): y = FUSED[type(plan)](cell, plan, maps, keep, b)
-            elif plan: y = narrowed(lambda *ms: FUSED[type(plan)](cell, plan, ms, keep), maps, b)
-            else: y = narrowed(lambda *ms: cell(*ms, keep), maps, b)
-            maps = (*maps, y)[-len(maps):]
-            if c == net.aux_cell and net.aux is not None and net.training: aux = run(net.aux, y, b)
-        return run(net.classifier, y, b), aux
+    def held(self, net)->list: return [t for c in net.cells if (plan := self.plan(c)) for t in plan.tensors()]
+    def through_cells(self, net, x, also=None): return through_cells(self, net, x, also)
+    def discrete(self, net, x): return through_discrete(self, net, x)
 
 # %% ../../nbs/fast/engine.ipynb #9e2be5bb
 def make(compute: Compute|None = None # None: as a configuration has it where nothing else is said

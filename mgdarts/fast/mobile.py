@@ -17,13 +17,14 @@ __all__ = ['LayerPlan', 'plan_layer', 'squeeze_excite', 'fused']
 
 # %% ../../nbs/fast/mobile.ipynb #7630db08
 class LayerPlan:
-    "The batch norms of a layer in the order in which they are computed: before the depthwise convolutions, after, at the end."
+    "The batch norms of a layer in the order in which they are computed: before the depthwise convolutions, after, last."
     def __init__(self, cell: Cell):
         whole, (self.ops,) = filters(cell), cell.nodes.values()
         self.groups = Groups.of(cell, [[whole[i] for i in g] for g in zip(*(op.gates for op in self.ops))])
         self.index = [spread_index(sizes, 1) for sizes in self.groups.maps]
     def tensors(self)->list: return [*self.groups.tensors(), *self.index]
 
+# %% ../../nbs/fast/mobile.ipynb #cc87a340
 def plan_layer(cell: Cell)->LayerPlan|None:
     "Plan a layer; None where it is something else than blocks side by side, all with one activation."
     if not cell.spec.fixed or len(cell.spec.graph.edges) != 1: return None

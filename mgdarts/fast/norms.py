@@ -24,6 +24,7 @@ def spread_index(sizes: list, # F_i
         at += n
     return torch.cat(out) if out else torch.zeros(0, dtype=torch.long)
 
+# %% ../../nbs/fast/norms.ipynb #40e9dbe6
 def fold(values: list, # a vector for each map
          index: Tensor, n: int)->Tensor: # [n]
     "Add up what the images that lie abreast say of each norm."
@@ -40,6 +41,7 @@ def moments(zs: list, # matrices, a row a pixel
     if b > 1: var += fold([torch.cat(m).sub_(mean.index_select(0, index)).square_()], index, n) / b
     return mean, var
 
+# %% ../../nbs/fast/norms.ipynb #e3f09cbd
 def affine(zs: list, a: list, s: list, base: Tensor|None, add: bool, relu: bool)->list:
     "Return a z + s of each matrix, or one sum of all."
     if not add: return [y.relu_() if relu else y for y in (torch.addcmul(o, z, k) for z, k, o in zip(zs, a, s))]
@@ -49,12 +51,15 @@ def affine(zs: list, a: list, s: list, base: Tensor|None, add: bool, relu: bool)
     return [total]
 
 # %% ../../nbs/fast/norms.ipynb #b2879724
-def norm_gradients(gs: list, zs: list, index: Tensor, a: Tensor, inv: Tensor, mean: Tensor, b: int, add: bool, training: bool, reuse: bool
+def norm_gradients(gs: list, zs: list, # gradients of the results, matrices
+                   index: Tensor, a: Tensor, inv: Tensor, mean: Tensor, # as in the backward pass below
+                   b: int, add: bool, training: bool, reuse: bool
                   )->tuple: # (of the scale, of the shift, of each matrix)
     "Return the gradients of `affine` and of what it was made of."
     spread, sizes = gs * len(zs) if add else gs, [z.shape[1] for z in zs]
     d_shift = fold([g.sum(0) for g in gs] * (len(zs) if add else 1), index, len(a))
-    d_scale = fold([(g * z).sum(0) for g, z in zip(spread, zs)], index, len(a)).addcmul_(mean, d_shift, value=-1).mul_(inv)
+    d_scale = fold([(g * z).sum(0) for g, z in zip(spread, zs)], index, len(a))
+    d_scale = d_scale.addcmul_(mean, d_shift, value=-1).mul_(inv)
     at = a.index_select(0, index).split(sizes)
     if not training: return d_scale, d_shift, [g * k for g, k in zip(spread, at)]
     count = zs[0].shape[0] * b
@@ -87,9 +92,10 @@ class _Normalise(torch.autograd.Function):
         b, add, relu, training, reuse, based = ctx.how
         a, inv, mean, index, *zs = ctx.saved_tensors
         zs, out = (zs[:len(zs) // 2], zs[len(zs) // 2:]) if relu else (zs, None)
-        # a state that no operation reads any more has no gradient
-        gs = [torch.zeros_like(z) if g is None else rows(dense(g), g.shape[1]) for g, z in zip(grads[:1 if add else len(zs)], zs)]
-        if relu: gs = [torch.ops.aten.threshold_backward.default(g, rows(y, g.shape[1]), 0) for g, y in zip(gs, out)]
+        given = zip(grads[:1 if add else len(zs)], zs) # a state that no operation reads any more has no gradient
+        gs = [torch.zeros_like(z) if g is None else rows(dense(g), g.shape[1]) for g, z in given]
+        clip = torch.ops.aten.threshold_backward.default
+        if relu: gs = [clip(g, rows(y, g.shape[1]), 0) for g, y in zip(gs, out)]
         d_scale, d_shift, results = norm_gradients(gs, zs, index, a, inv, mean, b, add, training, reuse)
         return d_scale, d_shift, grads[0] if based else None, *(None,) * 7, *map(as_map, results, ctx.shapes)
 
@@ -123,7 +129,8 @@ class _CompiledNormalise(torch.autograd.Function):
         gs = [g if g is None else dense(g) for g in grads[:1 if add else len(zs)]] * (len(zs) if add else 1)
         out, (d_scale, d_shift) = [z if reuse else torch.empty_like(z) for z in zs], a.new_empty(2, len(a)).unbind()
         vectors = [None, None, mean, None, inv, a, d_scale, d_shift, None, None]
-        run_norms(True, ctx.rows, b, [(*n, *m) for n, m in zip(ctx.norms, zip(zs, ys, gs, out))], vectors, training, relu, EPS)
+        jobs = [(*n, *m) for n, m in zip(ctx.norms, zip(zs, ys, gs, out))]
+        run_norms(True, ctx.rows, b, jobs, vectors, training, relu, EPS)
         return d_scale, d_shift, grads[0] if based else None, *(None,) * 7, *out
 
 # %% ../../nbs/fast/norms.ipynb #2dc0a894
@@ -133,8 +140,8 @@ def _native(maps, scale, shift, running, training)->tuple: # normalised maps, me
     parts = zip(maps, scale.split(sizes), shift.split(sizes), *stats)
     ys, m, i = zip(*(torch.native_batch_norm(*p, training, 0., EPS) for p in parts))
     return (ys, torch.cat(m), torch.cat(i).pow(-2) - EPS) if training else (ys, *running)
-def _normaliser(x): return _CompiledNormalise if compiled(x) else _Normalise
 
+# %% ../../nbs/fast/norms.ipynb #a1d1ace7
 def normalise(maps: list, # [N/B, B F_i, H, W] each
               scale: Tensor, shift: Tensor, # [sum of F_i] gamma and beta
               running: tuple, # ([sum of F_i] means, [sum of F_i] variances), for evaluation
@@ -147,7 +154,8 @@ def normalise(maps: list, # [N/B, B F_i, H, W] each
     if native(maps[0]):
         ys, mean, var = _native(maps, scale, shift, running, training)
         return [F.relu(y) if relu else y for y in ys], mean, var
-    *ys, mean, var = _normaliser(maps[0]).apply(scale, shift, None, running, index, b, False, relu, training, reuse, *maps)
+    kind = _CompiledNormalise if compiled(maps[0]) else _Normalise
+    *ys, mean, var = kind.apply(scale, shift, None, running, index, b, False, relu, training, reuse, *maps)
     return ys, mean, var
 
 # %% ../../nbs/fast/norms.ipynb #79f1daee
@@ -158,7 +166,8 @@ def normalise_sum(maps: list, # [N/B, B F, H, W] each, at least one
                  )->tuple: # ([N/B, B F, H, W] sum of the normalised maps and `base`, means, variances)
     "Compute the sum of many batch norms."
     if not native(maps[0]):
-        return _normaliser(maps[0]).apply(scale, shift, base, running, index, b, True, False, training, reuse, *maps)
+        kind = _CompiledNormalise if compiled(maps[0]) else _Normalise
+        return kind.apply(scale, shift, base, running, index, b, True, False, training, reuse, *maps)
     ys, mean, var = _native(maps, scale, shift, running, training)
     total = base
     for y in ys: total = y if total is None else total + y
@@ -179,6 +188,7 @@ class _Weighted(torch.autograd.Function):
         g = rows(dense(grad), 1).view(-1)
         return torch.stack([torch.dot(g, rows(m, 1).view(-1)) for m in maps]), *(grad * f for f in factors)
 
+# %% ../../nbs/fast/norms.ipynb #26480ea9
 def weighted_sum(maps: list, # [N/B, B F, H, W] each
                  factors: Tensor # [len(maps)]
                 )->Tensor: # [N/B, B F, H, W]

@@ -43,6 +43,7 @@ def normed(maps: list, # [N/B, B F_i, H, W] each
     _track(norms, maps[0], b, mean, var)
     return ys
 
+# %% ../../nbs/fast/parts.ipynb #be6e36c9
 def normed_sum(maps: list, norms: list, # as for `normed`, all of F channels
                base: Tensor|None = None, # [N/B, B F, H, W], to be added as it is
                b: int = 1, reuse: bool = False
@@ -73,11 +74,13 @@ class _EvenOdd(torch.autograd.Function):
         g[:, :, 1::2, 1::2] = odd[:, :, :h, :w]
         return g
 
+# %% ../../nbs/fast/parts.ipynb #72972517
 def even_odd(x: Tensor # [N, C, H, W]
             )->tuple: # two [N, C, ceil(H/2), ceil(W/2)]
     "Take the pixels in even rows and columns, and those in odd ones."
     return _EvenOdd.apply(x)
 
+# %% ../../nbs/fast/parts.ipynb #2fb7d21c
 def reduced(parts: tuple, # `even_odd` of a map [N/B, B C, H, W]
             wa: Tensor|None, # [A, C, 1, 1], reads even rows and columns
             wb: Tensor|None, # [B, C, 1, 1], reads odd rows and columns
@@ -92,17 +95,17 @@ def reduced(parts: tuple, # `even_odd` of a map [N/B, B C, H, W]
 def run(m: nn.Module, # of the net
         x: Tensor, # [N/B, B C, H, W] channels-last
         b: int = 1 # images abreast
-       ): # what `m` returns
+       ): # what `m` returns of narrow maps
     "Compute a module of the net."
     return m(narrow(x, b))
 
+# %% ../../nbs/fast/parts.ipynb #7014cc79
 @run.register
-def _(m: nn.BatchNorm2d, x, b=1): return normed([x], [m], b)[0]
+def _(m: nn.BatchNorm2d, x, b=1): return normed([narrow(x, b)], [m])[0]
 @run.register
 def _(m: ConvNorm, x, b=1): return run(m.norm, F.conv2d(narrow(x, b), m.weight, None, m.stride, m.pad))
 @run.register
 def _(m: Classifier, x, b=1): return F.linear(x.mean((2, 3)).view(len(x) * b, -1), m.weight, m.bias)
-
 @run.register
 def _(m: Stem, x, b=1):
     x = run(m.convs[0], x, b)
@@ -110,11 +113,11 @@ def _(m: Stem, x, b=1):
     x = run(m.convs[1], F.relu(x))
     return (x, run(m.convs[2], F.relu(x)))[-m.maps:]
 
+# %% ../../nbs/fast/parts.ipynb #780f72ba
 @run.register
 def _(m: MobileStem, x, b=1):
     x = F.hardswish(run(m.first, x, b))
     return (x + run(m.last, F.relu(run(m.norm, depthwise(x, m.depth)))),)
-
 @run.register
 def _(m: MobileHead, x, b=1):
     return run(m.classifier, F.hardswish(F.conv2d(F.hardswish(run(m.wide, x, b)).mean((2, 3), keepdim=True), m.mix)))
@@ -133,6 +136,7 @@ class _ReluPool(torch.autograd.Function):
         like = torch.empty_like(on, dtype=grad.dtype) # only its shape is read
         return torch.ops.aten.avg_pool2d_backward(grad, like, *ctx.how).mul_(on), None, None
 
+# %% ../../nbs/fast/parts.ipynb #3b8f0a87
 @run.register
 def _(m: AuxHead, x, b=1):
     x = F.relu(run(m.narrow, narrow(_ReluPool.apply(x, m.pool, 3), b)))
