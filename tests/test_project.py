@@ -22,7 +22,7 @@ def tool(name):
     return module
 
 
-project = tool("project")
+project, lengths = tool("project"), tool("lengths")
 NOTEBOOKS = sorted(str(p.relative_to(ROOT / "nbs"))[:-6] for p in (ROOT / "nbs").rglob("[!.]*.ipynb"))
 
 
@@ -67,8 +67,9 @@ def test_package_is_exported_from_the_notebooks(tmp_path):
 
 @pytest.mark.parametrize("name", NOTEBOOKS)
 def test_notebooks_are_committed_clean(name):
-    for cell in json.loads((ROOT / f"nbs/{name}.ipynb").read_text("utf-8"))["cells"]:
-        assert not cell.get("outputs") and not cell.get("execution_count"), "run: nbdev_clean"
+    cells = json.loads((ROOT / f"nbs/{name}.ipynb").read_text("utf-8"))["cells"]
+    assert not [c for c in cells if c.get("outputs") or c.get("execution_count")], "run: nbdev_clean"
+    assert len({c["id"] for c in cells}) == len(cells), "cells have been merged twice"
 
 
 # ---- what imports what
@@ -122,3 +123,34 @@ def test_imports_go_down():
 
 def test_chapters_are_listed_once_in_reading_order():
     assert sorted(f"{folder}/{name}" for folder, _, names in project.chapters() for name in names) == NOTEBOOKS
+
+
+def test_chapters_use_what_was_read_before():
+    "Of the package: fast/, which is read last, may be taken on trust, since it computes what the chapters say."
+    order = [f"mgdarts.{folder}.{name}" for folder, _, names in project.chapters() for name in names]
+    early = {(chapter, name) for at, chapter in enumerate(order)
+             if (path := ROOT / (chapter.replace(".", "/") + ".py")).exists()
+             for name in imported(path) if name in order[at:]}
+    trusted = {(a, b) for a, b in early if b.startswith("mgdarts.fast.") and not a.startswith("mgdarts.fast.")}
+    said = [f"{a} imports {b}, which comes later in nbs/chapters.txt" for a, b in sorted(early - trusted)]
+    assert not said, "\n".join(said)
+
+
+# ---- style, types and lengths
+
+def test_ruff_finds_nothing():
+    code, said = python("-m", "ruff", "check", "--no-cache", "-q", "--output-format=concise",
+                        "mgdarts", "nbs", "tests", "tools")
+    assert code == 0, said
+
+
+def test_types_of_the_core():
+    "basedpyright, without its warnings, reads base, space, net and search."
+    code, said = python("-m", "basedpyright", "--level", "error", "--pythonpath", sys.executable)
+    assert code == 0, said
+
+
+def test_lengths():
+    "Cells that a reader takes in at once, files that one scrolls through, lines that fit the page."
+    found = lengths.offences(ROOT)
+    assert not found, "\n".join(found)
