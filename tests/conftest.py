@@ -42,7 +42,8 @@ def additions():
     from mgdarts.methods.registry import METHODS
     from mgdarts.space import operation, spaces
     lists = [(x, x.copy()) for x in (options.OPERATION_NAMES, options.SPACE_KINDS)]
-    dicts = [(x, dict(x)) for x in (operation.OPERATIONS, spaces.SPACES, sources.DATASETS, METHODS, *options.REGISTRIES)]
+    known = (operation.OPERATIONS, spaces.SPACES, sources.DATASETS, METHODS, *options.REGISTRIES)
+    dicts = [(x, dict(x)) for x in known]
     beside = [(r.beside, dict(r.beside)) for r in options.REGISTRIES]
     yield
     for now, before in lists: now[:] = before

@@ -1,7 +1,8 @@
-"""The workbench in a real JupyterLab, in a headless Chromium: clicked, dragged, typed at, reloaded, run again, interrupted.
+"""The workbench in a real JupyterLab, in a headless Chromium: clicked, dragged, typed at, reloaded, interrupted.
 
-What is asserted is what the kernel and the charts say. Screenshots go to MGDARTS_SCREENSHOTS, or to pytest's own folder.
+What is asserted is what the kernel and the charts say. Screenshots go to MGDARTS_SCREENSHOTS, or to pytest's folder.
 """
+import ast
 import contextlib
 import json
 import os
@@ -20,19 +21,19 @@ import pytest
 
 from mgdarts.base.files import Checkpoints
 from mgdarts.runs.listen import read_events
-from mgdarts.runs import run as runs
-from mgdarts.methods.registry import preset
 
 CHROMIUM = next((p for p in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if p), None)
 try:
     from playwright.sync_api import sync_playwright
 except ImportError:
     sync_playwright = None
-pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install Debian's chromium to run the browser tests"),
+pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: the browser tests need Debian's chromium"),
               pytest.mark.skipif(sync_playwright is None, reason="playwright is not installed")]
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
+CHARTS = "[...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')]"  # all that the browser has drawn
 
 
 def free_port():
@@ -42,8 +43,11 @@ def free_port():
 
 
 def environment(folder):
-    env = {**os.environ, "MGDARTS_ROOT": str(folder), "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]), "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
-           "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"), "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "spaces")}
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "MGDARTS_ROOT": str(folder), "PYTHONPATH": path,
+           "OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1",
+           "JUPYTER_CONFIG_DIR": str(folder / "config"), "JUPYTER_DATA_DIR": str(folder / "data"),
+           "JUPYTERLAB_SETTINGS_DIR": str(folder / "settings"), "JUPYTERLAB_WORKSPACES_DIR": str(folder / "spaces")}
     env.pop("IN_TEST", None)
     return env
 
@@ -58,10 +62,14 @@ def lab(tmp_path_factory, run_of):
     shutil.copyfile(ROOT / "nbs/start/workbench.ipynb", folder / "nbs/start/workbench.ipynb")
     (folder / "settings.ini").write_bytes((ROOT / "settings.ini").read_bytes())
     (folder / "config").mkdir()
-    (folder / "config/jupyter_server_config.json").write_text(json.dumps({"IdentityProvider": {"token": ""}, "ServerApp": {"disable_check_xsrf": True}}))
+    open_to_all = {"IdentityProvider": {"token": ""}, "ServerApp": {"disable_check_xsrf": True}}
+    (folder / "config/jupyter_server_config.json").write_text(json.dumps(open_to_all))
     port = free_port()
-    server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-                               f"--ServerApp.root_dir={folder}", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.news_url=None"], env=environment(folder), stdout=subprocess.DEVNULL, stderr=open(folder / "lab.log", "w"), cwd=folder)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
+               f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None",
+               "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    server = subprocess.Popen(command, env=environment(folder), stdout=subprocess.DEVNULL,
+                              stderr=open(folder / "lab.log", "w"), cwd=folder)
     base = f"http://127.0.0.1:{port}"
     try:
         for _ in range(240):
@@ -74,6 +82,25 @@ def lab(tmp_path_factory, run_of):
     finally:
         server.terminate()
         server.wait(30)
+
+
+ASK = r"""async ([base, code]) => {
+    const sessions = await (await fetch(base + '/api/sessions')).json(), id = sessions[0].kernel.id;
+    const ws = new WebSocket(base.replace('http', 'ws') + `/api/kernels/${id}/channels?session_id=test`);
+    await new Promise((r) => { ws.onopen = r; });
+    const header = { msg_id: crypto.randomUUID(), username: 't', session: 'test', msg_type: 'execute_request',
+                     version: '5.3', date: new Date().toISOString() };
+    const done = new Promise((r) => { ws.onmessage = (e) => {
+        const m = JSON.parse(e.data);
+        if (m.parent_header.msg_id === header.msg_id && m.msg_type === 'execute_reply') r(m.content);
+    }; });
+    const content = { code: 'import json', silent: true, store_history: false, allow_stdin: false,
+                      stop_on_error: false, user_expressions: { a: `json.dumps(${code})` } };
+    ws.send(JSON.stringify({ header, parent_header: {}, metadata: {}, channel: 'shell', content }));
+    const { a } = (await done).user_expressions;
+    ws.close();
+    return a.status === 'ok' ? { repr: a.data['text/plain'] } : { error: a.evalue };
+}"""  # the kernel's repr of an expression as JSON, asked over its websocket
 
 
 class Desk:
@@ -96,17 +123,9 @@ class Desk:
         self.page.wait_for_selector(".mgdarts-wb .mg-buttons")
 
     def ask(self, code):
-        "What the kernel says to an expression, asked beside the notebook, over its websocket."
-        return json.loads(self.page.evaluate("""async ([base, code]) => {
-            const sessions = await (await fetch(base + '/api/sessions')).json(), id = sessions[0].kernel.id;
-            const ws = new WebSocket(base.replace('http', 'ws') + `/api/kernels/${id}/channels?session_id=test`);
-            await new Promise((r) => { ws.onopen = r; });
-            const header = { msg_id: crypto.randomUUID(), username: 't', session: 'test', msg_type: 'execute_request', version: '5.3', date: new Date().toISOString() };
-            const done = new Promise((r) => { ws.onmessage = (e) => { const m = JSON.parse(e.data); if (m.parent_header.msg_id === header.msg_id && m.msg_type === 'execute_reply') r(m.content); }; });
-            ws.send(JSON.stringify({ header, parent_header: {}, metadata: {}, channel: 'shell', content: { code: 'import json', silent: true, store_history: false, user_expressions: { a: `json.dumps(${code})` }, allow_stdin: false, stop_on_error: false } }));
-            const reply = await done; ws.close();
-            const a = reply.user_expressions.a; if (a.status !== 'ok') return JSON.stringify({ error: a.evalue }); return JSON.parse(a.data['text/plain'].replace(/^'|'$/g, '"').replace(/^"(.*)"$/s, (_, t) => JSON.stringify(t.replace(/\\\\\\\\/g, '\\\\').replace(/\\\\'/g, "'"))));
-        }""", [self.base, code]))
+        "What the kernel says to an expression, asked beside the notebook."
+        said = self.page.evaluate(ASK, [self.base, code])
+        return json.loads(ast.literal_eval(said["repr"])) if "repr" in said else said
 
     def until(self, code, good, seconds=120):
         end = time.monotonic() + seconds
@@ -129,11 +148,21 @@ class Desk:
 
     def chart(self):
         "Numbers as the browser draws them: trace name -> y."
-        return self.page.evaluate("() => Object.fromEntries([...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].filter(p => p.data.length).flatMap(p => p.data.map((t, i) => [i + ' ' + t.name, Array.from(t.y)])))")
+        return self.page.evaluate(f"() => Object.fromEntries({CHARTS}.filter(p => p.data.length)"
+                                  ".flatMap(p => p.data.map((t, i) => [i + ' ' + t.name, Array.from(t.y)])))")
 
     def titles(self):
         "Of all charts that the browser has drawn."
-        return self.page.evaluate("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].map(p => p._fullLayout?.title?.text)")
+        return self.page.evaluate(f"() => {CHARTS}.map(p => p._fullLayout?.title?.text)")
+
+    def wait_for_charts(self):
+        "Those of a search, with their curves."
+        self.page.wait_for_function(f"() => {CHARTS}.some(p => p.data?.length > 8)")
+
+    def wait_for_look(self):
+        "No figure lost its look on the way: nothing is painted behind the curves."
+        self.page.wait_for_function(f"() => {CHARTS}.every(p => !p._fullLayout || "
+                                    "p._fullLayout.plot_bgcolor.replaceAll(' ', '') === 'rgba(0,0,0,0)')")
 
     def shot(self, name):
         time.sleep(0.4)
@@ -142,23 +171,32 @@ class Desk:
         box.screenshot(path=self.shots / f"{name}.png")
 
 
+def request(url, method, body=None):
+    data, headers = (None, {}) if body is None else (json.dumps(body).encode(), {"Content-Type": "application/json"})
+    return urllib.request.urlopen(urllib.request.Request(url, data, headers, method=method))
+
+
 @contextlib.contextmanager
 def browser(lab, tmp_path, dark=False):
     shots = Path(os.environ.get("MGDARTS_SCREENSHOTS") or tmp_path)
     shots.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as p:
-        context = p.chromium.launch_persistent_context(str(tmp_path / "profile"), executable_path=CHROMIUM, headless=True, args=FLAGS, viewport={"width": 1600, "height": 1500}, color_scheme="dark" if dark else "light")
+        context = p.chromium.launch_persistent_context(
+            str(tmp_path / "profile"), executable_path=CHROMIUM, headless=True, args=FLAGS,
+            viewport={"width": 1600, "height": 1500}, color_scheme="dark" if dark else "light")
         try:
             page = context.pages[0]
             page.set_default_timeout(120_000)  # the machine may be slow
-            for what, raw in (("themes", {"theme": "JupyterLab Dark" if dark else "JupyterLab Light"}), ("notification", {"fetchNews": "false"})):
-                urllib.request.urlopen(urllib.request.Request(f"{lab[0]}/lab/api/settings/@jupyterlab/apputils-extension:{what}", method="PUT", data=json.dumps({"raw": json.dumps(raw)}).encode(), headers={"Content-Type": "application/json"}))
+            theme = "JupyterLab Dark" if dark else "JupyterLab Light"
+            for what, raw in (("themes", {"theme": theme}), ("notification", {"fetchNews": "false"})):
+                request(f"{lab[0]}/lab/api/settings/@jupyterlab/apputils-extension:{what}", "PUT",
+                        {"raw": json.dumps(raw)})
             yield Desk(page, *lab, shots)
         finally:
             context.close()
             with contextlib.suppress(OSError):  # the server has ended
                 for session in json.load(urllib.request.urlopen(lab[0] + "/api/sessions")):
-                    urllib.request.urlopen(urllib.request.Request(lab[0] + "/api/sessions/" + session["id"], method="DELETE"))
+                    request(f"{lab[0]}/api/sessions/{session['id']}", "DELETE")
 
 
 def test_a_finished_run_and_a_live_search(lab, tmp_path):
@@ -168,26 +206,29 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         desk.run_all()
         desk.says("finished")
         page.wait_for_selector(".mg-pic .op")
-        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)")
+        desk.wait_for_charts()
         events = read_events(desk.folder / "runs/demo/events.jsonl")
         epochs = {e["epoch"]: e for e in events if e["type"] == "epoch"}
-        assert [y for y in desk.chart()["0 train"] if y is not None] == pytest.approx([e["ce"] for e in epochs.values()])
+        drawn = [y for y in desk.chart()["0 train"] if y is not None]
+        assert drawn == pytest.approx([e["ce"] for e in epochs.values()])
         desk.shot("light-finished")
 
         # the line under the pointer goes through all charts, with the values of each
         box = page.locator(".mgdarts-wb .js-plotly-plot .xy").first.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 3)
-        page.wait_for_function("() => document.querySelectorAll('.mgdarts-wb .hovertext').length > 9 && document.querySelector('.mgdarts-wb .spikeline')")
+        page.wait_for_function("() => document.querySelectorAll('.mgdarts-wb .hovertext').length > 9"
+                               " && document.querySelector('.mgdarts-wb .spikeline')")
         assert page.locator(".mgdarts-wb .spikeline").first.bounding_box()["height"] > 700  # of 900
         page.mouse.move(0, 0)
 
         # charts and pictures are taken away as files, by the keyboard
-        for name, starts in (("charts of the search", {"PNG": b"\x89PNG", "SVG": b"<svg", "HTML": b"<!doctype html>"}), ("selected cell", {"PNG": b"\x89PNG", "SVG": b"<svg", "HTML": b"<!doctype html>"})):
-            for kind, start in starts.items():
+        for name in ("charts of the search", "selected cell"):
+            for kind, start in (("PNG", b"\x89PNG"), ("SVG", b"<svg"), ("HTML", b"<!doctype html>")):
                 with page.expect_download() as download:
                     page.get_by_role("button", name=f"save {name} as {kind}").focus()
                     page.keyboard.press("Enter")
-                assert Path(download.value.path()).read_bytes().startswith(start) and download.value.suggested_filename == f"{name.replace(' ', '-')}.{kind.lower()}"
+                assert Path(download.value.path()).read_bytes().startswith(start)
+                assert download.value.suggested_filename == f"{name.replace(' ', '-')}.{kind.lower()}"
 
         # an epoch that is past
         desk.tab("Replay")
@@ -196,17 +237,20 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         page.wait_for_function("() => +document.activeElement.max > 10")
         for _ in range(3):  # at once, while the charts are still being drawn for the first time
             page.keyboard.press("ArrowLeft")
-        moment, n = desk.until("[workbench.replay.slider.value, len(workbench.replay.slider.labels)]", lambda v: v[0] == v[1] - 4)
-        desk.until("workbench.replay.plot.fig.layout.title.text", lambda t: t and desk.ask(f"workbench.replay.slider.labels[{moment}]") in t and t in desk.titles())
-        assert slider.get_attribute("aria-valuetext") == f"{desk.ask(f'workbench.replay.slider.labels[{moment}]')} ({moment + 1} of {n})"
-        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].every(p => !p._fullLayout || p._fullLayout.plot_bgcolor.replaceAll(' ', '') === 'rgba(0,0,0,0)')")  # no figure lost its look on the way
+        moment, n = desk.until("[workbench.replay.slider.value, len(workbench.replay.slider.labels)]",
+                               lambda v: v[0] == v[1] - 4)
+        label = desk.ask(f"workbench.replay.slider.labels[{moment}]")
+        desk.until("workbench.replay.plot.fig.layout.title.text", lambda t: t and label in t and t in desk.titles())
+        assert slider.get_attribute("aria-valuetext") == f"{label} ({moment + 1} of {n})"
+        desk.wait_for_look()
         desk.shot("light-replay")
 
         # two runs beside each other
         desk.tab("Compare")
         page.wait_for_selector(".mg-table:has-text('other')")
         page.fill("input[aria-label='filter the runs']", "other")
-        page.wait_for_function("() => [...document.querySelectorAll('.mg-table tbody')].some(t => t.rows.length === 1)")
+        page.wait_for_function("() => [...document.querySelectorAll('.mg-table tbody')]"
+                               ".some(t => t.rows.length === 1)")
         page.fill("input[aria-label='filter the runs']", "")
         box = page.locator("input[aria-label='compare other']")
         was = box.is_checked()
@@ -214,17 +258,22 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         desk.until("'other' in workbench.compare.table.chosen", lambda v: v != was)
         if was:
             page.locator("input[aria-label='compare other']").click()
-        desk.until("[workbench.compare.drawn is not None and sorted(workbench.compare.drawn), len(workbench.compare.difference.fig.data) > 5]", lambda v: v == [["demo", "other"], True])
-        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].every(p => !p._fullLayout || p._fullLayout.plot_bgcolor.replaceAll(' ', '') === 'rgba(0,0,0,0)')")
+        desk.until("[workbench.compare.drawn is not None and sorted(workbench.compare.drawn), "
+                   "len(workbench.compare.difference.fig.data) > 5]", lambda v: v == [["demo", "other"], True])
+        desk.wait_for_look()
         desk.shot("light-compare")
 
         # everything that can be used has a name
+        there = {"Thresholds": ".handle[data-drag=operation]", "Compare": ".mg-table:has-text('other')",
+                 "Log": ".mg-log"}
+        usable = re.compile(r"\s*- (button|slider|spinbutton|textbox|searchbox|combobox|checkbox|tab|link)\b(?! ['\"])")
         unnamed = []
         for tab in ("Live", "Thresholds", "Replay", "Compare", "Log"):
             desk.tab(tab)
             desk.until("workbench.tabs.titles[workbench.tabs.selected_index]", lambda t: t == tab)
-            page.wait_for_selector({"Thresholds": ".handle[data-drag=operation]", "Compare": ".mg-table:has-text('other')", "Log": ".mg-log"}.get(tab, ".js-plotly-plot:visible"))
-            unnamed += [tab + line for line in page.locator(".mgdarts-wb").aria_snapshot().splitlines() if re.match(r"\s*- (button|slider|spinbutton|textbox|searchbox|combobox|checkbox|tab|link)\b(?! ['\"])", line)]
+            page.wait_for_selector(there.get(tab, ".js-plotly-plot:visible"))
+            seen = page.locator(".mgdarts-wb").aria_snapshot().splitlines()
+            unnamed += [tab + line for line in seen if usable.match(line)]
         assert not unnamed, unnamed
         desk.tab("Live")
 
@@ -244,16 +293,20 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         desk.press("epoch")
         desk.until("[workbench.stepper.search.epoch_step, workbench.stepper.state]", lambda v: v == [0, "paused"])
         desk.press("commit")
-        desk.until("[workbench.stepper.diary.events[-1]['type'], workbench.stepper.state]", lambda v: v == ["commit", "paused"])
+        desk.until("[workbench.stepper.diary.events[-1]['type'], workbench.stepper.state]",
+                   lambda v: v == ["commit", "paused"])
 
         # an operation by keyboard, and with the pointer
         page.locator(".mg-box[tabindex='0']").nth(1).focus()
         before = desk.ask("workbench.selection.unit")
         page.keyboard.press("ArrowRight")
         page.keyboard.press("ArrowUp")
-        after = desk.until("workbench.selection.unit", lambda s: s[1] == (before[1] + 1) % 14 and s[2] == (before[2] + 1) % 7)
-        page.wait_for_function("k => document.querySelector('.mg-pic .op.sel')?.dataset.pick === k", arg=",".join(map(str, after)))
-        assert page.evaluate("() => document.activeElement.classList.contains('mg-box')")  # JupyterLab did not take the keys
+        after = desk.until("workbench.selection.unit",
+                           lambda s: s[1] == (before[1] + 1) % 14 and s[2] == (before[2] + 1) % 7)
+        page.wait_for_function("k => document.querySelector('.mg-pic .op.sel')?.dataset.pick === k",
+                               arg=",".join(map(str, after)))
+        # JupyterLab did not take the keys
+        assert page.evaluate("() => document.activeElement.classList.contains('mg-box')")
         desk.page.locator(".mg-pic .op[data-pick='0,4,3'] .hit").dispatch_event("click")
         desk.until("workbench.selection.unit", lambda s: s == [0, 4, 3])
         desk.shot("light-live")
@@ -262,7 +315,8 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         desk.tab("Thresholds")
         page.wait_for_selector(".mg-table")
         handle = page.locator(".handle[data-drag=operation]")
-        learned, alpha = desk.ask("[workbench.whatif.learned('operation'), float(workbench.stepper.search.net.t_alpha.sum())]")
+        alphas = "float(workbench.stepper.search.net.t_alpha.sum())"
+        learned, alpha = desk.ask(f"[workbench.whatif.learned('operation'), {alphas}]")
         box = handle.bounding_box()
         page.mouse.move(box["x"] + box["width"] / 2, box["y"] + 10)
         page.mouse.down()
@@ -270,13 +324,15 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
             page.mouse.move(box["x"] + box["width"] / 2 + 12 * i, box["y"] + 10)
         page.mouse.up()
         moved = desk.until("workbench.whatif.value('operation')", lambda v: v > learned + 0.05)
-        assert desk.ask("float(workbench.stepper.search.net.t_alpha.sum())") == alpha
-        desk.until("workbench.thresholds.result.count.ops if workbench.thresholds.result else 999", lambda n: n < desk.ask("workbench.view.count.ops"))
+        assert desk.ask(alphas) == alpha
+        desk.until("workbench.thresholds.result.count.ops if workbench.thresholds.result else 999",
+                   lambda n: n < desk.ask("workbench.view.count.ops"))
         page.locator(".handle[data-drag=filter]").focus()
         value = desk.ask("workbench.whatif.value('filter')")
         page.keyboard.press("ArrowRight")
         desk.until("workbench.whatif.value('filter')", lambda v: v > value)
-        page.wait_for_function("() => document.activeElement?.dataset?.key === 'filter'")  # the picture was drawn anew, the focus stays
+        # the picture was drawn anew, the focus stays
+        page.wait_for_function("() => document.activeElement?.dataset?.key === 'filter'")
         assert desk.ask("workbench.whatif.value('operation')") == moved
         page.click(".mgdarts-wb button:has-text('Validation accuracy')")
         desk.until("workbench.answers.found.get('accuracy', '')", lambda a: "fixed images" in a)
@@ -286,7 +342,8 @@ def test_a_finished_run_and_a_live_search(lab, tmp_path):
         page.keyboard.press("Enter")
         page.click(".mgdarts-wb button:has-text('Continue as a new run')")
         desk.until("workbench.stepper.folder.name", lambda n: n == "bold")
-        assert json.loads((desk.folder / "runs/bold/config.json").read_text())["branch"]["params"] < json.loads((desk.folder / "runs/bold/config.json").read_text())["branch"]["params_before"]
+        branch = json.loads((desk.folder / "runs/bold/config.json").read_text())["branch"]
+        assert branch["params"] < branch["params_before"]
         desk.tab("Log")
         page.wait_for_selector(".mg-log:has-text('commit: pruned')")
         desk.shot("light-log")
@@ -299,7 +356,8 @@ def test_nothing_is_lost(lab, tmp_path):
         desk.open()
         desk.run_all()
         desk.says("finished")
-        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']", "data.subset=1000, search.warmup=1, max_epochs=1000, lambda_step=0")
+        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']",
+                  "data.subset=1000, search.warmup=1, max_epochs=1000, lambda_step=0")
         page.keyboard.press("Tab")
         page.click(".mgdarts-wb button:has-text('Start a new search')")
         desk.says("running")
@@ -317,7 +375,7 @@ def test_nothing_is_lost(lab, tmp_path):
         page.wait_for_selector(".mgdarts-wb .mg-pic .op")
         desk.says("running")
         now = desk.until("workbench.stepper.search.steps", lambda n: n > steps)
-        page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)")
+        desk.wait_for_charts()
         desk.press("pause")
         desk.says("paused")
         desk.press("run")
@@ -338,12 +396,13 @@ def test_nothing_is_lost(lab, tmp_path):
         page.wait_for_function("() => document.querySelectorAll('.mgdarts-wb').length === 1")
         desk.says("running")
         assert desk.ask("workbench.stepper.thread.ident") == thread
-        assert desk.ask("sum(t.name == 'mgdarts-search' and t.is_alive() for t in __import__('threading').enumerate())") == 1
+        assert desk.ask("sum(t.name == 'mgdarts-search' and t.is_alive() "
+                        "for t in __import__('threading').enumerate())") == 1
         desk.until("workbench.stepper.search.steps", lambda n: n > now)
 
         # the kernel is interrupted: the search does not mind
         session = json.load(urllib.request.urlopen(desk.base + "/api/sessions"))[0]
-        urllib.request.urlopen(urllib.request.Request(desk.base + f"/api/kernels/{session['kernel']['id']}/interrupt", method="POST"))
+        request(f"{desk.base}/api/kernels/{session['kernel']['id']}/interrupt", "POST")
         steps = desk.ask("workbench.stepper.search.steps")
         desk.until("workbench.stepper.search.steps", lambda n: n > steps + 2)
         assert desk.ask("workbench.stepper.state") == "running"
@@ -353,7 +412,8 @@ def test_nothing_is_lost(lab, tmp_path):
         desk.press("stop")
         desk.says("stopped")
         folder = Path(desk.ask("str(workbench.stepper.folder)"))
-        assert Checkpoints(folder / "checkpoint").load()["counters"]["steps"] == desk.ask("workbench.stepper.search.steps")
+        saved = Checkpoints(folder / "checkpoint").load()["counters"]["steps"]
+        assert saved == desk.ask("workbench.stepper.search.steps")
         desk.press("run")
         desk.says("running")
         desk.press("stop")
@@ -368,7 +428,8 @@ def test_the_other_space(lab, tmp_path):
         desk.run_all()
         desk.says("finished")
         page.select_option(".mgdarts-wb .widget-dropdown:has(label:text-is('space')) select", "mobilenet")
-        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']", "data.subset=200, search.warmup=1, max_epochs=2")
+        page.fill(".mgdarts-wb input[placeholder='key=value, key=value']",
+                  "data.subset=200, search.warmup=1, max_epochs=2")
         page.keyboard.press("Tab")
         page.click(".mgdarts-wb button:has-text('Start a new search')")
         desk.says("running")
@@ -385,14 +446,16 @@ def test_the_other_space(lab, tmp_path):
         desk.tab("Replay")
         desk.until("len(workbench.replay.plot.fig.data)", lambda n: n > 10)
         title = desk.ask("workbench.replay.plot.fig.layout.title.text")
-        page.wait_for_function("t => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p._fullLayout?.title?.text === t)", arg=title)
+        page.wait_for_function(f"t => {CHARTS}.some(p => p._fullLayout?.title?.text === t)", arg=title)
         desk.shot("layers-replay")
 
 
 def test_mgdarts_lab(lab, tmp_path):
     "The workbench is there without anything being run by hand; Ctrl-C ends server, kernel and search, saved."
     folder = lab[1]
-    server = subprocess.Popen([sys.executable, "-c", "from mgdarts.cli.main import main; raise SystemExit(main())", "lab", "--no-browser", "--json", "--port", str(free_port())], env=environment(folder), stdout=subprocess.PIPE, text=True, cwd=folder)
+    command = [sys.executable, "-c", "from mgdarts.cli.main import main; raise SystemExit(main())",
+               "lab", "--no-browser", "--json", "--port", str(free_port())]
+    server = subprocess.Popen(command, env=environment(folder), stdout=subprocess.PIPE, text=True, cwd=folder)
     try:
         facts = json.loads(server.stdout.readline())
         with browser((facts["url"].partition("/lab")[0], folder), tmp_path) as desk:
@@ -400,7 +463,7 @@ def test_mgdarts_lab(lab, tmp_path):
             page.goto(facts["url"])
             page.wait_for_selector(".mg-pic .op")
             desk.says("finished")
-            page.wait_for_function("() => [...document.querySelectorAll('.mgdarts-wb .js-plotly-plot')].some(p => p.data?.length > 8)")
+            desk.wait_for_charts()
             desk.shot("lab")
             assert 0 < Path(facts["notebook"]).stat().st_size < 20_000
             page.click(".mgdarts-wb button:has-text('Start a new search')")

@@ -88,7 +88,8 @@ def test_masks_show_in_a_difference(a):
 def test_the_drawn_difference_has_every_operation_once(pair):
     a, b = PAIRS[pair]
     d, fig, ops = difference(a, b), difference_figure(a, b), a.spec.ops
-    n = {label: sum(x is None for t in fig.data if t.mode == "lines" and t.name in ops and t.line.color == colour for x in t.x)
+    arcs = [t for t in fig.data if t.mode == "lines" and t.name in ops]
+    n = {label: sum(x is None for t in arcs if t.line.color == colour for x in t.x)
          for label, (_, colour, _) in ONLY.items()}
     assert n == {k: d[k] for k in n} and len({(colour, dash) for _, colour, dash in ONLY.values()}) == 3
     assert [x.text for x in difference_figure(a, b, (2,)).layout.annotations] == [fig.layout.annotations[2].text]

@@ -27,7 +27,8 @@ def tiny(tmp_path, monkeypatch):
     command = compiled.find_compiler()
     if not command: pytest.skip("no C++ compiler")
     script = tmp_path / "counting"
-    script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo called >> {tmp_path}/calls;; esac\nexec {" ".join(command)} "$@"\n')
+    script.write_text(f'#!/bin/sh\ncase "$*" in *--version*) ;; *) echo called >> {tmp_path}/calls;; esac\n'
+                      f'exec {" ".join(command)} "$@"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
     write(tmp_path, TINY)
     monkeypatch.setattr(compiled, "files", lambda _: tmp_path)
@@ -55,8 +56,10 @@ def test_another_source_is_another_library(tiny, name):
 
 
 def test_a_damaged_library_is_compiled_again(tiny):
-    code = f"from pathlib import Path; from mgdarts.fast import compiled; compiled.files = lambda _: Path({str(tiny)!r}); print(compiled.library() is not None)"
-    def process(): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    code = ("from pathlib import Path; from mgdarts.fast import compiled; "
+            f"compiled.files = lambda _: Path({str(tiny)!r}); print(compiled.library() is not None)")
+    def process():
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert process() == "True\n"
     path, = (tiny / "cache/mgdarts").iterdir()
     path.write_bytes(path.read_bytes()[:100])
@@ -67,7 +70,8 @@ def test_a_damaged_library_is_compiled_again(tiny):
 def test_source_that_does_not_compile(tiny):
     "The compiler's own words, with the line of the file that was shipped."
     write(tiny, TINY + "\n\nnonsense")
-    with pytest.warns(UserWarning, match=f"cannot be compiled, PyTorch's are used: {tiny}/kernels.cpp:3:.*error"): assert build() is None
+    with pytest.warns(UserWarning, match=f"cannot be compiled, PyTorch's are used: {tiny}/kernels.cpp:3:.*error"):
+        assert build() is None
     assert not list((tiny / "cache/mgdarts").iterdir())
 
 
@@ -98,7 +102,8 @@ def test_a_search_is_the_same_search_with_both(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "library", lambda: None)
     assert begin(tmp_path / "torch") == pytest.approx(first, rel=1e-3)
     assert read_record(tmp_path / "torch")["environment"]["kernels"] == "torch"
-    with pytest.warns(UserWarning, match="kernels compiled, now torch: it goes on"): runs.search(cfg, tmp_path / "compiled", resume=True)
+    with pytest.warns(UserWarning, match="kernels compiled, now torch: it goes on"):
+        runs.search(cfg, tmp_path / "compiled", resume=True)
 
 
 def test_a_diverged_map_stays_visible():

@@ -1,10 +1,8 @@
-"""An operation, a method, a space and a data source from outside the package, each in a few lines, and all that follows.
+"""An operation, a method, a space and a data source from outside the package, each in a few lines.
 
 What stands between two lines of dashes is what somebody writes who wants it; the tests count these lines.
 """
 import inspect
-from dataclasses import dataclass
-from functools import cached_property
 
 import onnx
 import pytest
@@ -27,8 +25,8 @@ from mgdarts.space.darts import NetSpec
 from mgdarts.views.drawings import cells as draw
 from mgdarts.views.replay import replay
 
-FAST = {"search.max_epochs": 2, "search.prune_every": 1, "search.warmup": 0, "search.stages": 1, "search.stage_keep": 0.5,
-        "search.regrow": 0.2, "train.epochs": 1, "data.subset": 128}
+FAST = {"search.max_epochs": 2, "search.prune_every": 1, "search.warmup": 0, "search.stages": 1,
+        "search.stage_keep": 0.5, "search.regrow": 0.2, "train.epochs": 1, "data.subset": 128}
 
 
 def operation_of_ones_own():
@@ -48,7 +46,8 @@ def unlike_any_other():
         ports, reads, kind = ("in", "mid", "out"), "relu", "mixer"
 
         def kernels(self, stride):
-            return Kernel("wide", "mid", "in"), Kernel("deep", "mid", "mid", 3, depthwise=True), Kernel("narrow", "out", "mid")
+            deep = Kernel("deep", "mid", "mid", 3, depthwise=True)
+            return Kernel("wide", "mid", "in"), deep, Kernel("narrow", "out", "mid")
 
         def norms(self, stride):
             return BatchNorm("mid", "mid"), BatchNorm("out", "out")
@@ -84,7 +83,8 @@ def method_of_ones_own():
             return bounded(net, found, [1.0 if more else float(bound)] + [None] * (len(found) - 1))
 
     add_method(Method("half-life", "the weaker half of the operations goes each time", "this test",
-                      {**ONE_LEVEL, "search.granularities": ("operation",), "rules.regulariser": "none", "rules.discretiser": "half-life"}))
+                      {**ONE_LEVEL, "search.granularities": ("operation",), "rules.regulariser": "none",
+                       "rules.discretiser": "half-life"}))
     # ------------------------------------------------------------------
 
 
@@ -165,8 +165,8 @@ def everything(cfg, tmp_path):
     "Search, derive, retrain, draw, replay, export: the run's folder and its architecture."
     out = tmp_path / "run"
     runs.search(cfg, out)
-    arch = load(out)
-    assert runs.retrain(out)["params_nonzero"] == read_json(out / "result.json", "a result")["derived"]["params_nonzero"]
+    arch, derived = load(out), read_json(out / "result.json", "a result")["derived"]
+    assert runs.retrain(out)["params_nonzero"] == derived["params_nonzero"]
     assert len(draw(arch).data) > 0 and any(f.at is not None for f in replay(out).frames)
     export_arch(out, "onnx", tmp_path / "net.onnx")
     onnx.checker.check_model(onnx.load(tmp_path / "net.onnx"))
@@ -194,7 +194,8 @@ def test_a_kernel_of_another_size(tmp_path):
     operation_of_ones_own()
     spec = NetSpec(4, 3, size=8, ops=(*NetSpec.ops, "sep_conv_7x7"))
     assert both_ways(spec, spec.ops.index("sep_conv_7x7")) <= 1e-9
-    arch = everything(preset("smoke", **FAST, **{"rules.ops": "skip_connect,sep_conv_3x3,sep_conv_7x7", "search.target_m": 0.02}), tmp_path)
+    mine = {"rules.ops": "skip_connect,sep_conv_3x3,sep_conv_7x7", "search.target_m": 0.02}
+    arch = everything(preset("smoke", **FAST, **mine), tmp_path)
     assert any(op.op == "sep_conv_7x7" for c in arch.cells for op in c.ops)
 
 
@@ -202,7 +203,8 @@ def test_an_operation_unlike_any_other(tmp_path):
     unlike_any_other()
     spec = NetSpec(4, 3, size=8, ops=(*NetSpec.ops, "mixer"))
     assert both_ways(spec, spec.ops.index("mixer")) <= 1e-9
-    arch = everything(preset("smoke", **FAST, **{"rules.ops": "skip_connect,mixer", "search.target_m": 0.012}), tmp_path)
+    mine = {"rules.ops": "skip_connect,mixer", "search.target_m": 0.012}
+    arch = everything(preset("smoke", **FAST, **mine), tmp_path)
     assert any(op.op == "mixer" and len(op.widths) == 3 for c in arch.cells for op in c.ops)
 
 
@@ -220,13 +222,14 @@ def test_the_derived_network_computes_what_the_super_net_did():
 
 def test_a_method(tmp_path):
     method_of_ones_own()
-    arch = everything(preset("smoke", "half-life", **{**FAST, "search.regrow": 0, "search.stage_keep": 0.0, "search.max_epochs": 6, "search.target_m": 0.012}), tmp_path)
+    mine = {"search.regrow": 0, "search.stage_keep": 0.0, "search.max_epochs": 6, "search.target_m": 0.012}
+    arch = everything(preset("smoke", "half-life", **{**FAST, **mine}), tmp_path)
     assert sum(len(c.ops) for c in arch.cells) < 3 * 98 / 2
 
 
 def test_a_space_and_its_data(tmp_path):
     space_of_ones_own(), data_of_ones_own()
-    cfg = preset("smoke", **{**FAST, "space.kind": "diamond", "data.name": "stripes", "data.subset": 1.0, "search.target_m": 0.002})
-    arch = everything(cfg, tmp_path)
+    mine = {"space.kind": "diamond", "data.name": "stripes", "data.subset": 1.0, "search.target_m": 0.002}
+    arch = everything(preset("smoke", **{**FAST, **mine}), tmp_path)
     assert arch.spec.kind == "diamond" and arch.classes == 2 and all(len(c.widths) == 4 for c in arch.cells)
     assert both_ways(spaces.SPACES["diamond"](4, 3, size=8), 1) <= 1e-9

@@ -25,7 +25,8 @@ from mgdarts.space.operation import OPERATIONS, DilConv, SepConv, add_operation
 
 
 def draw(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double).to(memory_format=torch.channels_last)
+    drawn = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.double)
+    return drawn.to(memory_format=torch.channels_last)
 
 
 @given(n=st.integers(1, 200), channels=st.integers(1, 70))
@@ -40,15 +41,17 @@ def test_views_of_wide_maps_keep_every_number(b, m, c, h, w):
     x = draw(b * m, c, h, w)
     wide = widen(x, b)
     assert narrow(wide, b).equal(x)
-    assert from_pixels(pixels(wide, b), b).equal(wide) and pixels(wide, b).flatten().sort()[0].equal(x.flatten().sort()[0])
+    assert from_pixels(pixels(wide, b), b).equal(wide)
+    assert pixels(wide, b).flatten().sort()[0].equal(x.flatten().sort()[0])
 
 
 def pairs_and_plain(x, weights, b, stride, kinds, relu, dtype, place=None, width=None):
-    "Results and all gradients of pairs of convolutions, one after the other: as they are computed here in `dtype`, and plainly in 64 bits."
+    "Results and all gradients of pairs of convolutions: as computed here in `dtype`, then plainly in 64 bits."
     c, side = x.shape[1], x.shape[3]
 
     def fast(x, *ws):
-        jobs = [Pair(d.repeat(b, 1, 1, 1), p, place, width, stride, dil) for d, p, (_, dil) in zip(ws[::2], ws[1::2], kinds)]
+        jobs = [Pair(d.repeat(b, 1, 1, 1), p, place, width, stride, dil)
+                for d, p, (_, dil) in zip(ws[::2], ws[1::2], kinds)]
         ys = zip(jobs, pairs(widen(x, b), jobs, b, relu))
         return [narrow(from_phases(y) if job.reads(side)[0] == "phases" else y, b) for job, y in ys]
 
@@ -72,8 +75,10 @@ def agree(results, dtype):
 
 
 @settings(max_examples=120, deadline=None)
-@given(b=st.sampled_from((1, 2, 4)), c=st.integers(1, 20), f=st.integers(1, 20), side=st.integers(1, 11), stride=st.sampled_from((1, 2)), threads=st.sampled_from((1, 1, 3)),
-       kinds=st.lists(st.tuples(st.sampled_from((1, 3, 5, 7, 9)), st.booleans()), min_size=1, max_size=4), relu=st.booleans(), dtype=st.sampled_from((torch.double, torch.float)))
+@given(b=st.sampled_from((1, 2, 4)), c=st.integers(1, 20), f=st.integers(1, 20), side=st.integers(1, 11),
+       stride=st.sampled_from((1, 2)), threads=st.sampled_from((1, 1, 3)), relu=st.booleans(),
+       kinds=st.lists(st.tuples(st.sampled_from((1, 3, 5, 7, 9)), st.booleans()), min_size=1, max_size=4),
+       dtype=st.sampled_from((torch.double, torch.float)))
 def test_pairs_of_convolutions(b, c, f, side, stride, threads, kinds, relu, dtype):
     weights = [w for i, (k, _) in enumerate(kinds) for w in (draw(c, 1, k, k, seed=i), draw(f, c, 1, 1, seed=9 + i))]
     torch.set_num_threads(threads)
@@ -86,25 +91,26 @@ def test_pairs_of_convolutions(b, c, f, side, stride, threads, kinds, relu, dtyp
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [1, 3, 5, 7, 9])
 def test_kernels_of_any_odd_side(k, stride, dilated, how):
-    "On maps that are larger and smaller than the kernel, wider and narrower than a vector, square or not, for some channels of a node."
+    "On maps larger and smaller than the kernel, wider and narrower than a vector, square or not."
     dtype = torch.float if how == "compiled" else torch.double
     if how == "compiled" and not compiled(torch.zeros(1)): pytest.skip("no C++ compiler")
     for c, sides in ((3, (8, 8)), (21, (7, 7)), (3, (2, 2)), (5, (1, 1)), (3, (4, 10)), (3, (3, 5))):
         x, weights = draw(4, c, *sides), (draw(c, 1, k, k, seed=1), draw(2, c, 1, 1, seed=2))
-        b = 1 if how == "native" else 2
-        if how != "native": agree(pairs_and_plain(x, weights, b, stride, [(k, dilated)], True, dtype, torch.tensor([0, 3]), 5), dtype)
-        else:
-            with natively(): agree(pairs_and_plain(x, weights, b, stride, [(k, dilated)], True, dtype, torch.tensor([0, 3]), 5), dtype)
+        b, place = 1 if how == "native" else 2, torch.tensor([0, 3])  # the pair's are some channels of a node's five
+        with natively() if how == "native" else contextlib.nullcontext():
+            agree(pairs_and_plain(x, weights, b, stride, [(k, dilated)], True, dtype, place, 5), dtype)
 
 
 def test_kernels_without_a_middle_are_refused():
     with pytest.raises(ValueError, match="even side"): Pair(torch.zeros(3, 1, 4, 4), torch.zeros(2, 3, 1, 1))
-    with pytest.raises(ValueError, match="other channels than 6"): pairs(torch.zeros(2, 6, 4, 4), [Pair(torch.zeros(3, 1, 3, 3), torch.zeros(2, 3, 1, 1))], 2)
+    odd = Pair(torch.zeros(3, 1, 3, 3), torch.zeros(2, 3, 1, 1))
+    with pytest.raises(ValueError, match="other channels than 6"): pairs(torch.zeros(2, 6, 4, 4), [odd], 2)
 
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_weighted_sums(n):
-    maps, f = [draw(4, 3, 2, 2, seed=i).requires_grad_() for i in range(n)], draw(n, 1, 1, 1, seed=9).flatten().requires_grad_()
+    maps = [draw(4, 3, 2, 2, seed=i).requires_grad_() for i in range(n)]
+    f = draw(n, 1, 1, 1, seed=9).flatten().requires_grad_()
     y, weight = weighted_sum([widen(x, 2) for x in maps], f), draw(4, 3, 2, 2, seed=7)
     (narrow(y, 2) * weight).sum().backward()
     torch.testing.assert_close(narrow(y, 2), sum(k * x for k, x in zip(f, maps)))
@@ -148,7 +154,8 @@ def difference(net, x):
         twin.engine = engine
         y = twin(x)
         (y**2).mean().backward()
-        seen.append([y.detach()] + [p.grad for p in twin.parameters() if p.grad is not None] + [v for c in twin.cells for v in (c.mean, c.var)])
+        seen.append([y.detach()] + [p.grad for p in twin.parameters() if p.grad is not None]
+                    + [v for c in twin.cells for v in (c.mean, c.var)])
     assert len(seen[0]) == len(seen[1])
     return max(float((a - b).norm() / a.norm().clamp(min=1e-8)) for a, b in zip(*seen) if len(a.flatten()))
 
@@ -191,7 +198,8 @@ def test_operations_with_larger_kernels(dtype, tol, named):
         assert all(map(plan_of, net.cells))
         y, aux = net(x)
         (y.square().mean() + aux.square().mean()).backward()
-        found.append([y.detach(), aux.detach(), *(torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters())])  # no operation may read an input
+        grads = (torch.zeros_like(p) if p.grad is None else p.grad for p in net.parameters())  # an input may be unread
+        found.append([y.detach(), aux.detach(), *grads])
     assert max(float((a - b).norm() / a.norm().clamp(min=1e-6)) for a, b in zip(*found)) <= tol
 
 
@@ -302,8 +310,10 @@ def test_bfloat16_leaves_masks_gates_and_statistics_in_float32():
         twin.engine = FastEngine(Compute(amp=amp))
         y = twin(x)
         y.square().mean().backward()
-        assert y.dtype == torch.float and all(p.grad.dtype == torch.float for p in twin.parameters() if p.grad is not None)
-        seen.append((y.detach(), twin.strengths().detach(), twin.cells[0].gates(twin.thresholds(0)[0]).detach(), twin.cells[0].mean))
+        assert y.dtype == torch.float
+        assert all(p.grad.dtype == torch.float for p in twin.parameters() if p.grad is not None)
+        gates = twin.cells[0].gates(twin.thresholds(0)[0])
+        seen.append((y.detach(), twin.strengths().detach(), gates.detach(), twin.cells[0].mean))
     assert torch.equal(seen[0][1], seen[1][1]) and torch.equal(seen[0][2], seen[1][2])
     assert seen[1][3].dtype == torch.float
     assert 0 < (seen[0][0] - seen[1][0]).norm() < 0.1 * seen[0][0].norm()

@@ -25,8 +25,8 @@ from mgdarts.views.theme import empty, legend, op_legend, sign
 def epoch(n, stage="stage 1", phase="joint", **kw):
     thresholds = dict.fromkeys(GRANULARITIES, None if phase == "warm-up" else .4)
     retention = dict.fromkeys(GRANULARITIES, 1.) | {"weight": None}
-    return {"type": "epoch", "step": n, "epoch": n, "stage": stage, "loss": 1., "phase": phase, "ce": 1., "val_loss": 1.1,
-            "train_acc": 50., "val_acc": None, "params": 5000 - n, "target": 1e3, "lambda": 0.,
+    return {"type": "epoch", "step": n, "epoch": n, "stage": stage, "loss": 1., "phase": phase, "ce": 1.,
+            "val_loss": 1.1, "train_acc": 50., "val_acc": None, "params": 5000 - n, "target": 1e3, "lambda": 0.,
             "retention": retention, "thresholds": thresholds} | kw
 
 
@@ -96,7 +96,8 @@ def test_labels_and_stages_are_escaped():
 def test_operations_of_a_space_look_different():
     for spec in (NetSpec, MobileSpec):
         looks = [legend(name) for name in spec.ops]
-        assert len({(look.colour, look.marker) for look in looks}) == len({look.label for look in looks}) == len(spec.ops)
+        signs, labels = {(look.colour, look.marker) for look in looks}, {look.label for look in looks}
+        assert len(signs) == len(labels) == len(spec.ops)
 
 
 def test_new_operations_have_a_look_that_stays():
@@ -109,7 +110,8 @@ def test_new_operations_have_a_look_that_stays():
 
 
 def test_open_signs_are_lines():
-    assert sign(legend("skip_connect"), [9, 0])["line"]["width"] == [1.5, 0] and sign(legend("max_pool_3x3"))["line"]["width"] == 0
+    assert sign(legend("skip_connect"), [9, 0])["line"]["width"] == [1.5, 0]
+    assert sign(legend("max_pool_3x3"))["line"]["width"] == 0
 
 
 # --- cells
@@ -131,7 +133,8 @@ def test_cells_show_every_operation_once(space):
 def test_titles_of_cells():
     a = darts()
     assert [t.text for t in cells(a, 2).layout.annotations] == [cell_title(a, c) for c in range(3)]
-    assert cell_title(a, 1).startswith("cell 1 (reduction), width ") and cell_title(a, 1).endswith(f", {len(a.cells[1].ops)} ops")
+    title = cell_title(a, 1)
+    assert title.startswith("cell 1 (reduction), width ") and title.endswith(f", {len(a.cells[1].ops)} ops")
     assert cell_title(mobile(), 0, short=True) == "cell 0 ↓2, 3 ops"
 
 

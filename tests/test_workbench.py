@@ -438,7 +438,8 @@ def test_a_failed_search_says_why(tmp_path):
 
 
 def test_the_core_needs_no_widgets():
-    names = "inspector", "replay", "compare", "animation", "report", "save", "pictures", "branch", "stepper", "words", "answers"
+    names = ("inspector", "replay", "compare", "animation", "report", "save", "pictures", "branch", "stepper", "words",
+             "answers")
     code = ("import sys; sys.modules['ipywidgets'] = sys.modules['anywidget'] = None; "
             f"import mgdarts.runs.run, mgdarts.cli.main, {', '.join('mgdarts.views.' + n for n in names)}")
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
