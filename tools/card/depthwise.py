@@ -1,6 +1,8 @@
-"""Depthwise convolution for maps that lie channels last, and its two gradients, in Triton. Each map may be read several times (`copies`) without being repeated.
+"""Depthwise convolution for maps that lie channels last, and its two gradients, in Triton.
 
-Input [N, 2C or C', H, W]; with `copies` > 1 the input is two maps of C channels, the result 2 * copies maps in the order (map, copy, channel). Undilated or dilated, stride 1, sides kept.
+Each map may be read several times (`copies`) without being repeated. Input [N, 2C or C', H, W]; with `copies` > 1 the
+input is two maps of C channels, the result 2 * copies maps in the order (map, copy, channel). Undilated or dilated,
+stride 1, sides kept.
 """
 import torch
 import torch.nn.functional as F
@@ -9,10 +11,11 @@ import triton.language as tl
 
 
 @triton.jit
-def _forward(x, w, y, P, H, W, CIN, O, C, COPIES, K: tl.constexpr, DIL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _forward(x, w, y, P, H, W, CIN, COUT, C, COPIES, K: tl.constexpr, DIL: tl.constexpr,
+             BP: tl.constexpr, BC: tl.constexpr):
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     o = tl.program_id(1) * BC + tl.arange(0, BC)
-    row, col, there = (p // W) % H, p % W, o < O
+    row, col, there = (p // W) % H, p % W, o < COUT
     src = (o // (C * COPIES)) * C + o % C
     total = tl.zeros((BP, BC), tl.float32)
     for dy in tl.static_range(K):
@@ -20,13 +23,15 @@ def _forward(x, w, y, P, H, W, CIN, O, C, COPIES, K: tl.constexpr, DIL: tl.const
             r, c = row + (dy - K // 2) * DIL, col + (dx - K // 2) * DIL
             ok = (r >= 0) & (r < H) & (c >= 0) & (c < W) & (p < P)
             at = p + ((dy - K // 2) * W + (dx - K // 2)) * DIL
-            v = tl.load(x + at[:, None] * CIN + src[None, :], mask=ok[:, None] & there[None, :], other=0.0).to(tl.float32)
-            total += v * tl.load(w + o * (K * K) + dy * K + dx, mask=there, other=0.0).to(tl.float32)[None, :]
-    tl.store(y + p[:, None] * O + o[None, :], total.to(y.dtype.element_ty), mask=(p < P)[:, None] & there[None, :])
+            v = tl.load(x + at[:, None] * CIN + src[None, :], mask=ok[:, None] & there[None, :], other=0.0)
+            k = tl.load(w + o * (K * K) + dy * K + dx, mask=there, other=0.0)
+            total += v.to(tl.float32) * k.to(tl.float32)[None, :]
+    tl.store(y + p[:, None] * COUT + o[None, :], total.to(y.dtype.element_ty), mask=(p < P)[:, None] & there[None, :])
 
 
 @triton.jit
-def _input(g, w, d, P, H, W, CIN, O, C, COPIES: tl.constexpr, K: tl.constexpr, DIL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _input(g, w, d, P, H, W, CIN, COUT, C, COPIES: tl.constexpr, K: tl.constexpr, DIL: tl.constexpr,
+           BP: tl.constexpr, BC: tl.constexpr):
     p = tl.program_id(0) * BP + tl.arange(0, BP)
     i = tl.program_id(1) * BC + tl.arange(0, BC)
     row, col, there = (p // W) % H, p % W, i < CIN
@@ -38,58 +43,69 @@ def _input(g, w, d, P, H, W, CIN, O, C, COPIES: tl.constexpr, K: tl.constexpr, D
                 r, c = row - (dy - K // 2) * DIL, col - (dx - K // 2) * DIL
                 ok = (r >= 0) & (r < H) & (c >= 0) & (c < W) & (p < P)
                 at = p - ((dy - K // 2) * W + (dx - K // 2)) * DIL
-                v = tl.load(g + at[:, None] * O + o[None, :], mask=ok[:, None] & there[None, :], other=0.0).to(tl.float32)
-                total += v * tl.load(w + o * (K * K) + dy * K + dx, mask=there, other=0.0).to(tl.float32)[None, :]
+                v = tl.load(g + at[:, None] * COUT + o[None, :], mask=ok[:, None] & there[None, :], other=0.0)
+                k = tl.load(w + o * (K * K) + dy * K + dx, mask=there, other=0.0)
+                total += v.to(tl.float32) * k.to(tl.float32)[None, :]
     tl.store(d + p[:, None] * CIN + i[None, :], total.to(d.dtype.element_ty), mask=(p < P)[:, None] & there[None, :])
 
 
 @triton.jit
-def _weight(g, x, d, P, H, W, CIN, O, C, COPIES, SPAN, K: tl.constexpr, DIL: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr):
+def _weight(g, x, d, P, H, W, CIN, COUT, C, COPIES, SPAN, K: tl.constexpr, DIL: tl.constexpr,
+            BP: tl.constexpr, BC: tl.constexpr):
     "A sum over SPAN pixels for one tap; the parts are added afterwards, always in the same order."
     o = tl.program_id(0) * BC + tl.arange(0, BC)
     part, tap = tl.program_id(1), tl.program_id(2)
-    dy, dx, there = tap // K - K // 2, tap % K - K // 2, o < O
+    dy, dx, there = tap // K - K // 2, tap % K - K // 2, o < COUT
     src = (o // (C * COPIES)) * C + o % C
     total = tl.zeros((BP, BC), tl.float32)
     for start in range(0, SPAN, BP):
         p = part * SPAN + start + tl.arange(0, BP)
         r, c = (p // W) % H + dy * DIL, p % W + dx * DIL
         ok = ((r >= 0) & (r < H) & (c >= 0) & (c < W) & (p < P))[:, None] & there[None, :]
-        total += tl.load(g + p[:, None] * O + o[None, :], mask=ok, other=0.0).to(tl.float32) * tl.load(x + (p + (dy * W + dx) * DIL)[:, None] * CIN + src[None, :], mask=ok, other=0.0).to(tl.float32)
-    tl.store(d + (part * K * K + tap) * O + o, tl.sum(total, 0), mask=there)
+        at = p + (dy * W + dx) * DIL
+        u = tl.load(g + p[:, None] * COUT + o[None, :], mask=ok, other=0.0)
+        v = tl.load(x + at[:, None] * CIN + src[None, :], mask=ok, other=0.0)
+        total += u.to(tl.float32) * v.to(tl.float32)
+    tl.store(d + (part * K * K + tap) * COUT + o, tl.sum(total, 0), mask=there)
 
 
 def _dense(x): return x.contiguous(memory_format=torch.channels_last)
-def _empty(n, c, like): return torch.empty((n, c, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 def _blocks(c): return min(64, triton.next_power_of_2(c))
+def _channels(cin, copies): return cin // (2 if copies > 1 else 1)
+
+
+def _empty(n, c, like):
+    return torch.empty((n, c, *like.shape[2:]), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def forward(x, w, dil, copies):
-    x, (n, cin, h, wide), O = _dense(x), x.shape, len(w)
-    y, bc = _empty(n, O, x), _blocks(O)
+    x, (n, cin, h, wide), cout = _dense(x), x.shape, len(w)
+    y, bc, pixels = _empty(n, cout, x), _blocks(cout), n * h * wide
     bp = 4096 // bc
-    _forward[(triton.cdiv(n * h * wide, bp), triton.cdiv(O, bc))](x, w.contiguous(), y, n * h * wide, h, wide, cin, O, cin // (2 if copies > 1 else 1), copies, w.shape[-1], dil, bp, bc)
+    sizes = pixels, h, wide, cin, cout, _channels(cin, copies), copies
+    _forward[(triton.cdiv(pixels, bp), triton.cdiv(cout, bc))](x, w.contiguous(), y, *sizes, w.shape[-1], dil, bp, bc)
     return y
 
 
 def input_gradient(g, w, dil, copies):
-    g, (n, O, h, wide) = _dense(g), g.shape
-    cin = O // copies
+    g, (n, cout, h, wide) = _dense(g), g.shape
+    cin, pixels = cout // copies, n * h * wide
     d, bc = _empty(n, cin, g), _blocks(cin)
     bp = 4096 // bc
-    _input[(triton.cdiv(n * h * wide, bp), triton.cdiv(cin, bc))](g, w.contiguous(), d, n * h * wide, h, wide, cin, O, cin // (2 if copies > 1 else 1), copies, w.shape[-1], dil, bp, bc)
+    sizes = pixels, h, wide, cin, cout, _channels(cin, copies), copies
+    _input[(triton.cdiv(pixels, bp), triton.cdiv(cin, bc))](g, w.contiguous(), d, *sizes, w.shape[-1], dil, bp, bc)
     return d
 
 
 def weight_gradient(g, x, w, dil, copies):
-    g, x, (n, cin, h, wide), O, k = _dense(g), _dense(x), x.shape, len(w), w.shape[-1]
-    bc = min(32, triton.next_power_of_2(O))
+    g, x, (n, cin, h, wide), cout, k = _dense(g), _dense(x), x.shape, len(w), w.shape[-1]
+    bc, pixels = min(32, triton.next_power_of_2(cout)), n * h * wide
     bp = 2048 // bc
-    P = n * h * wide
-    span = triton.cdiv(triton.cdiv(P, 32), bp) * bp  # up to 32 parts
-    parts = triton.cdiv(P, span)
-    d = torch.empty((parts, k * k, O), dtype=torch.float32, device=x.device)
-    _weight[(triton.cdiv(O, bc), parts, k * k)](g, x, d, P, h, wide, cin, O, cin // (2 if copies > 1 else 1), copies, span, k, dil, bp, bc)
+    span = triton.cdiv(triton.cdiv(pixels, 32), bp) * bp  # up to 32 parts
+    parts = triton.cdiv(pixels, span)
+    d = torch.empty((parts, k * k, cout), dtype=torch.float32, device=x.device)
+    sizes = pixels, h, wide, cin, cout, _channels(cin, copies), copies, span
+    _weight[(triton.cdiv(cout, bc), parts, k * k)](g, x, d, *sizes, k, dil, bp, bc)
     return d.sum(0).t().reshape(w.shape).to(w.dtype)
 
 
@@ -119,5 +135,6 @@ def check(x, w, dil, copies: int = 1) -> float:
     c, d = (t.detach().clone().requires_grad_() for t in (x, w))
     got = depthwise(c, d, dil, copies)
     g = torch.randn(want.shape, generator=torch.Generator().manual_seed(2)).to(got)
-    pairs = [(got, want), *zip(torch.autograd.grad(got, (c, d), g), torch.autograd.grad(want, (a, b), g.double()))]
-    return max(float((p.detach().double() - q.detach()).norm() / q.detach().norm()) for p, q in pairs)
+    gradients = zip(torch.autograd.grad(got, (c, d), g), torch.autograd.grad(want, (a, b), g.double()))
+    return max(float((p.detach().double() - q.detach()).norm() / q.detach().norm())
+               for p, q in [(got, want), *gradients])
