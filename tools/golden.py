@@ -1,9 +1,9 @@
 """What every method does at preset `smoke`, as checksums: they show that a change of structure changed no decision.
 
-    python tools/golden.py record              # into tests/golden.json, with the processor and the commit they belong to
-    python tools/golden.py check [METHOD ...]  # search again and compare; exit code 1 where something differs
-    python tools/golden.py begin FOLDER        # searches cut off in the middle, to be finished by a later version
-    python tools/golden.py finish FOLDER       # resume copies of them and compare
+    python tools/golden.py record             # into tests/golden.json, with the processor and the commit they are of
+    python tools/golden.py check [NAME ...]   # search again and compare; exit code 1 where something differs
+    python tools/golden.py begin FOLDER       # searches cut off in the middle, to be finished by a later version
+    python tools/golden.py finish FOLDER [NAME ...]  # resume copies of them and compare
 
 Floating-point sums depend on the processor: on another one, `record` first at the commit that tests/golden.json names
 (PYTHONPATH may point to a checkout of it).
@@ -24,14 +24,19 @@ HERE = Path(__file__).resolve().parent.parent
 FILE = HERE / "tests" / "golden.json"
 METHODS = ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas", "beta-darts", "dass",
            "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
+
+
+def settings(*changes): return [word for change in changes for word in ("--set", change)]
+
+
 # name -> settings of the search; retraining of two of them covers the discrete networks, too
 RUNS = {m: ["--method", m] for m in METHODS} | {
-    "mg-darts mobilenet": ["--set", "space.kind=mobilenet"],
-    "mg-darts reference": ["--set", "compute.impl=reference", "--set", "search.max_epochs=12", "--set", "search.target_m=0.02"],
-    "mobilenet reference": ["--set", "space.kind=mobilenet", "--set", "compute.impl=reference", "--set", "search.max_epochs=8"],
-    "mg-darts second": ["--set", "cells=5", "--set", "space.channels=6", "--set", "search.target_m=0.02", "--set", "seed=3"]}
-TRAINED = {"mg-darts": ["--preset", "smoke", "--set", "train.epochs=3", "--set", "train.aux_weight=0.4", "--set", "train.drop_path=0.2"],
-           "mg-darts mobilenet": ["--preset", "smoke", "--set", "train.epochs=3"]}
+    "mg-darts mobilenet": settings("space.kind=mobilenet"),
+    "mg-darts reference": settings("compute.impl=reference", "search.max_epochs=12", "search.target_m=0.02"),
+    "mobilenet reference": settings("space.kind=mobilenet", "compute.impl=reference", "search.max_epochs=8"),
+    "mg-darts second": settings("cells=5", "space.channels=6", "search.target_m=0.02", "seed=3")}
+TRAINED = {"mg-darts": settings("train.epochs=3", "train.aux_weight=0.4", "train.drop_path=0.2"),
+           "mg-darts mobilenet": settings("train.epochs=3")}
 CLOCK = ("time", "wall_s", "seconds")
 MAIN = ("import importlib\n"
         "for name in ('mgdarts.cli.main', 'mgdarts.runs.cli', 'mgdarts.cli'):\n"
@@ -74,7 +79,8 @@ def done(name, folder):
     subprocess.run(search(name, run), capture_output=True)  # 1: ended without reaching its target
     found = sums(run)
     if name in TRAINED:
-        subprocess.run(command("train", run, *TRAINED[name], "--out", folder / "train"), check=True, capture_output=True)
+        train = command("train", run, "--preset", "smoke", *TRAINED[name], "--out", folder / "train")
+        subprocess.run(train, check=True, capture_output=True)
         found["train"] = sha(events(folder / "train"))
         shutil.rmtree(folder / "train")
     return found
@@ -98,7 +104,8 @@ def record(_):
 def golden():
     known = json.loads(FILE.read_text("utf-8"))
     if any(known[k] != v for k, v in machine().items()):
-        sys.exit(f"{FILE.name} was recorded with {known['cpu']} and torch {known['torch']}: record at {known['commit'][:9]} first")
+        sys.exit(f"{FILE.name} was recorded with {known['cpu']} and torch {known['torch']}: "
+                 f"record at {known['commit'][:9]} first")
     return known["runs"]
 
 
@@ -143,7 +150,7 @@ def finish(args):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("do", choices=("record", "check", "begin", "finish"))
-    parser.add_argument("what", nargs="*", help="methods, or a folder")
+    parser.add_argument("what", nargs="*", help="names of runs, or a folder and names")
     args = parser.parse_args()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     {"record": record, "check": check, "begin": begin, "finish": finish}[args.do](args)

@@ -6,7 +6,7 @@ from statistics import median
 
 COLUMNS, CELL, TYPICAL, FILE = 120, 60, 12, 500
 EXPORT = re.compile(r"^#\|\s*exports?i?\b", re.M)
-SOURCES = ("mgdarts/**/*", "tests/*.py", "tools/*.py")  # recordings in tests/oracles have the size that they have
+SOURCES = ("mgdarts/**/*", "tests/*.py", "tools/**/*.py")  # recordings in tests/oracles have the size that they have
 LANGUAGES = {".py": "#", ".cpp": "//", ".cu": "//", ".js": "//", ".css": "/*"}
 
 
