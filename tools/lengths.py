@@ -43,14 +43,15 @@ def code_lines(name: str, lines: list) -> int:
 def long_prose(root: Path) -> list:
     """Lines of Markdown that are wider than the page: (columns, notebook, number of the cell, the line).
 
-    Rows of tables stay on one line, and the address of a link or picture is not counted: neither can be broken.
+    Rows of tables stay on one line, and the address of a link or picture is not counted: neither can be broken. A
+    chapter's summary, `> ...`, becomes the docstring of its module, between quotes.
     """
     found = []
     for name, cells in notebooks(root).items():
         for i, cell in enumerate(cells):
             if cell["cell_type"] != "markdown": continue
             for line in "".join(cell["source"]).splitlines():
-                columns = len(re.sub(r"\]\([^)]*\)", "]()", line))
+                columns = len(re.sub(r"\]\([^)]*\)", "]()", line)) + 4 * line.startswith("> ")
                 if columns > COLUMNS and not line.lstrip().startswith("|"): found.append((columns, name, i, line))
     return found
 

@@ -155,9 +155,9 @@ class Search:
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
         "(Table IX); alpha on other images than the weights, to first or second order; or nothing",
-                             choices=SCHEDULES)
-    granularities: tuple = knob(("operation", "filter",
-        "weight"), "what is searched (Table VIII)", choices=("operation", "filter", "weight"))
+        choices=SCHEDULES)
+    granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
+        choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
         "(paper); each under the smallest of its own units; or 0 (authors' code)", choices=("min", "own", "zero"))
     threshold_margin: float = knob(0.1, "how far under the smallest live unit thresholds start, as a share of it",
@@ -218,7 +218,7 @@ class Rules:
     "What a search is composed of."
     relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; "
         "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
-                           choices=STRENGTHS)
+        choices=STRENGTHS)
     zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
     edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)",
@@ -237,8 +237,7 @@ class Rules:
         "no head (GOLD-NAS: 0.4)", 0.0, 10.0)
     discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against "
         "a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and "
-        "error with a zero-cost score; the best of some random nets",
-                            choices=DECISIONS)
+        "error with a zero-cost score; the best of some random nets", choices=DECISIONS)
     share_min: float = knob(0.01, "share of a node at which an operation is pruned", 0.0, 1.0)
     share_max: float = knob(0.05, "share under which the weakest operations may be pruned", 0.0, 1.0)
     share_n: int = knob(4, "how many of those at once", 0, 1000)

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/fast/mobile.ipynb #03ab1c39
 from __future__ import annotations
-import torch, torch.nn.functional as F
+import torch.nn.functional as F
 from torch import Tensor
 from ..net.cell import Cell
 from ..space.layers import depthwise
@@ -17,7 +17,7 @@ __all__ = ['LayerPlan', 'plan_layer', 'squeeze_excite', 'fused']
 
 # %% ../../nbs/fast/mobile.ipynb #7630db08
 class LayerPlan:
-    "The batch norms of a layer in the order in which they are computed: before the depthwise convolutions, after, last."
+    "The batch norms of a layer in the order of computation: before the depthwise convolutions, after them, last."
     def __init__(self, cell: Cell):
         whole, (self.ops,) = filters(cell), cell.nodes.values()
         self.groups = Groups.of(cell, [[whole[i] for i in g] for g in zip(*(op.gates for op in self.ops))])
@@ -51,7 +51,7 @@ def fused(cell: Cell, plan: LayerPlan, x: Tensor, # [N, cin, H, W]
     def views(v, g): return [w.view(s) for w, s in zip(v.split(cell.sizes[g]), cell.shapes[g])]
     searched, plain, (op, *_) = views(omega, "omega"), views(cell.plain, "plain"), plan.ops
     kernels = [op.kernels for op in plan.ops]
-    blocks = [(searched[i], searched[d], [plain[f] for f in few], searched[l]) for i, d, *few, l in kernels]
+    blocks = [(searched[i], searched[d], [plain[f] for f in few], searched[o]) for i, d, *few, o in kernels]
     norms, relu = GroupNorms(cell, plan.groups, plan.index, alpha, gate, 1), op.operation.act == "relu"
     def act(ys): return ys if relu else map(F.hardswish, ys)
     wide = norms(0, [F.conv2d(x, first) for first, *_ in blocks], relu)

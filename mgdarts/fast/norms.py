@@ -148,7 +148,7 @@ def normalise(maps: list, # [N/B, B F_i, H, W] each
               index: Tensor, # [sum of B F_i] int64, from `spread_index`
               b: int, training: bool,
               relu: bool = False, # after each
-              reuse: bool = False # the maps are nobody else's: the backward pass (there can then be one only) may write there
+              reuse: bool = False # nobody else has the maps: the backward pass (then the only one) may write there
              )->tuple: # (maps, [sum of F_i] means, [sum of F_i] variances), of this batch when training
     "Compute batch norms of many maps of as many pixels."
     if native(maps[0]):

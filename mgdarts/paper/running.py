@@ -133,10 +133,10 @@ def _orphaned(parent: int):
 def _worker(todo, done, folder, parent, work):
     if hasattr(os, "setsid"): os.setsid() # an interrupt of the terminal is for the one who waits
     threading.Thread(target=_orphaned, args=(parent,), daemon=True).start()
-    for i, job in (pair for group in iter(todo.get, None) for pair in group):
+    for i, task in (pair for group in iter(todo.get, None) for pair in group):
         done.put((i, None, os.getpid(), 0.)) # begun
         start = time.time()
-        try: why = attempt(work, job, folder)
+        try: why = attempt(work, task, folder)
         except Stopped: return
         done.put((i, why, os.getpid(), time.time() - start))
 

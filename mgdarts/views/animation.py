@@ -4,7 +4,6 @@
 
 # %% ../../nbs/views/animation.ipynb #9d419ceb
 from __future__ import annotations
-import math
 from pathlib import Path
 import plotly.graph_objects as go
 from .page import asset, report, write_page
@@ -40,7 +39,8 @@ def _go(**how)->dict: # of plotly's `animate`
 def _slider(rep: Replay, moments: list)->dict:
     "Make a slider over moments."
     jump = _go(frame={"duration": 0, "redraw": True})
-    steps = [{"method": "animate", "label": rep[i].label.removeprefix("epoch "), "args": [[str(i)], jump]} for i in moments]
+    steps = [{"method": "animate", "label": rep[i].label.removeprefix("epoch "), "args": [[str(i)], jump]}
+             for i in moments]
     return {"steps": steps, "active": len(steps) - 1, "pad": {"t": 14, "l": 170}, "ticklen": 0, "tickcolor": CLEAR,
             "currentvalue": {"prefix": "epoch ", "font": {"size": 13, "color": GREY}}, "borderwidth": 1,
             "font": {"size": 1, "color": CLEAR}, "bgcolor": GREY, "bordercolor": GREY, "activebgcolor": RING}

@@ -100,8 +100,8 @@ def overlay(searches: dict, # name -> events of a search
                  "marker": {"symbol": RUN_SYMBOLS[i % 5], "size": 5}, "name": html.escape(name)}
         for row, (_, value, said) in enumerate((CURVES[w] for w in what), 1):
             line = series(es, value)
-            fig.add_scatter(**line, **style, mode="lines+markers" if len(line["x"]) <= 60 else "lines",
-                            showlegend=row == 1, hovertemplate=f"{said} {html.escape(name)}<extra></extra>", row=row, col=1)
+            fig.add_scatter(**line, **style, mode="lines+markers" if len(line["x"]) <= 60 else "lines", row=row, col=1,
+                            showlegend=row == 1, hovertemplate=f"{said} {html.escape(name)}<extra></extra>")
     theme(fig, 220 * len(what) + 60, 30 + 22 * (1 + len(epochs) // 5)).update_yaxes(rangemode="tozero")
     for row, w in enumerate(what, 1): fig.update_yaxes(title_text=CURVES[w][0], row=row, col=1)
     end = max(es[-1]["epoch"] + 1 for es in epochs.values())
@@ -147,18 +147,20 @@ def pareto(rows: list, # of `list_runs`
     for p in points: pairs.setdefault(id(p[2]), []).append(p)
     joined = [q for pair in pairs.values() if len(pair) == 2 for q in (*pair, (None, None))]
     best = [points[i] for i in front([p[:2] for p in points])]
-    lines = [(joined, {"width": 1, "dash": "dot"}, "")] * bool(joined) + [(best, {"width": 2, "shape": "hv"}, "Pareto front")]
+    lines = [(joined, {"width": 1, "dash": "dot"}, "")] * bool(joined)
+    lines += [(best, {"width": 2, "shape": "hv"}, "Pareto front")]
     for of_, line, name in lines:
         fig.add_scatter(x=[p[0] for p in of_], y=[p[1] for p in of_], mode="lines", line={"color": GREY, **line},
                         name=name, showlegend=bool(name), hoverinfo="skip")
     for i, ((kind, label), group) in enumerate(groups.items()):
         text = [f"<b>{html.escape(Path(r['run']).name)}</b> {html.escape(label)}<br>{a:.4g} M, {b:.2f} %<br>"
                 f"{html.escape(str(r.get('dataset', '')))}, seed {r.get('seed')}" for a, b, r in group]
-        sign = {"symbol": RUN_SYMBOLS[i % 4], "color": RUN_COLOURS[i % 4]} if kind == "searched" else {"symbol": "x", "color": GREY}
+        symbol, colour = (RUN_SYMBOLS[i % 4], RUN_COLOURS[i % 4]) if kind == "searched" else ("x", GREY)
         fig.add_scatter(x=[p[0] for p in group], y=[p[1] for p in group], mode="markers", name=html.escape(label),
-                        marker={"size": 10, **sign}, hovertext=text, hoverinfo="text")
+                        marker={"size": 10, "symbol": symbol, "color": colour}, hovertext=text, hoverinfo="text")
     kind = {"test_acc": "test", "val_acc": "validation"}[accuracy]
-    return theme(fig, 420, 50, "closest").update_xaxes(title_text=SIZES[size]).update_yaxes(title_text=f"{kind} accuracy (%)")
+    theme(fig, 420, 50, "closest").update_xaxes(title_text=SIZES[size])
+    return fig.update_yaxes(title_text=f"{kind} accuracy (%)")
 
 # %% ../../nbs/views/compare.ipynb #53f47eed
 ROW_KEYS = ("method", "preset", "dataset", "seed", "status", "ops", "params_nonzero", "params_deployable", "test_acc",

@@ -48,11 +48,13 @@ def _cell(a: Architecture, b: Architecture, c: int)->dict:
 def difference(a: Architecture, b: Architecture)->dict: # JSON-ready
     "Say what two architectures share, and what only one of them has. `InputError` if they are of different spaces."
     if a.spec.kind != b.spec.kind:
-        raise InputError(f"{a.name} is of the space {a.spec.kind}, {b.name} of {b.spec.kind}: they have no operation in common")
+        raise InputError(f"{a.name} is of the space {a.spec.kind}, {b.name} of {b.spec.kind}: they have no operation "
+                         "in common")
     cells = [_cell(a, b, c) for c in range(max(len(a.cells), len(b.cells)))]
     n = {k: sum(len(cell[k]) for cell in cells) for k in ("only_a", "only_b", "both")}
     sizes = [{k: counts(x)[k] for k in ("params_nonzero", "params_deployable", "macs", "ops")} for x in (a, b)]
-    return {"a": a.name, "b": b.name, **n, "shared": n["both"] / max(1, sum(n.values())), "cells": cells, "sizes": sizes}
+    shared = n["both"] / max(1, sum(n.values()))
+    return {"a": a.name, "b": b.name, **n, "shared": shared, "cells": cells, "sizes": sizes}
 
 # %% ../../nbs/views/difference.ipynb #2650d5de
 def difference_table(d: dict # from `difference`
@@ -82,7 +84,8 @@ def _draw(fig, a: Architecture, b: Architecture, cell: dict, # from `difference`
     "Draw a cell of both."
     c, graph, looks = cell["cell"], a.spec.graph, {}
     for kind, (label, colour, dash) in ONLY.items():
-        for o in cell[kind]: looks[o["op"], o["src"], o["dst"]] = Look(_said(o, label), 1 if kind == "both" else 3, colour, dash)
+        for o in cell[kind]:
+            looks[o["op"], o["src"], o["dst"]] = Look(_said(o, label), 1 if kind == "both" else 3, colour, dash)
     ops = {unit_of(x.spec, op): op for x in (b, a) if c < len(x.cells) for op in x.cells[c].ops}
     ordered = tuple(ops[k] for k in sorted(ops))
     draw_cell(fig, ArchCell(ordered, tuple(cell["widths_a"] or cell["widths_b"])), graph, c,

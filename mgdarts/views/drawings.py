@@ -100,8 +100,9 @@ def _signs(fig, drawn, small, at):
             for t in (4, 7, 10, 13, 16))
     for (name, colour, ring), points in marks.items():
         x, y, text, top = zip(*points)
+        marker = sign(legend(name), [(6 if small else 9) * t for t in top], colour)
         fig.add_scatter(x=x, y=y, mode="markers", hovertext=text, hoverinfo="text", name=name, legendgroup=name,
-                        showlegend=False, marker=sign(legend(name), [(6 if small else 9) * t for t in top], colour), **at)
+                        showlegend=False, marker=marker, **at)
         if not ring: continue
         fig.add_scatter(x=[v for v, t in zip(x, top) if t], y=[v for v, t in zip(y, top) if t], mode="markers",
                         name="grown back", legendgroup=name, showlegend=False, hoverinfo="skip",

@@ -64,7 +64,8 @@ def describe(view: View, unit: tuple, off=None)->str:
     if status == "pruned": return text
     if not view.warmup: text += f" (threshold {float(view.thresholds['t_alpha'][unit]):.3f})"
     filters, filters0, weights, weights0, _ = row_of(view, unit)
-    return text + (f", filters {filters} of {filters0}, weights {weights / weights0:.1%} of {weights0:,}" if weights0 else "")
+    if not weights0: return text
+    return text + f", filters {filters} of {filters0}, weights {weights / weights0:.1%} of {weights0:,}"
 
 # %% ../../nbs/views/pictures.ipynb #e001c680
 def _levels(graph: Graph)->list: # one an edge, from 1
@@ -118,7 +119,8 @@ def _state(s: int, inputs: int, x: float, mid: float)->str:
     "Draw a state: squares are inputs."
     shape = (f'<rect x="{x - 12:g}" y="{mid - 12:g}" width="24" height="24" rx="3" fill="#5b626b"/>' if s < inputs else
              f'<circle cx="{x:g}" cy="{mid:g}" r="13" fill="#5b626b"/>')
-    return f'<g>{shape}<text x="{x:g}" y="{mid + 4:g}" text-anchor="middle" style="fill:#fff" font-size="12">{s}</text></g>'
+    name = f'<text x="{x:g}" y="{mid + 4:g}" text-anchor="middle" style="fill:#fff" font-size="12">{s}</text>'
+    return f"<g>{shape}{name}</g>"
 
 # %% ../../nbs/views/pictures.ipynb #1495fb84
 def cell_svg(view: View, c: int, # cell
@@ -128,7 +130,8 @@ def cell_svg(view: View, c: int, # cell
     graph, at = view.spec.graph, strands(view.spec.graph, len(view.spec.ops))
     mid, step = max(map(abs, at.values())) + 24, min(640 / (graph.states - 1), 440)
     x = [360 + step * (s - (graph.states - 1) / 2) for s in range(graph.states)]
-    drawn = [(status_of(view, (c, e, o), off), _strand(view, (c, e, o), tuple(x[s] for s in graph.edges[e]), mid - h, mid, off))
+    ends = [tuple(x[s] for s in edge) for edge in graph.edges]
+    drawn = [(status_of(view, (c, e, o), off), _strand(view, (c, e, o), ends[e], mid - h, mid, off))
              for (e, o), h in at.items()]
     behind, front = ("".join(d for s, d in drawn if (s == "pruned") == pruned) for pruned in (True, False))
     states = "".join(_state(s, graph.inputs, x[s], mid) for s in range(graph.states))
@@ -203,7 +206,8 @@ def _bars(d: Distribution, colour: str)->str:
     tallest = max(max(a + b for a, b in zip(d.kept, d.going)), 1)
     def tall(n): return (FOOT - TOP) * (n / tallest) ** .5
     def bar(x, n, under, width, look):
-        return f'<rect x="{x:.1f}" y="{FOOT - tall(n):.1f}" width="{width:.1f}" height="{tall(n) - tall(under):.1f}" {look}/>'
+        size = f'width="{width:.1f}" height="{tall(n) - tall(under):.1f}"'
+        return f'<rect x="{x:.1f}" y="{FOOT - tall(n):.1f}" {size} {look}/>'
     for i, (kept, going) in enumerate(zip(d.kept, d.going)):
         x, pale = LEFT + step * i, f'fill="{colour}" fill-opacity=".3" stroke="{colour}" stroke-width=".8"'
         if kept: out.append(bar(x, kept, 0, step - .8, f'fill="{colour}"'))
@@ -221,7 +225,8 @@ def _scale(d: Distribution)->str:
 # %% ../../nbs/views/pictures.ipynb #a412246d
 def _handle(d: Distribution, g: str, value: float, moved: bool, said: str, x: float)->str:
     "Draw the handle of a threshold: a slider for pointer and keyboard."
-    facts = {"low": d.low, "high": d.high, "left": LEFT, "right": RIGHT, "width": WIDE, "value": value, "drag": g, "key": g}
+    facts = {"low": d.low, "high": d.high, "left": LEFT, "right": RIGHT, "width": WIDE,
+             "value": value, "drag": g, "key": g}
     data = " ".join(f'data-{k}="{v}"' for k, v in facts.items())
     return (f'<g class="handle" tabindex="0" role="slider" {data} aria-label="threshold on {SYMBOLS[g]}" '
             f'aria-valuemin="{d.low}" aria-valuemax="{d.high:.6g}" aria-valuenow="{value:.6g}" '
@@ -246,7 +251,8 @@ def histogram_svg(d: Distribution|None, granularity: str,
     said = "" if learned is None else f"threshold {number(learned)}"
     lines = ""
     if learned is not None:
-        lines += f'<path class="learned" d="M{x(learned):.1f} {TOP - 6}V{FOOT}" stroke="currentColor" stroke-width="1.6"/>'
+        place = f"M{x(learned):.1f} {TOP - 6}V{FOOT}"
+        lines += f'<path class="learned" d="{place}" stroke="currentColor" stroke-width="1.6"/>'
     if movable:
         moved = learned is None or abs(value - learned) > 1e-9
         said = f"threshold {number(value)}" + (f" (learned {number(learned)})" if moved and learned is not None else "")
@@ -279,6 +285,6 @@ def history_svg(x: list, y: list, # epochs, values; None: a gap
             f'stroke="{GRANULARITY_COLOURS["operation"]}" stroke-width="2"/>')
     if any(t is not None for t in thresholds):
         body += f'<path d="{_path(x, thresholds, px, py)}" fill="none" stroke="currentColor" stroke-dasharray="4 3"/>'
-    body += (f'<text x="8" y="11"><tspan font-weight="600">{label}</tspan> over epochs {first} to {max(x)}; dashed: its '
-             'threshold</text><text x="452" y="11" text-anchor="end">0 to 1</text>')
+    body += (f'<text x="8" y="11"><tspan font-weight="600">{label}</tspan> over epochs {first} to {max(x)}; dashed: '
+             'its threshold</text><text x="452" y="11" text-anchor="end">0 to 1</text>')
     return svg(WIDE, 70, body, f"{label} over epochs")

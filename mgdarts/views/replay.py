@@ -208,7 +208,9 @@ def panels(spec)->Panels:
     out.add("retention", .54, 1, 0, 170)
     for j, g in enumerate(GRANULARITY_COLOURS): out.add(g, .345 * j, .345 * j + .31, 240, 170)
     wide = (1 - gap * (k - 1)) / k
-    for c in range(n): out.add(c, (c % k) * (wide + gap), (c % k) * (wide + gap) + wide, 526 + (high + 52) * (c // k), high)
+    for c in range(n):
+        left = (c % k) * (wide + gap)
+        out.add(c, left, left + wide, 526 + (high + 52) * (c // k), high)
     return out
 
 # %% ../../nbs/views/replay.ipynb #5f66b26a
@@ -232,12 +234,12 @@ def _add_matrix(fig, spec, axes: dict, legend_too: bool):
     "Add the three traces of a cell, empty: operations, rings, text."
     edges, n = spec.graph.edges, len(spec.ops)
     looks = [legend(o) for o in spec.ops] * len(edges)
-    colours = [look.colour for look in looks]
+    colours, widths = [look.colour for look in looks], [1.5 * ("open" in look.marker) for look in looks]
     fig.add_scatter(x=list(range(n)) * len(edges), y=[e for e in range(len(edges)) for _ in range(n)], mode="markers",
                     text=[f"{legend(o).label} on {a}→{b}" for a, b in edges for o in spec.ops],
                     hovertemplate="<b>%{text}</b><br>%{customdata}<extra></extra>", showlegend=False,
                     marker={"symbol": [look.marker for look in looks], "color": colours,
-                            "line": {"width": [1.5 * ("open" in look.marker) for look in looks], "color": colours}}, **axes)
+                            "line": {"width": widths, "color": colours}}, **axes)
     fig.add_scatter(mode="markers", name="grown back", legendgroup="back", showlegend=legend_too, hoverinfo="skip",
                     marker={"symbol": "circle-open", "size": 15, "color": RING, "line": {"width": 1.5}}, **axes)
     fig.add_scatter(x=[(n - 1) / 2], y=[-1.3], mode="text", textfont={"size": 11}, showlegend=False, hoverinfo="skip",
@@ -257,8 +259,10 @@ def _add_lines(fig, epochs: list, axes: dict):
         line(lambda e: of(e, "retention", g), f"{g}s", colour, "retention", "%{y:.1%}")
 
 # %% ../../nbs/views/replay.ipynb #169a1295
-DECADES = {"range": [-5, 1], "tickvals": list(range(-5, 2)), "ticktext": ["10⁻⁵", "10⁻⁴", ".001", ".01", ".1", "1", "10"]}
-SYMBOLS_X = {"operation": ("σ(α)", {"range": [0, 1]}), "filter": ("σ(β)", {"range": [0, 1]}), "weight": ("|ω|", DECADES)}
+DECADES = {"range": [-5, 1], "tickvals": list(range(-5, 2)),
+           "ticktext": ["10⁻⁵", "10⁻⁴", ".001", ".01", ".1", "1", "10"]}
+SYMBOLS_X = {"operation": ("σ(α)", {"range": [0, 1]}), "filter": ("σ(β)", {"range": [0, 1]}),
+             "weight": ("|ω|", DECADES)}
 
 def _label(board: Panels, spec, end: int, top: float): # epochs, millions
     "Label the axes of a moment."
@@ -279,9 +283,9 @@ def _label(board: Panels, spec, end: int, top: float): # epochs, millions
         y.update(range=[len(edges) - .4, -2], tickvals=list(range(len(edges))), ticktext=[f"{a}→{b}" for a, b in edges],
                  showticklabels=c % k == 0, tickfont={"size": 10}, **bare)
         if c % k == 0 and len(edges) > 1: y.update(title_text="edge")
-        board.fig.add_annotation(text=f"cell {c}{' (reduction)' if spec.cell[c].reduction else ''}", x=sum(x.domain) / 2,
-                                 xref="paper", y=y.domain[1], yref="paper", yanchor="bottom", showarrow=False,
-                                 font={"size": 12})
+        name = f"cell {c}{' (reduction)' if spec.cell[c].reduction else ''}"
+        board.fig.add_annotation(text=name, x=sum(x.domain) / 2, xref="paper", y=y.domain[1], yref="paper",
+                                 yanchor="bottom", showarrow=False, font={"size": 12})
     board.fig.add_annotation(text="live operations · filters kept · weights kept, of each cell", x=0, xref="paper",
                              xanchor="left", y=1 - 498 / board.tall, yref="paper", yanchor="bottom", showarrow=False,
                              font={"size": 12})

@@ -87,7 +87,8 @@ class Stepper:
         self.state, self.goal, self.busy = "paused", None, True # goal: type of the event at which to pause
         self.search, self.folder, self.error, self.trace = None, None, None, ""
         self.diary, self.looking, self.seen = Diary(), False, 0 # only looking at a run, so many bytes of its record
-        self.questions, self.closed, self.leave, self.looked, self.budget = deque(), False, [], 0., 0 # budget: steps to do
+        self.questions, self.closed, self.leave, self.looked = deque(), False, [], 0.
+        self.budget = 0 # steps to do
         self.thread = threading.Thread(target=_main, args=(self,), name="mgdarts-search", daemon=True)
         self.thread.start()
         atexit.register(self.close)

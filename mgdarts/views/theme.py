@@ -61,8 +61,9 @@ class Legend:
 # %% ../../nbs/views/theme.ipynb #5ac8720e
 PALETTE = ("#EE6677", "#AA3377", "#66CCEE", "#4477AA", "#CCBB44", "#228833")
 MARKERS = ("square", "diamond", "triangle-up", "triangle-down", "circle", "cross")
-SIGNS = {"sep_conv_3x3": 0, "sep_conv_5x5": 1, "dil_conv_3x3": 2, "dil_conv_5x5": 3, "avg_pool_3x3": 4, "max_pool_3x3": 5,
-         "irb_3x3": 0, "irb_5x5": 3, "irb_7x7": 4} # known operations have a colour and the sign at the same place
+# known operations have a colour and the sign at the same place
+SIGNS = {"sep_conv_3x3": 0, "sep_conv_5x5": 1, "dil_conv_3x3": 2, "dil_conv_5x5": 3, "avg_pool_3x3": 4,
+         "max_pool_3x3": 5, "irb_3x3": 0, "irb_5x5": 3, "irb_7x7": 4}
 
 def legend(name: str # of an operation, as in files
           )->Legend:
@@ -80,8 +81,8 @@ def sign(look: Legend, size=9, # pixels; a number, or one a point
     "Describe the sign of an operation."
     colour, sizes, open_ = colour or look.colour, size if isinstance(size, list) else [size], "open" in look.marker
     lines = [1.5 if open_ and s else 0 for s in sizes]
-    width = lines if isinstance(size, list) else lines[0]
-    return {"symbol": look.marker, "size": size, "color": colour, "opacity": 1, "line": {"width": width, "color": colour}}
+    line = {"width": lines if isinstance(size, list) else lines[0], "color": colour}
+    return {"symbol": look.marker, "size": size, "color": colour, "opacity": 1, "line": line}
 
 # %% ../../nbs/views/theme.ipynb #4ba72861
 def op_legend(fig: go.Figure, names, # of operations

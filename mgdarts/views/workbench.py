@@ -10,7 +10,7 @@ from pathlib import Path
 import ipywidgets as ui
 from IPython.display import SVG, display
 from ..base.events import plain
-from ..base.options import Config, InputError, root
+from ..base.options import Config, root
 from ..runs.bench import rss_mb
 from ..runs.folder import free_name, new_folder, read_config
 from ..runs.listen import read_events
@@ -227,7 +227,8 @@ def go_on(bench, name: str = "" # of the new run; empty: any that is free
     "Go on from the what-if in a new run."
     s, name = bench.stepper, name.strip()
     if s is None or s.folder is None:
-        return say(bench, "not done: a search without a run folder cannot be copied; start it from here, or with runs.search")
+        return say(bench, "not done: a search without a run folder cannot be copied; start it from here, or with "
+                          "runs.search")
     if name and not re.fullmatch(r"[\w.-]+", name):
         return say(bench, f"not done: {name!r} is not a name: use letters, digits, dots, dashes")
     def look(search): return search.state_dict(), View(search, s.diary.regrown), len(s.diary.events)
@@ -375,7 +376,8 @@ class Workbench:
     def ask(self, name: str): ask(self, name)
     def branch(self, name: str = ""): go_on(self, name)
     def save_replay(self): save_replay(self)
-    def move(self, granularity: str, to: float): turn(self, lambda w: w.move(granularity, self.thresholds.which, float(to)))
+    def move(self, granularity: str, to: float):
+        turn(self, lambda w: w.move(granularity, self.thresholds.which, float(to)))
     def reset(self, granularity: str): turn(self, lambda w: w.reset(granularity))
 
     def _ipython_display_(self):
@@ -411,7 +413,8 @@ def build(bench: Workbench):
     bench.deck, bench.new = Deck(), panels.NewPanel(bench)
     bench.deck.on_msg(bench.hear)
     bench.live, bench.thresholds = panels.LivePanel(bench), panels.ThresholdPanel(bench)
-    bench.replay, bench.compare, bench.log = panels.ReplayPanel(bench), panels.ComparePanel(bench), panels.LogPanel(bench)
+    bench.replay, bench.compare = panels.ReplayPanel(bench), panels.ComparePanel(bench)
+    bench.log = panels.LogPanel(bench)
     bench.panels = {"Live": bench.live, "Thresholds": bench.thresholds, "Replay": bench.replay,
                     "Compare": bench.compare, "Log": bench.log}
     bench.tabs = ui.Tab([p.widget for p in bench.panels.values()], titles=tuple(bench.panels))
