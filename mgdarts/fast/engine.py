@@ -14,7 +14,10 @@ from ..net.cell import Cell
 from ..net.discrete import DerivedCell
 from ..net.engine import Engine
 from . import cell as darts, discrete, mobile
+from .grouped import grouped
 from .layout import dense, images_abreast, narrow, native, widen
+from .masks import MaskPlan, all_masked
+from .moments import GroupedPlan, plan_groups
 from .parts import run
 
 # %% auto #0
@@ -22,27 +25,34 @@ __all__ = ['FUSED', 'WIDE', 'plan_of', 'Plans', 'each', 'narrowed', 'Compiled', 
            'through_cells', 'through_discrete', 'FastEngine', 'make']
 
 # %% ../../nbs/fast/engine.ipynb #5a2101b7
-FUSED = {darts.CellPlan: darts.fused, mobile.LayerPlan: mobile.fused,
+FUSED = {darts.CellPlan: darts.fused, GroupedPlan: grouped, mobile.LayerPlan: mobile.fused,
          discrete.DiscretePlan: discrete.fused, discrete.BlocksPlan: discrete.blocks}
 WIDE = darts.CellPlan, discrete.DiscretePlan # take maps with images abreast
 
-def plan_of(cell)->object|None:
-    "Plan a cell; None for what no chapter knows."
+def plan_of(cell, in_groups: bool = False # whether to look for few large calls
+           )->object|None:
+    "Plan a cell; None for what no chapter knows. On GPUs maps have channels in multiples of 8, for their matrix units."
     kind = type(cell) # no subclass: it may compute something else
-    if kind is Cell: return darts.plan_cell(cell) or mobile.plan_layer(cell)
-    return discrete.plan_discrete(cell) if kind is DerivedCell else None
+    if kind is not Cell: return discrete.plan_discrete(cell) if kind is DerivedCell else None
+    found = plan_groups(cell, 8 if cell.omega.is_cuda else 1) if in_groups else None
+    return found or darts.plan_cell(cell) or mobile.plan_layer(cell)
 
 # %% ../../nbs/fast/engine.ipynb #c71a002b
 class Plans:
     "The plans of the cells that an engine has met, for as long as the cells live."
     def __init__(self): self.known, self.fresh = WeakKeyDictionary(), False
-    def __call__(self, cell)->object|None:
+    def __call__(self, cell, in_groups: bool = False)->object|None: # as for `plan_of`
         key, device = getattr(cell, "layout", None), next(cell.parameters()).device
-        if (found := self.known.get(cell)) and found[0] is key and found[1] == device: return found[2]
-        self.fresh = True
-        with _disable_current_modes(): plan = plan_of(cell) # real, even where the net's tensors are fake
-        self.known[cell] = key, device, plan
-        return plan
+        found = self.known.get(cell)
+        if not found or found[0] is not key or found[1] != device: found = self.known[cell] = key, device, {}
+        if in_groups not in found[2]:
+            self.fresh = True
+            with _disable_current_modes(): # real, even where the net's tensors are fake
+                found[2][in_groups] = plan_of(cell, in_groups)
+        return found[2][in_groups]
+    def tensors(self, cell)->list:
+        "Return what is kept for a cell."
+        return [t for p in self.known[cell][2].values() if p for t in p.tensors()] if cell in self.known else []
 
 # %% ../../nbs/fast/engine.ipynb #d431b50a
 def each(f, maps: tuple)->tuple:
@@ -78,12 +88,14 @@ class Compiled:
 
 # %% ../../nbs/fast/engine.ipynb #a415c1bc
 def cell_function(engine, net, c: int, m, # cell; Mixture
-                  plan, b: int, drawn: bool):
+                  plan, b: int, drawn: bool,
+                  masked: tuple|None = None # the cell's kernels and gates, where they are worked out already
+                 ):
     "Return a function of the maps that cell `c` reads."
     if drawn or plan is None:
         f = engine.equations(net, c, m)
         return lambda *maps: narrowed(f, maps, b)
-    cell, (omega, gate) = net.cells[c], net.masked(c, m)
+    cell, (omega, gate) = net.cells[c], masked or net.masked(c, m)
     if engine.compute.compile: f = engine.compiled(cell, plan, net.spec.cells)
     else: f = partial(FUSED[type(plan)], cell, plan)
     f = partial(f, alpha=m.alpha[c], gate=gate, omega=omega)
@@ -100,13 +112,17 @@ def how_many_abreast(net, x: Tensor, plans: list)->int:
 # %% ../../nbs/fast/engine.ipynb #ed2f4a09
 def through_cells(engine, net, x: Tensor, also: list|None = None)->Tensor: # as for `Engine.forward`
     "Compute a super-net."
-    x, drawn, plans = dense(x), engine.drawn(net), engine.plans(net)
+    drawn, plans = engine.drawn(net), engine.plans(net, x)
+    in_groups = not drawn and any(isinstance(p, GroupedPlan) for p in plans)
+    x = x.contiguous() if in_groups else dense(x)
     b = 1 if drawn or engine.compute.compile else how_many_abreast(net, x, plans)
     begins = net.spec.cell[0].preprocessed # all cells begin with a ReLU, and more than one of them reads each map
     def ready(y): return y.relu() if begins else y
     maps, m = each(lambda y: ready(widen(y, b)), run(net.stem, x)), net.mixture(drawn)
-    for c, plan in enumerate(plans):
-        y = engine.kept(net, c, cell_function(engine, net, c, m, plan, b, drawn), maps, len(x), drawn)
+    masks = all_masked(net, m, engine.mask_plan(net)) if in_groups else [None] * len(plans)
+    for c, (plan, masked) in enumerate(zip(plans, masks)):
+        f = cell_function(engine, net, c, m, plan, b, drawn, masked)
+        y = engine.kept(net, c, f, maps, len(x), drawn)
         if also is not None and net.aux is not None and c == net.aux_cell: also.append(run(net.aux, y, b).float())
         if c + 1 < len(plans): maps = (*maps, ready(y))[-len(maps):]
     return run(net.head, y, b)
@@ -130,15 +146,22 @@ class FastEngine(Engine):
     "What the reference computes, in a fraction of the time."
     def __init__(self, compute: Compute|None = None):
         super().__init__(compute or Compute())
-        self.plan, self.compiled = Plans(), Compiled()
+        self.plan, self.compiled, self.masks = Plans(), Compiled(), WeakKeyDictionary()
 
-    def plans(self, net)->list:
+    def plans(self, net, x: Tensor)->list:
         "Plan the cells of a super-net. Where one has changed, nothing that was compiled is of use any more."
-        self.plan.fresh = False
-        plans = [self.plan(cell) for cell in net.cells]
-        if self.compute.compile and self.plan.fresh: self.compiled.forget()
+        self.plan.fresh, compiling = False, self.compute.compile
+        in_groups = native(x) and not compiling and net.drop is None # drop-out is drawn for each skip on its own
+        plans = [self.plan(cell, in_groups) for cell in net.cells]
+        if compiling and self.plan.fresh: self.compiled.forget()
         return plans
-    def held(self, net)->list: return [t for c in net.cells if (plan := self.plan(c)) for t in plan.tensors()]
+    def mask_plan(self, net)->MaskPlan:
+        "Plan the masks of a super-net."
+        cells, found = list(net.cells), self.masks.get(net)
+        if found is None or not found.fits(cells):
+            with _disable_current_modes(): found = self.masks[net] = MaskPlan(cells)
+        return found
+    def held(self, net)->list: return [t for c in net.cells for t in self.plan.tensors(c)]
     def through_cells(self, net, x, also=None): return through_cells(self, net, x, also)
     def discrete(self, net, x): return through_discrete(self, net, x)
 
