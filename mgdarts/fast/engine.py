@@ -16,16 +16,16 @@ from ..net.engine import Engine
 from . import cell as darts, discrete, mobile
 from .grouped import grouped
 from .layout import dense, images_abreast, narrow, native, widen
-from .masks import MaskPlan, all_masked
 from .moments import GroupedPlan, plan_groups
 from .parts import run
+from .vectors import VectorPlan, track, vectors
 
 # %% auto #0
-__all__ = ['FUSED', 'WIDE', 'plan_of', 'Plans', 'each', 'narrowed', 'Compiled', 'cell_function', 'how_many_abreast',
+__all__ = ['FUSED', 'WIDE', 'plan_of', 'Plans', 'each', 'narrowed', 'Compiled', 'cell_function', 'how_many_abreast', 'InGroups',
            'through_cells', 'through_discrete', 'FastEngine', 'make']
 
 # %% ../../nbs/fast/engine.ipynb #5a2101b7
-FUSED = {darts.CellPlan: darts.fused, GroupedPlan: grouped, mobile.LayerPlan: mobile.fused,
+FUSED = {darts.CellPlan: darts.fused, mobile.LayerPlan: mobile.fused,
          discrete.DiscretePlan: discrete.fused, discrete.BlocksPlan: discrete.blocks}
 WIDE = darts.CellPlan, discrete.DiscretePlan # take maps with images abreast
 
@@ -88,14 +88,12 @@ class Compiled:
 
 # %% ../../nbs/fast/engine.ipynb #a415c1bc
 def cell_function(engine, net, c: int, m, # cell; Mixture
-                  plan, b: int, drawn: bool,
-                  masked: tuple|None = None # the cell's kernels and gates, where they are worked out already
-                 ):
+                  plan, b: int, drawn: bool):
     "Return a function of the maps that cell `c` reads."
     if drawn or plan is None:
         f = engine.equations(net, c, m)
         return lambda *maps: narrowed(f, maps, b)
-    cell, (omega, gate) = net.cells[c], masked or net.masked(c, m)
+    cell, (omega, gate) = net.cells[c], net.masked(c, m)
     if engine.compute.compile: f = engine.compiled(cell, plan, net.spec.cells)
     else: f = partial(FUSED[type(plan)], cell, plan)
     f = partial(f, alpha=m.alpha[c], gate=gate, omega=omega)
@@ -109,6 +107,24 @@ def how_many_abreast(net, x: Tensor, plans: list)->int:
     wide = any(isinstance(p, WIDE) for p in plans) and not native(x)
     return images_abreast(len(x), net.spec.cell[0].width) if wide else 1
 
+# %% ../../nbs/fast/engine.ipynb #cb6da44d
+class InGroups:
+    "The cells of a net that are computed in groups, in a pass."
+    def __init__(self, engine, net, m, plans: list, n: int): # Mixture; of all cells; images
+        self.engine, self.net, self.n, self.found = engine, net, n, []
+        self.cells = {c: net.cells[c] for c, p in enumerate(plans) if isinstance(p, GroupedPlan)}
+        self.plan = engine.vector_plan(net, self.cells, [plans[c] for c in self.cells]) if self.cells else None
+        self.vectors = dict(zip(self.cells, vectors(net, m, self.plan))) if self.cells else {}
+    def __call__(self, c: int, maps: tuple)->Tensor:
+        "Compute a cell."
+        f = partial(grouped, self.cells[c], self.plan.plans[self.plan.numbers.index(c)], v=self.vectors[c])
+        y, *found = self.engine.computed(self.net, c, f, maps)
+        self.found.append(found)
+        return y
+    def track(self):
+        "Let the running statistics of all of them follow."
+        if self.cells and self.net.training: track(self.plan, self.found, self.n)
+
 # %% ../../nbs/fast/engine.ipynb #ed2f4a09
 def through_cells(engine, net, x: Tensor, also: list|None = None)->Tensor: # as for `Engine.forward`
     "Compute a super-net."
@@ -119,12 +135,13 @@ def through_cells(engine, net, x: Tensor, also: list|None = None)->Tensor: # as 
     begins = net.spec.cell[0].preprocessed # all cells begin with a ReLU, and more than one of them reads each map
     def ready(y): return y.relu() if begins else y
     maps, m = each(lambda y: ready(widen(y, b)), run(net.stem, x)), net.mixture(drawn)
-    masks = all_masked(net, m, engine.mask_plan(net)) if in_groups else [None] * len(plans)
-    for c, (plan, masked) in enumerate(zip(plans, masks)):
-        f = cell_function(engine, net, c, m, plan, b, drawn, masked)
-        y = engine.kept(net, c, f, maps, len(x), drawn)
+    groups = InGroups(engine, net, m, plans if in_groups else [], len(x))
+    for c, plan in enumerate(plans):
+        if c in groups.vectors: y = groups(c, maps)
+        else: y = engine.kept(net, c, cell_function(engine, net, c, m, plan, b, drawn), maps, len(x), drawn)
         if also is not None and net.aux is not None and c == net.aux_cell: also.append(run(net.aux, y, b).float())
         if c + 1 < len(plans): maps = (*maps, ready(y))[-len(maps):]
+    groups.track()
     return run(net.head, y, b)
 
 # %% ../../nbs/fast/engine.ipynb #74190abb
@@ -146,7 +163,7 @@ class FastEngine(Engine):
     "What the reference computes, in a fraction of the time."
     def __init__(self, compute: Compute|None = None):
         super().__init__(compute or Compute())
-        self.plan, self.compiled, self.masks = Plans(), Compiled(), WeakKeyDictionary()
+        self.plan, self.compiled, self.vectors = Plans(), Compiled(), WeakKeyDictionary()
 
     def plans(self, net, x: Tensor)->list:
         "Plan the cells of a super-net. Where one has changed, nothing that was compiled is of use any more."
@@ -155,11 +172,11 @@ class FastEngine(Engine):
         plans = [self.plan(cell, in_groups) for cell in net.cells]
         if compiling and self.plan.fresh: self.compiled.forget()
         return plans
-    def mask_plan(self, net)->MaskPlan:
-        "Plan the masks of a super-net."
-        cells, found = list(net.cells), self.masks.get(net)
-        if found is None or not found.fits(cells):
-            with _disable_current_modes(): found = self.masks[net] = MaskPlan(cells)
+    def vector_plan(self, net, cells: dict, plans: list)->VectorPlan: # as `VectorPlan` takes them
+        "Plan the vectors of a super-net."
+        found = self.vectors.get(net)
+        if found is None or not found.fits(cells, plans):
+            with _disable_current_modes(): found = self.vectors[net] = VectorPlan(cells, plans)
         return found
     def held(self, net)->list: return [t for c in net.cells for t in self.plan.tensors(c)]
     def through_cells(self, net, x, also=None): return through_cells(self, net, x, also)

@@ -10,10 +10,11 @@ from ..net.cell import Cell, FIRST
 from ..space.layers import EPS
 from .moments import Call, GroupedPlan, Moment, Readers
 from .parts import even_odd
+from .vectors import CellVectors
 
 # %% auto #0
-__all__ = ['repeated', 'mixed', 'to_nodes', 'Norms', 'statistics', 'halves', 'number_type', 'GroupedPass', 'inputs', 'convolved',
-           'reduced', 'passing', 'at_moment', 'grouped']
+__all__ = ['repeated', 'mixed', 'to_nodes', 'Norms', 'halves', 'GroupedPass', 'inputs', 'convolved', 'reduced', 'passing',
+           'at_moment', 'grouped']
 
 # %% ../../nbs/fast/grouped.ipynb #cf5f299c
 class _Repeated(torch.autograd.Function):
@@ -85,33 +86,26 @@ def to_nodes(readers: list, n: int, # a Readers for each of `ys`; nodes that are
     out = _ToNodes.apply(readers, n, total, factors, maps, *ys)
     return out if n > 1 else (out, None)
 
-# %% ../../nbs/fast/grouped.ipynb #3342bcc8
+# %% ../../nbs/fast/grouped.ipynb #07841d16
 class Norms:
-    "The batch norms of a cell in a pass. Statistics of this batch are kept, call by call."
-    def __init__(self, cell: Cell, plan: GroupedPlan, coef: Tensor): # [filters]: what scales them
-        self.training, self.found, self.pooled = cell.training, [None] * len(plan.norms.sizes), []
-        self.affine = plan.norms.rows(torch.stack([cell.scale, cell.shift]) * coef)
-        if self.training: return
-        self.running = plan.norms.rows(torch.stack([cell.mean, cell.var]))
-        if plan.pools: self.pools = plan.pools.rows(torch.stack([cell.pool_mean, cell.pool_var]))
+    "The batch norms of a cell in a pass; statistics of the batch are kept, call by call."
+    def __init__(self, training: bool, v: CellVectors):
+        self.training, self.v, self.found, self.pooled = training, v, [None] * len(v.affine), []
     def __call__(self, i: int, z: Tensor)->Tensor: # [N, C, H, W]
         "Normalise the maps of call `i`."
-        running = (None, None) if self.training else self.running[i]
-        y, *self.found[i] = torch.native_batch_norm(z, *self.affine[i], *running, self.training, 0., EPS)
+        running = (None, None) if self.training else self.v.running[i]
+        y, *self.found[i] = torch.native_batch_norm(z, *self.v.affine[i], *running, self.training, 0., EPS)
         return y
     def pool(self, i: int, z: Tensor)->Tensor:
         "Normalise the pools of moment `i`, which have no scale."
-        running = (None, None) if self.training else self.pools[i]
+        running = (None, None) if self.training else self.v.pools[i]
         y, *found = torch.native_batch_norm(z, None, None, *running, self.training, 0., EPS)
         self.pooled.append(found)
         return y
-
-def statistics(norms: Norms, cell: Cell, plan: GroupedPlan)->tuple: # two [filters, then pooled channels]
-    "Return the means and variances of this batch; in evaluation there are none to tell."
-    if not norms.training: return cell.mean, cell.var
-    mean, inv = (plan.norms.back(v) for v in zip(*norms.found))
-    if norms.pooled: mean, inv = (torch.cat([v, plan.pools.back(p)]) for v, p in zip((mean, inv), zip(*norms.pooled)))
-    return mean, inv.pow(-2) - EPS
+    def statistics(self)->list: # of tensors
+        "Return means, then 1 / deviation of the calls, then the same of the pools; in evaluation nothing."
+        if not self.training: return []
+        return [x for found in (self.found, self.pooled) for part in zip(*found) for x in part]
 
 # %% ../../nbs/fast/grouped.ipynb #43b087ea
 def halves(x: Tensor # [N, S, C, H, W]
@@ -120,29 +114,19 @@ def halves(x: Tensor # [N, S, C, H, W]
     even, odd = (h.unflatten(1, x.shape[1:3]) for h in even_odd(x.flatten(1, 2)))
     return torch.cat([even, odd], 2).contiguous()
 
-def number_type(cell: Cell)->torch.dtype:
-    "Return what maps are made of: 16 bits under autocast. Gates, factors of norms and statistics are not."
-    kind = cell.omega.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else cell.omega.dtype
-
 # %% ../../nbs/fast/grouped.ipynb #15012259
 class GroupedPass:
-    "A cell in the middle of a pass: its kernels, its batch norms, the factors of skips and pools."
-    def __init__(self, cell: Cell, plan: GroupedPlan, alpha: Tensor, gate: Tensor, omega: Tensor): # as for `grouped`
-        self.cell, self.plan, self.gate, self.kind = cell, plan, gate, number_type(cell)
-        self.omega, self.plain = plan.omega(omega.to(self.kind)), plan.plain(cell.plain.to(self.kind))
-        strengths = F.pad(F.pad(alpha, (0, 1), value=1.), (0, 1))
-        coef, *factors = strengths.index_select(0, plan.alpha).split(plan.alpha_sizes)
-        self.norms = Norms(cell, plan, coef * (gate.masked_fill(cell.skips, 1) if cell.has_skips else gate))
-        self.factors = [f.view(s).to(self.kind) for f, s in zip(factors, plan.factors)]
+    "A cell in the middle of a pass."
+    def __init__(self, cell: Cell, plan: GroupedPlan, v: CellVectors):
+        self.cell, self.plan, self.v, self.norms = cell, plan, v, Norms(cell.training, v)
 
-# %% ../../nbs/fast/grouped.ipynb #98900afe
+# %% ../../nbs/fast/grouped.ipynb #962578ec
 def inputs(p: GroupedPass, maps: tuple)->Tensor: # [N, inputs * width, H, W]
     "Make the first states, side by side."
     zs = []
     for x, (i, twice) in zip(maps, p.plan.pre):
-        x = x.to(p.kind).contiguous()
-        zs.append(F.conv2d(halves(x[:, None])[:, 0] if twice else x, p.plain[i]))
+        x = x.to(p.v.plain[i]).contiguous()
+        zs.append(F.conv2d(halves(x[:, None])[:, 0] if twice else x, p.v.plain[i]))
     return p.norms(0, torch.cat(zs, 1))
 
 # %% ../../nbs/fast/grouped.ipynb #db321407
@@ -151,8 +135,8 @@ def convolved(p: GroupedPass, c: Call, x: Tensor)->Tensor: # [N, readers * width
     n, width = len(c), p.plan.width
     def pair(y, depth, point, stride):
         pad = c.dilation * (c.k // 2)
-        u = F.conv2d(y, p.omega[depth], None, stride, pad, c.dilation, n * width)
-        return mixed(u.view(len(u), n, width, -1), p.omega[point]).view(u.shape)
+        u = F.conv2d(y, p.v.omega[depth], None, stride, pad, c.dilation, n * width)
+        return mixed(u.view(len(u), n, width, -1), p.v.omega[point]).view(u.shape)
     y = pair(x, c.depth, c.point, c.stride)
     if c.kind == "sep": y = pair(p.norms(c.middle, y).relu(), c.depth2, c.point2, 1)
     return p.norms(c.end, y).view(len(y), n, -1)
@@ -161,8 +145,8 @@ def convolved(p: GroupedPass, c: Call, x: Tensor)->Tensor: # [N, readers * width
 def reduced(p: GroupedPass, c: Call, x: Tensor)->Tensor: # [N, states, width, H, W]; [N, readers, pixels]
     "Compute a call of strided skips."
     y = halves(x)
-    strength = F.pad(p.gate, (0, 1)).index_select(0, c.strength.flatten()).view(len(c), -1, 1).to(p.kind)
-    z = mixed(repeated(y.flatten(3), c.readers), p.plain[c.point] * strength)
+    strength = F.pad(p.v.gate, (0, 1)).index_select(0, c.strength.flatten()).view(len(c), -1, 1)
+    z = mixed(repeated(y.flatten(3), c.readers), p.v.plain[c.point] * strength.to(y.dtype))
     return p.norms(c.end, z.view(len(z), -1, *y.shape[3:])).view(len(z), len(c), -1)
 
 # %% ../../nbs/fast/grouped.ipynb #47f626ee
@@ -187,7 +171,7 @@ def at_moment(p: GroupedPass, i: int, m: Moment, x: Tensor, # [N, states * width
         else:
             if who not in copies: copies[who] = repeated(states, c.readers).flatten(1, 2)
             ys.append(convolved(p, c, copies[who]))
-    factors = p.factors[i] if m.kinds else None
+    factors = p.v.factors[i] if m.kinds else None
     return to_nodes([c.readers for c in m.calls], len(m.nodes), total, factors, passing(p, i, m, x), ys)
 
 # %% ../../nbs/fast/grouped.ipynb #9d50fe1e
@@ -202,16 +186,13 @@ class _Living(torch.autograd.Function):
 
 def grouped(cell: Cell, plan: GroupedPlan,
             *maps: Tensor, # [N, live channels, H, W] of each incoming map, after a ReLU
-            alpha: Tensor, # [operations] M_alpha of this cell's operations
-            gate: Tensor, # [filters] from `Cell.gates`
-            omega: Tensor # from `Cell.weights`
-           )->tuple: # ([N, live out, H', W'], means and variances [filters, then pooled channels] of this batch)
+            v: CellVectors)->tuple: # ([N, live out, H', W'], *statistics of this batch as `Norms` gives them)
     "Compute a cell, as `Cell.forward` does operation by operation."
-    p = GroupedPass(cell, plan, alpha, gate, omega)
+    p = GroupedPass(cell, plan, v)
     x, total, nodes, side = inputs(p, maps), None, [], cell.spec.side
     for i, m in enumerate(plan.moments):
         node, total = at_moment(p, i, m, x, total)
         x = node.view(len(node), plan.width, side, side)
         nodes.append(x)
     out = torch.cat(nodes, 1)
-    return (out if plan.out is None else _Living.apply(out, plan.out), *statistics(p.norms, cell, plan))
+    return (out if plan.out is None else _Living.apply(out, plan.out), *p.norms.statistics())

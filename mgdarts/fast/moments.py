@@ -34,8 +34,19 @@ class Order:
         flat = torch.cat([p.flatten() for p in pieces])
         there, where = flat < n, torch.zeros(n, dtype=torch.long)
         where[flat[there]] = there.nonzero().flatten()
-        self.shapes, self.sizes = [tuple(p.shape) for p in pieces], [p.numel() for p in pieces]
+        self.n, self.shapes, self.sizes = n, [tuple(p.shape) for p in pieces], [p.numel() for p in pieces]
         self.order, self.where = flat.to(device), where.to(device)
+
+    @classmethod
+    def joined(cls, orders: list)->Order:
+        "Arrange several vectors that are one, side by side."
+        starts, total = [0, *accumulate(o.n for o in orders)], sum(o.n for o in orders)
+        out = cls(0, [torch.zeros(0, dtype=torch.long)], "cpu")
+        out.n, out.shapes, out.sizes = total, *([x for o in orders for x in getattr(o, k)] for k in ("shapes", "sizes"))
+        out.order = torch.cat([torch.where(o.order == o.n, total, o.order + at) for o, at in zip(orders, starts)])
+        places = [0, *accumulate(len(o.order) for o in orders)]
+        out.where = torch.cat([o.where + at for o, at in zip(orders, places)])
+        return out
 
     def __call__(self, v: Tensor)->list: # [n]; of tensors
         "Arrange a vector, and cut it into the pieces."
@@ -260,16 +271,15 @@ class GroupedPlan:
         self.pools = plan_pools(p, self.moments)
         self.omega, self.plain, self.norms = (a.done(p.device) for a in (p.omega, p.plain, p.norms))
         gates = [cell.flat(g) if g.role == "out" else cell.index.none for g, _ in cell.layout.gates]
-        coef = torch.tensor(gates).repeat_interleave(torch.tensor(cell.gate_sizes)) # what a filter's scale takes along
-        self.alpha = torch.cat([coef, *(f.flatten() for f in factors)]).to(p.device) # places in [alpha, 1, 0]
-        self.alpha_sizes, self.factors = [len(coef), *(f.numel() for f in factors)], [f.shape for f in factors]
+        coef = torch.tensor(gates).repeat_interleave(torch.tensor(cell.gate_sizes))
+        self.coef, self.factors = coef.to(p.device), [f.to(p.device) for f in factors] # places in [alpha, 1, 0]
         out = torch.cat([p.channels.states[s] + i * p.width for i, s in enumerate(nodes)])
         whole = torch.equal(out, torch.arange(len(nodes) * p.width))
         self.out = None if whole else out.to(p.device) # where the live channels of the nodes are
 
     def tensors(self)->list: # that are kept from step to step
         orders = [o for o in (self.omega, self.plain, self.norms, self.pools) if o]
-        return [self.alpha, *(t for o in orders for t in (o.order, o.where))]
+        return [self.coef, *self.factors, *(t for o in orders for t in (o.order, o.where))]
 
 # %% ../../nbs/fast/moments.ipynb #9e981174
 def plan_groups(cell: Cell, multiple: int = 1)->GroupedPlan|None:

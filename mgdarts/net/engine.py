@@ -65,12 +65,15 @@ class Engine:
             more["omega"], more["gate"] = net.masked(c, m)
         return partial(net.cells[c], alpha=alpha, **{k: v for k, v in more.items() if v is not None})
 
-    def kept(self, net, c: int, f, maps: tuple, n: int, some: bool)->Tensor: # images; whether a part is computed
+    def computed(self, net, c: int, f, maps: tuple)->tuple: # what `f` returns
         "Compute cell `c` as `f` does; its maps are kept for the backward pass or computed again in it."
         how = self.compute.recompute
         again = torch.is_grad_enabled() and (how == "all" or how == "earlier" and c < net.first)
-        if again: y, mean, var = checkpoint(f, *maps, use_reentrant=False, preserve_rng_state=False)
-        else: y, mean, var = f(*maps)
+        return checkpoint(f, *maps, use_reentrant=False, preserve_rng_state=False) if again else f(*maps)
+
+    def kept(self, net, c: int, f, maps: tuple, n: int, some: bool)->Tensor: # images; whether a part is computed
+        "Compute a cell, and let its running statistics follow."
+        y, mean, var = self.computed(net, c, f, maps)
         if net.training: net.cells[c].track(mean, var, n, some=some)
         return y
 
