@@ -48,12 +48,10 @@ class Engine:
             if also is not None and net.aux is not None and c == net.aux_cell: also.append(net.aux(y).float())
             maps = (*maps, y)[-len(maps):]
         return net.head(y)
-
     def held(self, net)->list: # of tensors
         "Return what it keeps for a super-net from step to step."
         return []
-    def drawn(self, net)->bool:
-        "Return whether only what is drawn of a super-net is computed."
+    def drawn(self, net)->bool: # whether only what is drawn of a super-net is computed
         return net.strength.hard and (net.paths or not net.training)
 
     def equations(self, net, c: int, m): # cell; Mixture
@@ -67,10 +65,9 @@ class Engine:
 
     def computed(self, net, c: int, f, maps: tuple)->tuple: # what `f` returns
         "Compute cell `c` as `f` does; its maps are kept for the backward pass or computed again in it."
-        how = self.compute.recompute
-        again = torch.is_grad_enabled() and (how == "all" or how == "earlier" and c < net.first)
-        return checkpoint(f, *maps, use_reentrant=False, preserve_rng_state=False) if again else f(*maps)
-
+        again = self.compute.recompute == "all" or self.compute.recompute == "earlier" and c < net.first
+        if not (again and torch.is_grad_enabled()): return f(*maps)
+        return checkpoint(f, *maps, use_reentrant=False, preserve_rng_state=False)
     def kept(self, net, c: int, f, maps: tuple, n: int, some: bool)->Tensor: # images; whether a part is computed
         "Compute a cell, and let its running statistics follow."
         y, mean, var = self.computed(net, c, f, maps)
