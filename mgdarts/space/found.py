@@ -58,7 +58,7 @@ def check_place(op: Op, spec: CellSpec, here: str # what messages call it
     if (op.src, op.dst) in graph.edges: return graph.edges.index((op.src, op.dst)), names.index(op.op)
     raise InputError(f"architecture: {here} stands between states {op.src} and {op.dst}, where there is no edge")
 
-# %% ../../nbs/space/found.ipynb #13a04523
+# %% ../../nbs/space/found.ipynb #b34aa310
 def check_widths(cell: ArchCell, op: Op, spec: CellSpec, here: str,
                  at: tuple[int, int]): # from `check_place`
     "Refuse an operation whose widths are impossible, or do not meet those of the states: `InputError`."
