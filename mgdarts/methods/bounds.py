@@ -31,7 +31,6 @@ def by_share(net: SuperNet, low: float, high: float, n: int, # the two bounds, a
     others = [None] * (len(found) - 1)
     return bounded(net, found, [1. if more else bound] + others, [1.] + others)
 
-# %% ../../nbs/methods/bounds.ipynb #97363bca
 @DECISIONS.add("share")
 @dataclass(frozen=True)
 class ByShare(Pruning):

@@ -57,7 +57,6 @@ def beta_decay(alpha: Tensor, # [cells, edges, operations]
     there = live.any(-1)
     return (alpha.masked_fill(~live, -1e30).logsumexp(-1) * there).sum() / there.sum().clamp(min=1)
 
-# %% ../../nbs/methods/darts.ipynb #acff26d3
 @PRESSURES.also
 @dataclass(frozen=True)
 class BetaDecay(Pressure):

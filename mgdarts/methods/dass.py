@@ -14,30 +14,7 @@ from ..net.supernet import SuperNet
 from ..search.rules import Turn
 
 # %% auto #0
-__all__ = ['DASS', 'keep_scored', 'fit_scored', 'Scores']
-
-# %% ../../nbs/methods/dass.ipynb #0ff112f9
-@torch.no_grad()
-def keep_scored(cell, keep: float # share of the weights of each kernel
-               ):
-    "Mask all but the most important weights of each kernel for good."
-    cell.omega_live = top(cell.score, cell.kernel_sizes, keep) > 0
-
-# %% ../../nbs/methods/dass.ipynb #7b839d99
-@torch.no_grad()
-def fit_scored(net: SuperNet, target: float # parameters, plain number
-              )->float: # the share
-    "Keep as many weights as the target allows: the largest share of each kernel with which the net is not larger."
-    low, high = 0., 1.
-    def size(keep):
-        for c in net.cells: keep_scored(c, keep)
-        return net.count().params
-    if size(1.) <= target: return 1.
-    for _ in range(20):
-        middle = (low + high) / 2
-        low, high = (middle, high) if size(middle) <= target else (low, middle)
-    size(low)
-    return low
+__all__ = ['DASS', 'Scores', 'keep_scored', 'fit_scored']
 
 # %% ../../nbs/methods/dass.ipynb #be9207fb
 @SHAPES.also
@@ -64,6 +41,29 @@ class Scores(Shape):
         need(cfg.rules.superpose == "none",
              "scores belong to kernels of their own: set rules.superpose=none, or rules.keep=1")
         super().check(cfg)
+
+# %% ../../nbs/methods/dass.ipynb #0ff112f9
+@torch.no_grad()
+def keep_scored(cell, keep: float # share of the weights of each kernel
+               ):
+    "Mask all but the most important weights of each kernel for good."
+    cell.omega_live = top(cell.score, cell.kernel_sizes, keep) > 0
+
+# %% ../../nbs/methods/dass.ipynb #7b839d99
+@torch.no_grad()
+def fit_scored(net: SuperNet, target: float # parameters, plain number
+              )->float: # the share
+    "Keep as many weights as the target allows: the largest share of each kernel with which the net is not larger."
+    low, high = 0., 1.
+    def size(keep):
+        for c in net.cells: keep_scored(c, keep)
+        return net.count().params
+    if size(1.) <= target: return 1.
+    for _ in range(20):
+        middle = (low + high) / 2
+        low, high = (middle, high) if size(middle) <= target else (low, middle)
+    size(low)
+    return low
 
 # %% ../../nbs/methods/dass.ipynb #043da5e3
 DASS = Method("dass", "dense first, then scores for weights, straight through", "Mousavi et al.: DASS, ACM TECS 2023",

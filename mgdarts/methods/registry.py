@@ -60,6 +60,7 @@ def pairs(settings: str # "key=value, key=value"
         more[key.strip()] = value.strip()
     return more
 
+# %% ../../nbs/methods/registry.ipynb #21dcc087
 _preset = preset # a parameter below has the same name
 
 def settings_of(preset: str, # name of a preset

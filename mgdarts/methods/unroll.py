@@ -13,7 +13,7 @@ from .darts import TWO_LEVEL, TwoLevel
 from ..search.step import fetch, groups, of_alpha
 
 # %% auto #0
-__all__ = ['DARTS_V2', 'unrolled', 'SecondOrder', 'ahead']
+__all__ = ['DARTS_V2', 'unrolled', 'ahead', 'SecondOrder']
 
 # %% ../../nbs/methods/unroll.ipynb #31a5ee6b
 def unrolled(net: nn.Module,
@@ -44,16 +44,6 @@ def unrolled(net: nn.Module,
     return {k: zero(both[k], k) - rate * (zero(plus[k], k) - zero(minus[k], k)) / (2 * eps) for k in strengths}
 
 # %% ../../nbs/methods/unroll.ipynb #3940dc3a
-@SCHEDULES.add("second-order")
-@dataclass(frozen=True)
-class SecondOrder(TwoLevel):
-    "Alpha's gradient for weights that have taken one step."
-    def gradient(self, search, turn):
-        if turn.images != "arch": return False
-        ahead(search)
-        return True
-
-# %% ../../nbs/methods/unroll.ipynb #e33b9952
 def ahead(search):
     "Put the gradient of the strengths for weights that have taken one step in its place."
     net, cfg = search.net, search.cfg
@@ -69,6 +59,15 @@ def ahead(search):
                      cfg.momentum, cfg.weight_decay, {k: v for k, v in moving if v is not None})
     net.zero_grad(set_to_none=True)
     for name, g in found.items(): net.get_parameter(name).grad = g
+
+@SCHEDULES.add("second-order")
+@dataclass(frozen=True)
+class SecondOrder(TwoLevel):
+    "Alpha's gradient for weights that have taken one step."
+    def gradient(self, search, turn):
+        if turn.images != "arch": return False
+        ahead(search)
+        return True
 
 # %% ../../nbs/methods/unroll.ipynb #9c694c53
 DARTS_V2 = Method("darts-v2", "the same, with alpha's gradient through one step of the weights",

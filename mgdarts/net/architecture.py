@@ -16,8 +16,8 @@ from ..space.space import HeadSpec, Space, aux_head
 MAX_WEIGHTS = 500_000_000
 
 # %% auto #0
-__all__ = ['MAX_WEIGHTS', 'plain_space', 'Architecture', 'check_spec', 'check_name', 'checked_masks', 'operation', 'stride',
-           'preprocessing', 'kernels']
+__all__ = ['MAX_WEIGHTS', 'plain_space', 'check_spec', 'check_name', 'checked_masks', 'operation', 'stride', 'preprocessing',
+           'kernels', 'Architecture']
 
 # %% ../../nbs/net/architecture.ipynb #18ed7b6b
 def plain_space(spec: Space, cells: tuple # of ArchCell
@@ -28,6 +28,62 @@ def plain_space(spec: Space, cells: tuple # of ArchCell
     if used <= {*OPERATION_NAMES}: # those that a space may be given; `check_cell` refuses others
         changed["ops"] = tuple(name for name in OPERATIONS if name in {*type(spec).ops, *used})
     return replace(spec, **{f.name: changed[f.name] for f in fields(spec) if f.name in changed})
+
+# %% ../../nbs/net/architecture.ipynb #7c0f23f4
+def check_spec(spec: Space)->Space: # the same
+    "Refuse a space of impossible sizes: `InputError`."
+    spec.check()
+    whole("classes", spec.classes, 1, 100_000)
+    whole("size", spec.size, 4, 1024)
+    whole("in_channels", spec.in_channels, 1, 64)
+    whole("the number of cells", spec.cells, 3, 64)
+    if spec.stem in ("auto", "cifar", "imagenet"): return spec
+    raise InputError(f"architecture: stem {str(spec.stem)[:40]!r} is not auto, cifar or imagenet")
+
+def check_name(name: str, provenance: dict):
+    "Refuse an impossible name or provenance: `InputError`."
+    if not isinstance(name, str) or not 0 < len(name) <= 200:
+        raise InputError("architecture: the name must be a text of 1 to 200 characters")
+    if not isinstance(provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
+    try: json.dumps(provenance, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        raise InputError("architecture: the provenance must be plain JSON without NaN") from None
+
+# %% ../../nbs/net/architecture.ipynb #ae2f744c
+def checked_masks(masks: dict, shapes: dict # name -> shape of the kernel
+                 )->dict:
+    "Return masks in the order of their kernels, without those that mask nothing. `InputError`: one fits no kernel."
+    for key, m in masks.items():
+        if key not in shapes: raise InputError(f"architecture: mask {str(key)[:60]!r} belongs to no kernel")
+        if not isinstance(m, Tensor) or m.dtype != torch.bool or tuple(m.shape) != shapes[key]:
+            raise InputError(f"architecture: mask {key} must be a boolean tensor of shape {list(shapes[key])}")
+    return {key: masks[key].detach().cpu() for key in shapes if key in masks and not bool(masks[key].all())}
+
+# %% ../../nbs/net/architecture.ipynb #98e56211
+def operation(arch: Architecture, c: int, op: Op)->Operation:
+    "Return the operation that stands for `op` in cell `c`."
+    return next(o for o in arch.spec.cell[c].ops if o.name == op.op)
+
+def stride(arch: Architecture, c: int, op: Op)->int:
+    "Return the stride of an operation of cell `c`."
+    return arch.spec.cell[c].stride(arch.spec.edges.index((op.src, op.dst)))
+
+def preprocessing(arch: Architecture, c: int # cell
+                 )->list: # of (Preprocess, widths by port, stride of its map), one for each input
+    "List the preprocessing of a cell's inputs."
+    full = arch.spec.cell[c]
+    def stride_of(s): return 2 if full.twice(s) else 1
+    return [(PREPROCESS, {"in": n, "out": arch.cells[c].widths[s]}, stride_of(s))
+            for s, n in enumerate(arch.inputs(c)[:full.preprocessed])]
+
+def kernels(arch: Architecture, c: int # cell
+           )->list: # of (place among the operations, or None, Kernel, shape)
+    "List the kernels of a cell of a discrete network."
+    out = [(None, k, shape) for pre, widths, s in preprocessing(arch, c) for k, shape in shapes(pre, widths, s)]
+    for i, op in enumerate(arch.cells[c].ops):
+        o = operation(arch, c, op)
+        out += [(i, k, shape) for k, shape in shapes(o, o.widths_by_port(op.widths), stride(arch, c, op))]
+    return out
 
 # %% ../../nbs/net/architecture.ipynb #bf3294d7
 @dataclass(eq=False)
@@ -81,60 +137,3 @@ class Architecture:
         def data(a): return a.spec.kind, a.head, a.cells, a.provenance, a.masks.keys()
         same = type(other) is type(self) and data(self) == data(other)
         return same and all(m.equal(other.masks[k]) for k, m in self.masks.items())
-
-# %% ../../nbs/net/architecture.ipynb #7c0f23f4
-def check_spec(spec: Space)->Space: # the same
-    "Refuse a space of impossible sizes: `InputError`."
-    spec.check()
-    whole("classes", spec.classes, 1, 100_000)
-    whole("size", spec.size, 4, 1024)
-    whole("in_channels", spec.in_channels, 1, 64)
-    whole("the number of cells", spec.cells, 3, 64)
-    if spec.stem in ("auto", "cifar", "imagenet"): return spec
-    raise InputError(f"architecture: stem {str(spec.stem)[:40]!r} is not auto, cifar or imagenet")
-
-def check_name(name: str, provenance: dict):
-    "Refuse an impossible name or provenance: `InputError`."
-    if not isinstance(name, str) or not 0 < len(name) <= 200:
-        raise InputError("architecture: the name must be a text of 1 to 200 characters")
-    if not isinstance(provenance, dict): raise InputError("architecture: the provenance must be a JSON object")
-    try: json.dumps(provenance, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        raise InputError("architecture: the provenance must be plain JSON without NaN") from None
-
-# %% ../../nbs/net/architecture.ipynb #ae2f744c
-def checked_masks(masks: dict, shapes: dict # name -> shape of the kernel
-                 )->dict:
-    "Return masks in the order of their kernels, without those that mask nothing. `InputError`: one fits no kernel."
-    for key, m in masks.items():
-        if key not in shapes: raise InputError(f"architecture: mask {str(key)[:60]!r} belongs to no kernel")
-        if not isinstance(m, Tensor) or m.dtype != torch.bool or tuple(m.shape) != shapes[key]:
-            raise InputError(f"architecture: mask {key} must be a boolean tensor of shape {list(shapes[key])}")
-    return {key: masks[key].detach().cpu() for key in shapes if key in masks and not bool(masks[key].all())}
-
-# %% ../../nbs/net/architecture.ipynb #98e56211
-def operation(arch: Architecture, c: int, op: Op)->Operation:
-    "Return the operation that stands for `op` in cell `c`."
-    return next(o for o in arch.spec.cell[c].ops if o.name == op.op)
-
-def stride(arch: Architecture, c: int, op: Op)->int:
-    "Return the stride of an operation of cell `c`."
-    return arch.spec.cell[c].stride(arch.spec.edges.index((op.src, op.dst)))
-
-# %% ../../nbs/net/architecture.ipynb #cafa2da6
-def preprocessing(arch: Architecture, c: int # cell
-                 )->list: # of (Preprocess, widths by port, stride of its map), one for each input
-    "List the preprocessing of a cell's inputs."
-    full = arch.spec.cell[c]
-    def stride_of(s): return 2 if full.twice(s) else 1
-    return [(PREPROCESS, {"in": n, "out": arch.cells[c].widths[s]}, stride_of(s))
-            for s, n in enumerate(arch.inputs(c)[:full.preprocessed])]
-
-def kernels(arch: Architecture, c: int # cell
-           )->list: # of (place among the operations, or None, Kernel, shape)
-    "List the kernels of a cell of a discrete network."
-    out = [(None, k, shape) for pre, widths, s in preprocessing(arch, c) for k, shape in shapes(pre, widths, s)]
-    for i, op in enumerate(arch.cells[c].ops):
-        o = operation(arch, c, op)
-        out += [(i, k, shape) for k, shape in shapes(o, o.widths_by_port(op.widths), stride(arch, c, op))]
-    return out

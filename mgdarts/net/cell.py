@@ -15,8 +15,14 @@ from ..space.cell import Gate
 from ..space.layers import EPS, avg_pool, factorized_reduce, max_pool
 
 # %% auto #0
-__all__ = ['FIRST', 'Pass', 'threshold_of', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations',
+__all__ = ['FIRST', 'threshold_of', 'Pass', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations',
            'equations', 'Cell', 'track', 'levels', 'outer_taps']
+
+# %% ../../nbs/net/cell.ipynb #e8d168f6
+def threshold_of(cell: StoredCell, gate: Gate)->int:
+    "Find a gate's threshold: those of the inputs, those of the operations, and a 0 for filters that are not searched."
+    if gate.op < 0: return -1 - gate.edge
+    return cell.spec.preprocessed + (cell.flat(gate) if gate.learned else cell.index.none)
 
 # %% ../../nbs/net/cell.ipynb #5d177d4c
 FIRST = {"relu": lambda x, stride: F.relu(x), "avg_pool": avg_pool, "max_pool": max_pool,
@@ -65,12 +71,6 @@ class Pass:
         y, m, inv = torch.native_batch_norm(x, *affine, *running, training, 0., EPS)
         self.statistics[i] = m, inv.pow(-2) - EPS
         return y
-
-# %% ../../nbs/net/cell.ipynb #e8d168f6
-def threshold_of(cell: StoredCell, gate: Gate)->int:
-    "Find a gate's threshold: those of the inputs, those of the operations, and a 0 for filters that are not searched."
-    if gate.op < 0: return -1 - gate.edge
-    return cell.spec.preprocessed + (cell.flat(gate) if gate.learned else cell.index.none)
 
 # %% ../../nbs/net/cell.ipynb #67643d8b
 def drop_factors(x: Tensor, # [N, C, H, W]: what they are for
@@ -143,6 +143,7 @@ def round_operations(cell: StoredCell, node: int, rest: list, edges: Tensor|None
         parts.append(edges[e] * (x if cell.spec.stride(e) == 1 else F.max_pool2d(x, 2, ceil_mode=True)))
     return reduce(torch.add, parts)
 
+# %% ../../nbs/net/cell.ipynb #4f8e591f
 def equations(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Tensor|None, chosen: Tensor|None
              )->Tensor: # as for `Cell.forward`; [N, live out, H', W']
     "Compute Eq. 4 and 5, operation by operation."

@@ -176,6 +176,7 @@ def kept_channels(index: CellIndex, ops: Tensor, there: Tensor, # [filters of th
     score = torch.zeros(spec.width).index_add_(0, f["channel"][f["speaks"]], (strength * there)[f["speaks"]])
     return best_channels(score, width_of(kept, maps, spec.width), spec.reduction or spec.reduction_prev)
 
+# %% ../../nbs/net/channels.ipynb #3d96cace
 def aligned(index: CellIndex, ops: Tensor, gates: Tensor, strength: Tensor, # as for `CellIndex.align`
             unit: Tensor # [units] bool: the incoming maps; changed in place
            )->Tensor: # the same

@@ -105,6 +105,7 @@ def inherited_norms(cell: StoredCell, unit: Tensor, at: dict, # (edge, operation
         out.append({k: v[where] for k, v in norm.items()})
     return out, before
 
+# %% ../../nbs/net/derive.ipynb #d1a69a57
 @torch.no_grad()
 def inherited_cell(net: SuperNet, cell: StoredCell, unit: Tensor # [units] bool: channels of the derived cell
                   )->dict:

@@ -117,6 +117,7 @@ def start_thresholds(g: Tensor, # [n]
     low = torch.segment_reduce(a, "min", lengths=lengths, unsafe=True)
     return torch.where(torch.isfinite(low), low * (1 - margin), torch.zeros_like(low))
 
+# %% ../../nbs/net/discretise.ipynb #608de802
 @torch.no_grad()
 def common_start(parts: list, # of (g [n], live [n] bool), all units of a granularity
                  margin: float = 0.1 # share of the minimum

@@ -16,8 +16,8 @@ from ..space.spaces import SPACES
 SCHEMA, JSON_FILE, MASK_FILE = 2, "architecture.json", "masks.safetensors" # schema 1 had no sha256
 
 # %% auto #0
-__all__ = ['SCHEMA', 'JSON_FILE', 'MASK_FILE', 'line', 'cell_text', 'to_json', 'contents', 'fingerprint', 'save', 'load',
-           'read_checked', 'named_space', 'read_masks']
+__all__ = ['SCHEMA', 'JSON_FILE', 'MASK_FILE', 'line', 'cell_text', 'to_json', 'contents', 'fingerprint', 'save', 'read_checked',
+           'named_space', 'read_masks', 'load']
 
 # %% ../../nbs/net/files.ipynb #d5757fbf
 def line(value)->str: return json.dumps(value, ensure_ascii=False, allow_nan=False)
@@ -63,25 +63,6 @@ def save(arch: Architecture,
     for name, content in contents(arch).items(): write_whole(folder / name, content)
     return folder / JSON_FILE
 
-# %% ../../nbs/net/files.ipynb #f515336d
-def load(path # the folder, or the JSON file in it
-        )->Architecture:
-    "Read an architecture of the space that it names, by default the DARTS-like one. `InputError` if it is not one."
-    path = Path(path)
-    if path.is_dir(): path = path / JSON_FILE
-    d = read_checked(path)
-    space = named_space(d.pop("space", NetSpec.kind))
-    keys = ("schema", "name", *space.head_fields, "cells", "masks_sha256", "provenance")
-    for k in keys:
-        if k not in d: raise InputError(f"{path} lacks the key {k!r}")
-    for k in d:
-        if k not in keys: raise InputError(f"{path} has the unknown key {k[:40]!r}: {closest(k[:40], keys)}")
-    if not isinstance(d["cells"], list): raise InputError(f"{path}: cells must be a list")
-    cells = d["cells"][:65] # one more than there can be
-    spec = check_spec(space(cells=len(cells), **{k: d[k] for k in space.head_fields}))
-    cells, masks = tuple(spec.read_cell(c, x) for c, x in enumerate(cells)), read_masks(path, d["masks_sha256"])
-    return Architecture(d["name"], spec, cells, masks, d["provenance"])
-
 # %% ../../nbs/net/files.ipynb #6cffdf26
 def read_checked(path: Path)->dict:
     "Read the JSON of an architecture, and check that it is one and whole."
@@ -110,3 +91,22 @@ def read_masks(path: Path, sha256: str)->dict:
         raise InputError(f"{file} is not the file that {path.name} was saved with")
     try: return unpack(raw)
     except (SafetensorError, KeyError, ValueError): raise InputError(f"{file} is not a safetensors file") from None
+
+# %% ../../nbs/net/files.ipynb #f515336d
+def load(path # the folder, or the JSON file in it
+        )->Architecture:
+    "Read an architecture of the space that it names, by default the DARTS-like one. `InputError` if it is not one."
+    path = Path(path)
+    if path.is_dir(): path = path / JSON_FILE
+    d = read_checked(path)
+    space = named_space(d.pop("space", NetSpec.kind))
+    keys = ("schema", "name", *space.head_fields, "cells", "masks_sha256", "provenance")
+    for k in keys:
+        if k not in d: raise InputError(f"{path} lacks the key {k!r}")
+    for k in d:
+        if k not in keys: raise InputError(f"{path} has the unknown key {k[:40]!r}: {closest(k[:40], keys)}")
+    if not isinstance(d["cells"], list): raise InputError(f"{path}: cells must be a list")
+    cells = d["cells"][:65] # one more than there can be
+    spec = check_spec(space(cells=len(cells), **{k: d[k] for k in space.head_fields}))
+    cells, masks = tuple(spec.read_cell(c, x) for c, x in enumerate(cells)), read_masks(path, d["masks_sha256"])
+    return Architecture(d["name"], spec, cells, masks, d["provenance"])

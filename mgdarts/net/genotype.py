@@ -50,6 +50,21 @@ def read_genotypes(text: str)->dict: # name -> list of cells, each a list of [op
     raise InputError("not a genotype: expected NAME = Genotype(gene=[[('sep_conv_3x3', 0, 2, [18, 18, 18]), ...], "
                      "...], concat=range(2, 6))")
 
+# %% ../../nbs/net/genotype.ipynb #2470128d
+def _pairs(c: int, i: int, op: Op, masks)->list: # of (role, bool tensor)
+    "The masks of an operation by the kernels that they belong to."
+    o, given, out = OPERATIONS[op.op], masks[c][i], []
+    kernels = shapes(o, o.widths_by_port(op.widths), 1) if len(op.widths) == len(o.ports) else []
+    if not isinstance(given, (list, tuple)) or len(given) != len(kernels):
+        raise InputError(f"masks: operation {i} of cell {c} ({op.op}) needs {len(kernels)} masks")
+    for (kernel, shape), m in zip(kernels, given):
+        here = f"masks: {kernel.role} of operation {i} in cell {c}"
+        if not isinstance(m, Tensor) or tuple(m.shape) != shape:
+            raise InputError(f"{here} must have the shape {list(shape)}")
+        if not bool(((m == 0) | (m == 1)).all()): raise InputError(f"{here} has values other than 0 and 1")
+        out.append((kernel.role, m != 0))
+    return out
+
 # %% ../../nbs/net/genotype.ipynb #11ed6251
 def _genotype_ops(c: int, gene: list)->list:
     "The operations of a cell of a genotype."
@@ -80,21 +95,7 @@ def _genotype_cell(c: int, gene: list, width: int, masks):
     cell = ArchCell(tuple(ops[i] for i in order), tuple(widths.get(s, width) for s in range(DARTS_GRAPH.states)))
     return cell, named
 
-# %% ../../nbs/net/genotype.ipynb #2470128d
-def _pairs(c: int, i: int, op: Op, masks)->list: # of (role, bool tensor)
-    "The masks of an operation by the kernels that they belong to."
-    o, given, out = OPERATIONS[op.op], masks[c][i], []
-    kernels = shapes(o, o.widths_by_port(op.widths), 1) if len(op.widths) == len(o.ports) else []
-    if not isinstance(given, (list, tuple)) or len(given) != len(kernels):
-        raise InputError(f"masks: operation {i} of cell {c} ({op.op}) needs {len(kernels)} masks")
-    for (kernel, shape), m in zip(kernels, given):
-        here = f"masks: {kernel.role} of operation {i} in cell {c}"
-        if not isinstance(m, Tensor) or tuple(m.shape) != shape:
-            raise InputError(f"{here} must have the shape {list(shape)}")
-        if not bool(((m == 0) | (m == 1)).all()): raise InputError(f"{here} has values other than 0 and 1")
-        out.append((kernel.role, m != 0))
-    return out
-
+# %% ../../nbs/net/genotype.ipynb #c21dde6d
 def _lengths(cells):
     "Operations of each cell, of a list of lists; None for anything else."
     lists = isinstance(cells, (list, tuple)) and all(isinstance(c, (list, tuple)) for c in cells)

@@ -15,8 +15,8 @@ from ..space.operation import Operation
 from ..space.space import Space
 
 # %% auto #0
-__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'op_params', 'random_architecture', 'random_like', 'random_cells', 'fill',
-           'even_cells', 'too_small', 'random_blocks', 'weaknas']
+__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'op_params', 'even_cells', 'fill', 'too_small', 'random_cells',
+           'random_blocks', 'random_architecture', 'random_like', 'weaknas']
 
 # %% ../../nbs/net/sample.ipynb #e55b954a
 def at_width(arch: Architecture, channels: int, # C
@@ -71,26 +71,37 @@ def op_params(op: Operation, widths: dict, stride: int)->int:
     "Count the weights of a discovered operation with its batch norms."
     norms = sum(widths[n.port] for n in op.derived_norms(stride))
     return sum(torch.Size(shape).numel() for _, shape in shapes(op, widths, stride)) + 2 * norms
+def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
+    "Make cells of one width each."
+    def op(e, o, w):
+        src, dst = spec.edges[e]
+        return Op(spec.ops[o], src, dst, (w,) * len(spec.operations[o].ports))
+    return tuple(ArchCell(tuple(op(e, o, w) for e, o in sorted(c)), (w,) * spec.graph.states)
+                 for c, w in zip(chosen, widths))
 
-def random_architecture(spec: Space,
-                        params_target: int, # deployable parameters not to be exceeded
-                        seed: int = 0,
-                        name: str = "", # empty: random-{seed}
-                        tolerance: float = 0.01, # share of the target that may be missing
-                        attempts: int = 200 # random widths tried; the nearest from below is returned
-                       )->Architecture: # without masks
-    "Draw an architecture of about `params_target` parameters. `InputError` when none tried is small enough."
-    origin = {"origin": "random", "seed": seed, "params_target": params_target}
-    def make(cells): return Architecture(name or f"random-{seed}", spec, cells, provenance=origin)
-    g = torch.Generator().manual_seed(seed)
-    if spec.cell[0].fixed: return random_blocks(spec, params_target, g, make)
-    return random_cells(spec, params_target, g, make, tolerance, attempts)
-
-def random_like(arch: Architecture, seed: int)->Architecture:
-    "Draw an architecture of the same space and size as another."
-    return random_architecture(arch.spec, count(arch).params, seed, "random")
+# %% ../../nbs/net/sample.ipynb #86ec9560
+def fill(spec: Space, chosen: list, # of {(edge, operation)} of each cell; gets more
+         widths: list, g: torch.Generator, total: int, # parameters that there are
+         most: int, enough: float # parameters not to be exceeded, and at which to stop
+        )->int: # parameters then
+    "Add operations in random order, as long as they fit."
+    edges, n = range(len(spec.edges)), len(spec.ops)
+    places = [(c, e, o) for c in range(spec.cells) for e in edges for o in range(n) if (e, o) not in chosen[c]]
+    for i in torch.randperm(len(places), generator=g).tolist():
+        if total >= enough: break
+        c, e, o = places[i]
+        op = spec.operations[o]
+        more = op_params(op, op.widths_by_port((widths[c],) * len(op.ports)), spec.cell[c].stride(e))
+        if total + more > most: continue
+        total += more
+        chosen[c].add((e, o))
+    return total
 
 # %% ../../nbs/net/sample.ipynb #b5df0450
+def too_small(wanted: int, smallest: int)->InputError:
+    return InputError(f"no random architecture of this space has {wanted} parameters or fewer: "
+                      f"the smallest tried has {smallest}")
+
 def random_cells(spec: Space, params_target: int, g: torch.Generator, make, # cells -> Architecture
                  tolerance: float, attempts: int)->Architecture:
     "As `random_architecture`, where the width of cells is free."
@@ -112,35 +123,6 @@ def random_cells(spec: Space, params_target: int, g: torch.Generator, make, # ce
         low, high = (low + high) / 2, min(1.0, 1.25 * high) # every operation fits: wider
     if best is None: raise too_small(params_target, min(smallest))
     return best
-
-def fill(spec: Space, chosen: list, # of {(edge, operation)} of each cell; gets more
-         widths: list, g: torch.Generator, total: int, # parameters that there are
-         most: int, enough: float # parameters not to be exceeded, and at which to stop
-        )->int: # parameters then
-    "Add operations in random order, as long as they fit."
-    edges, n = range(len(spec.edges)), len(spec.ops)
-    places = [(c, e, o) for c in range(spec.cells) for e in edges for o in range(n) if (e, o) not in chosen[c]]
-    for i in torch.randperm(len(places), generator=g).tolist():
-        if total >= enough: break
-        c, e, o = places[i]
-        op = spec.operations[o]
-        more = op_params(op, op.widths_by_port((widths[c],) * len(op.ports)), spec.cell[c].stride(e))
-        if total + more > most: continue
-        total += more
-        chosen[c].add((e, o))
-    return total
-
-def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
-    "Make cells of one width each."
-    def op(e, o, w):
-        src, dst = spec.edges[e]
-        return Op(spec.ops[o], src, dst, (w,) * len(spec.operations[o].ports))
-    return tuple(ArchCell(tuple(op(e, o, w) for e, o in sorted(c)), (w,) * spec.graph.states)
-                 for c, w in zip(chosen, widths))
-
-def too_small(wanted: int, smallest: int)->InputError:
-    return InputError(f"no random architecture of this space has {wanted} parameters or fewer: "
-                      f"the smallest tried has {smallest}")
 
 # %% ../../nbs/net/sample.ipynb #bd840029
 def random_blocks(spec: Space, params_target: int, g: torch.Generator, make)->Architecture:
@@ -164,6 +146,25 @@ def random_blocks(spec: Space, params_target: int, g: torch.Generator, make)->Ar
         mid = (low + high) / 2
         low, high = (mid, high) if count(made(mid)).dense <= params_target else (low, mid)
     return made(low)
+
+# %% ../../nbs/net/sample.ipynb #27ce9ab6
+def random_architecture(spec: Space,
+                        params_target: int, # deployable parameters not to be exceeded
+                        seed: int = 0,
+                        name: str = "", # empty: random-{seed}
+                        tolerance: float = 0.01, # share of the target that may be missing
+                        attempts: int = 200 # random widths tried; the nearest from below is returned
+                       )->Architecture: # without masks
+    "Draw an architecture of about `params_target` parameters. `InputError` when none tried is small enough."
+    origin = {"origin": "random", "seed": seed, "params_target": params_target}
+    def make(cells): return Architecture(name or f"random-{seed}", spec, cells, provenance=origin)
+    g = torch.Generator().manual_seed(seed)
+    if spec.cell[0].fixed: return random_blocks(spec, params_target, g, make)
+    return random_cells(spec, params_target, g, make, tolerance, attempts)
+
+def random_like(arch: Architecture, seed: int)->Architecture:
+    "Draw an architecture of the same space and size as another."
+    return random_architecture(arch.spec, count(arch).params, seed, "random")
 
 # %% ../../nbs/net/sample.ipynb #62ad4b96
 WEAKNAS = (((5, 3), (3, 3), (3, 4), (3, 3)), ((5, 4), (5, 6), (5, 4)), ((7, 4), (5, 6), (7, 6)),

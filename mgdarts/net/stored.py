@@ -14,9 +14,9 @@ from ..space.layers import reset_uniform
 from ..space.operation import Operation
 
 # %% auto #0
-__all__ = ['remap', 'carry', 'carry_columns', 'LiveOp', 'Parts', 'turn', 'live_operations', 'preprocessing_plan',
-           'threshold_runs', 'pools_of', 'pool_slots', 'StoredCell', 'nothing_of', 'full_strength', 'pool_statistics',
-           'fresh_weights', 'relayout', 'plan']
+__all__ = ['remap', 'carry', 'carry_columns', 'Parts', 'LiveOp', 'turn', 'live_operations', 'preprocessing_plan',
+           'threshold_runs', 'pools_of', 'pool_slots', 'fresh_weights', 'nothing_of', 'relayout', 'plan', 'StoredCell',
+           'full_strength', 'pool_statistics']
 
 # %% ../../nbs/net/stored.ipynb #88f95aad
 def remap(old: Tensor, # [m] int64, ascending slots stored so far
@@ -48,18 +48,6 @@ def carry_columns(value: Tensor, # [k, m, ...], a head: its second dimension run
     out[:, kept.to(value.device)] = value[:, at[kept].to(value.device)]
     return out
 
-# %% ../../nbs/net/stored.ipynb #7b6db973
-@dataclass(frozen=True)
-class LiveOp:
-    "A live operation of a cell, and where its parts are."
-    edge: int
-    op: int # place among the candidates
-    operation: Operation
-    stride: int
-    kernels: tuple # places in the list of kernels
-    gates: tuple # places in the list of gates
-    place: int|None # place in the list of channel indices; None: it writes all channels of its node
-
 # %% ../../nbs/net/stored.ipynb #50862d4e
 @dataclass
 class Parts:
@@ -78,7 +66,18 @@ class Parts:
         for i, (gate, _) in enumerate(lay.gates): gates.setdefault((gate.edge, gate.op), []).append(i)
         return cls(kernels, gates, shapes, [len(i) for _, i in lay.gates])
 
-# %% ../../nbs/net/stored.ipynb #90b1fc81
+# %% ../../nbs/net/stored.ipynb #7b6db973
+@dataclass(frozen=True)
+class LiveOp:
+    "A live operation of a cell, and where its parts are."
+    edge: int
+    op: int # place among the candidates
+    operation: Operation
+    stride: int
+    kernels: tuple # places in the list of kernels
+    gates: tuple # places in the list of gates
+    place: int|None # place in the list of channel indices; None: it writes all channels of its node
+
 def turn(op: LiveOp, side: int # of the maps that it makes
         )->int:
     "Return when a node adds an operation up: floating-point sums depend on their order, and all engines keep one."
@@ -152,6 +151,67 @@ def pool_slots(lay: Layout, pools: list)->Tensor: # int64, ascending
         out += [(s * len(pools) + pools.index(o)) * C + lay.alive[at:at + n].nonzero().flatten() for o in kinds]
     return torch.cat(out)
 
+# %% ../../nbs/net/stored.ipynb #9722f2cd
+def fresh_weights(lay: Layout, group: str, generator: torch.Generator)->Tensor: # [weights of the group]
+    "Draw kernels as convolutions start, uniform in +-1/sqrt(fan in); biases are 0."
+    out, at = torch.empty(len(lay.slots[group])), 0
+    for seg, shape in lay.kernels:
+        if seg.group != group: continue
+        n = math.prod(shape)
+        reset_uniform(out[at:at + n], math.prod(shape[1:]), generator)
+        if seg.role.endswith("_bias"): out[at:at + n] = 0
+        at += n
+    return out
+
+# %% ../../nbs/net/stored.ipynb #6f370d11
+def nothing_of(lay: Layout)->Layout:
+    "Return the layout of a cell that stores nothing yet."
+    slots = {group: torch.zeros(0, dtype=torch.long) for group in lay.spec.sizes}
+    return Layout(lay.spec, torch.zeros_like(lay.ops), torch.zeros_like(lay.alive), slots)
+
+@torch.no_grad()
+def relayout(cell: StoredCell, lay: Layout, generator: torch.Generator)->list: # as `StoredCell.relayout`
+    "Carry the parameters of a cell over to another layout."
+    moves, moved = {g: remap(cell.layout.slots[g], lay.slots[g]) for g in lay.slots}, []
+    def renew(name, move: tuple[Tensor, Tensor], fresh): # a new object: graphs that still hold the old one stay valid
+        old = getattr(cell, name)
+        setattr(cell, name, nn.Parameter(carry(old.data, *move, fresh)))
+        moved.append((old, getattr(cell, name), *move))
+    for name in ("omega", "plain"):
+        fresh = fresh_weights(lay, name, generator) if not bool(moves[name][1].all()) else 0.
+        renew(name, moves[name], fresh)
+        if name == "omega" and cell.scored: renew("score", moves[name], fresh)
+    cell.omega_live = carry(cell.omega_live, *moves["omega"], True)
+    for name, fresh in (("scale", 1.), ("shift", 0.), ("beta", 0.)): renew(name, moves["gates"], fresh)
+    cell.mean, cell.var = carry(cell.mean, *moves["gates"], 0.), carry(cell.var, *moves["gates"], 1.)
+    if cell.pool_norm:
+        before, cell.pool_slots = cell.pool_slots, pool_slots(lay, cell.index.more)
+        move = remap(before, cell.pool_slots)
+        cell.pool_mean, cell.pool_var = carry(cell.pool_mean, *move, 0.), carry(cell.pool_var, *move, 1.)
+    return moved
+
+# %% ../../nbs/net/stored.ipynb #b9ffc7d3
+def plan(cell: StoredCell):
+    "Work out what the forward pass needs to know of the cell's layout, and keep it in the cell."
+    lay, spec, parts = cell.layout, cell.spec, Parts.of(cell.layout)
+    cell.shapes, cell.gate_sizes = parts.shapes, parts.gate_sizes
+    cell.sizes = {g: [math.prod(s) for s in v] for g, v in parts.shapes.items()}
+    cell.nodes, places, cell.channels = live_operations(lay, parts)
+    cell.pre, cell.place_sizes = preprocessing_plan(lay, parts), [len(p) for p in places]
+    cell.pools = pools_of(lay, cell.index.more) if cell.pool_norm else []
+    cell.pool_sizes = [cell.channels[s] for s, kinds in enumerate(cell.pools) for _ in kinds]
+    area = [torch.full((len(i),), g.side ** 2) for g, i in lay.gates]
+    area += [torch.full((n,), spec.side ** 2) for n in cell.pool_sizes]
+    skips = torch.cat([torch.full((len(i),), not g.learned) for g, i in lay.gates])
+    cell.has_skips = bool(skips.any())
+    held = threshold_runs(lay, spec.preprocessed) | {"gate_n": parts.gate_sizes, "skips": skips}
+    held |= {"area": torch.cat(area), "places": torch.cat(places) if places else []}
+    if cell.scored: held["kernel_sizes"] = cell.sizes["omega"]
+    if spec.rest: held["shuffle"] = torch.arange(spec.width + spec.rest).view(-1, spec.width).t().flatten()
+    for name, value in held.items(): # they follow the module's device and are not saved
+        whole = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.long)
+        cell.register_buffer(name, whole.to(cell.omega.device), persistent=False)
+
 # %% ../../nbs/net/stored.ipynb #4ee5cd58
 class StoredCell(nn.Module):
     "The parameters of a cell: what its `Layout` lists, and nothing else."
@@ -212,11 +272,6 @@ class StoredCell(nn.Module):
         return (self.mean, self.var) + ((self.pool_mean, self.pool_var) if self.pool_norm else ())
 
 # %% ../../nbs/net/stored.ipynb #7fe8429c
-def nothing_of(lay: Layout)->Layout:
-    "Return the layout of a cell that stores nothing yet."
-    slots = {group: torch.zeros(0, dtype=torch.long) for group in lay.spec.sizes}
-    return Layout(lay.spec, torch.zeros_like(lay.ops), torch.zeros_like(lay.alive), slots)
-
 def full_strength(cell: StoredCell)->Tensor: # [filters of the full cell], on the CPU; 0 for filters that are gone
     "Return sigma(beta) at the places of the full cell."
     stored = torch.sigmoid(cell.beta.detach()).cpu().float()
@@ -228,59 +283,3 @@ def pool_statistics(cell: StoredCell, state: int, op: int)->tuple: # two [width]
     here = cell.pool_slots.div(C, rounding_mode="floor") == state * len(pools) + pools.index(op)
     at, stored = cell.pool_slots[here] % C, [v.cpu()[here].float() for v in (cell.pool_mean, cell.pool_var)]
     return tuple(torch.full((C,), fresh).index_copy_(0, at, v) for v, fresh in zip(stored, (0., 1.)))
-
-# %% ../../nbs/net/stored.ipynb #9722f2cd
-def fresh_weights(lay: Layout, group: str, generator: torch.Generator)->Tensor: # [weights of the group]
-    "Draw kernels as convolutions start, uniform in +-1/sqrt(fan in); biases are 0."
-    out, at = torch.empty(len(lay.slots[group])), 0
-    for seg, shape in lay.kernels:
-        if seg.group != group: continue
-        n = math.prod(shape)
-        reset_uniform(out[at:at + n], math.prod(shape[1:]), generator)
-        if seg.role.endswith("_bias"): out[at:at + n] = 0
-        at += n
-    return out
-
-# %% ../../nbs/net/stored.ipynb #6f370d11
-@torch.no_grad()
-def relayout(cell: StoredCell, lay: Layout, generator: torch.Generator)->list: # as `StoredCell.relayout`
-    "Carry the parameters of a cell over to another layout."
-    moves, moved = {g: remap(cell.layout.slots[g], lay.slots[g]) for g in lay.slots}, []
-    def renew(name, move: tuple[Tensor, Tensor], fresh): # a new object: graphs that still hold the old one stay valid
-        old = getattr(cell, name)
-        setattr(cell, name, nn.Parameter(carry(old.data, *move, fresh)))
-        moved.append((old, getattr(cell, name), *move))
-    for name in ("omega", "plain"):
-        fresh = fresh_weights(lay, name, generator) if not bool(moves[name][1].all()) else 0.
-        renew(name, moves[name], fresh)
-        if name == "omega" and cell.scored: renew("score", moves[name], fresh)
-    cell.omega_live = carry(cell.omega_live, *moves["omega"], True)
-    for name, fresh in (("scale", 1.), ("shift", 0.), ("beta", 0.)): renew(name, moves["gates"], fresh)
-    cell.mean, cell.var = carry(cell.mean, *moves["gates"], 0.), carry(cell.var, *moves["gates"], 1.)
-    if cell.pool_norm:
-        before, cell.pool_slots = cell.pool_slots, pool_slots(lay, cell.index.more)
-        move = remap(before, cell.pool_slots)
-        cell.pool_mean, cell.pool_var = carry(cell.pool_mean, *move, 0.), carry(cell.pool_var, *move, 1.)
-    return moved
-
-# %% ../../nbs/net/stored.ipynb #b9ffc7d3
-def plan(cell: StoredCell):
-    "Work out what the forward pass needs to know of the cell's layout, and keep it in the cell."
-    lay, spec, parts = cell.layout, cell.spec, Parts.of(cell.layout)
-    cell.shapes, cell.gate_sizes = parts.shapes, parts.gate_sizes
-    cell.sizes = {g: [math.prod(s) for s in v] for g, v in parts.shapes.items()}
-    cell.nodes, places, cell.channels = live_operations(lay, parts)
-    cell.pre, cell.place_sizes = preprocessing_plan(lay, parts), [len(p) for p in places]
-    cell.pools = pools_of(lay, cell.index.more) if cell.pool_norm else []
-    cell.pool_sizes = [cell.channels[s] for s, kinds in enumerate(cell.pools) for _ in kinds]
-    area = [torch.full((len(i),), g.side ** 2) for g, i in lay.gates]
-    area += [torch.full((n,), spec.side ** 2) for n in cell.pool_sizes]
-    skips = torch.cat([torch.full((len(i),), not g.learned) for g, i in lay.gates])
-    cell.has_skips = bool(skips.any())
-    held = threshold_runs(lay, spec.preprocessed) | {"gate_n": parts.gate_sizes, "skips": skips}
-    held |= {"area": torch.cat(area), "places": torch.cat(places) if places else []}
-    if cell.scored: held["kernel_sizes"] = cell.sizes["omega"]
-    if spec.rest: held["shuffle"] = torch.arange(spec.width + spec.rest).view(-1, spec.width).t().flatten()
-    for name, value in held.items(): # they follow the module's device and are not saved
-        whole = value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.long)
-        cell.register_buffer(name, whole.to(cell.omega.device), persistent=False)

@@ -18,9 +18,31 @@ from ..space.layers import AuxHead, Head
 from ..space.space import GRANULARITIES, Space, aux_head, stage_head
 
 # %% auto #0
-__all__ = ['SuperNet', 'part_generator', 'grid', 'brought', 'hold', 'put_out', 'edge_weights', 'importance', 'thresholds',
-           'mixture', 'masked', 'tie', 'allowed', 'add_cell', 'open_stage', 'channels_left', 'full_gates', 'top_size',
-           'count', 'rebuild']
+__all__ = ['part_generator', 'grid', 'brought', 'hold', 'SuperNet', 'put_out', 'allowed', 'add_cell', 'open_stage',
+           'edge_weights', 'importance', 'thresholds', 'mixture', 'masked', 'tie', 'full_gates', 'channels_left',
+           'top_size', 'count', 'rebuild']
+
+# %% ../../nbs/net/supernet.ipynb #e7b15c93
+def part_generator(seed: int, *what: int)->torch.Generator:
+    "Make a generator for one part of the net: parts do not depend on the order in which they are made."
+    for w in what: seed = (seed * 1_000_003 + w + 1) % (2 ** 62)
+    return torch.Generator().manual_seed(seed)
+
+# %% ../../nbs/net/supernet.ipynb #9c7ba1bb
+def grid(spec: Space)->tuple:
+    "Return the shape of what has a value for every operation of the super-net."
+    return spec.cells, len(spec.edges), len(spec.ops)
+
+def brought(net: SuperNet)->tuple:
+    "Register the parameters that a method's parts bring, and return the names of all that have a strength."
+    sizes = {name: size for part in net.parts for name, size in part.brings(net.spec).items()}
+    for name, size in sizes.items(): setattr(net, name, nn.Parameter(torch.zeros(size)))
+    return ("alpha", *sizes)
+
+def hold(net: SuperNet, **what):
+    "Register tensors that follow the net's device and are not saved."
+    for name, value in what.items():
+        net.register_buffer(name, torch.tensor(value, device=net.alpha.device), persistent=False)
 
 # %% ../../nbs/net/supernet.ipynb #b8696937
 class SuperNet(nn.Module):
@@ -83,32 +105,43 @@ class SuperNet(nn.Module):
     @property
     def drop(self)->tuple|None: return (self.skip_dropout, self.noise) if self.skip_dropout else None # of skips
 
-# %% ../../nbs/net/supernet.ipynb #e7b15c93
-def part_generator(seed: int, *what: int)->torch.Generator:
-    "Make a generator for one part of the net: parts do not depend on the order in which they are made."
-    for w in what: seed = (seed * 1_000_003 + w + 1) % (2 ** 62)
-    return torch.Generator().manual_seed(seed)
-
-# %% ../../nbs/net/supernet.ipynb #9c7ba1bb
-def grid(spec: Space)->tuple:
-    "Return the shape of what has a value for every operation of the super-net."
-    return spec.cells, len(spec.edges), len(spec.ops)
-
-def brought(net: SuperNet)->tuple:
-    "Register the parameters that a method's parts bring, and return the names of all that have a strength."
-    sizes = {name: size for part in net.parts for name, size in part.brings(net.spec).items()}
-    for name, size in sizes.items(): setattr(net, name, nn.Parameter(torch.zeros(size)))
-    return ("alpha", *sizes)
-
-def hold(net: SuperNet, **what):
-    "Register tensors that follow the net's device and are not saved."
-    for name, value in what.items():
-        net.register_buffer(name, torch.tensor(value, device=net.alpha.device), persistent=False)
-
+# %% ../../nbs/net/supernet.ipynb #99a1d248
 def put_out(net: SuperNet, c: int)->Tensor: # bool
     "Return the live channels of what cell `c` puts out; before cell 0 stand the stem's maps."
     if c < 0: return torch.ones(net.spec.stem_out[c], dtype=torch.bool)
     return net.cells[c].index.out(net.cells[c].layout.alive)
+
+def allowed(net: SuperNet)->Tensor: # [edges, operations] bool
+    "Mark the operations that a cell begins with."
+    there = [o in net.rules.ops or o not in OPERATION_NAMES for o in net.spec.ops]
+    return torch.tensor(there).expand(len(net.spec.edges), -1)
+
+def add_cell(net: SuperNet, ops: Tensor, alive: Tensor): # [edges, operations] and [units] bool: what it stores
+    "Append the next cell."
+    c, rules = len(net.cells), net.rules
+    stored, g = layout(net.spec.cell[c], ops, alive), net._generator(2, c)
+    net.cells.append(Cell(stored, g, rules.gates, rules.keep < 1, rules.pool_norm).to(net.alpha.device))
+
+def open_stage(net: SuperNet, end: int, # last cell of the sub-net
+               stage: int # 0-based; the last stage ends in the classifier
+              ):
+    "Add cells up to `end`, and put the stage's head on top."
+    spec, last = net.spec, end == net.spec.cells - 1
+    if len(net.cells) <= end: net.first = len(net.cells)
+    for c in range(len(net.cells), end + 1):
+        ops, full = allowed(net), torch.ones(spec.cell[c].sizes["gates"], dtype=torch.bool)
+        net.op_live[c] = ops.to(net.op_live.device)
+        ops = net.shapes[0].stored(ops, spec)
+        add_cell(net, ops, CellIndex(spec.cell[c]).alive(ops, full, *net._inputs(c)))
+    width, g = int(net._out(end).sum()), net._generator(3, stage)
+    net.head = spec.make_top(width, g) if last else AuxHead(stage_head(spec, stage, net.aux_size), g, width)
+    net.head.to(net.alpha.device)
+    if last and net.rules.aux:
+        width = int(net._out(net.aux_cell).sum())
+        net.aux = AuxHead(aux_head(spec, net.aux_cell), net._generator(3, 3), width).to(net.alpha.device)
+    net.stage, kinds = stage, spec.kinds[:end + 1]
+    first = sorted(set(kinds))
+    hold(net, first_of_kind=first, kind=[first.index(k) for k in kinds])
 
 # %% ../../nbs/net/supernet.ipynb #22437684
 def edge_weights(net: SuperNet)->Tensor|None: # [cells, edges]
@@ -151,38 +184,15 @@ def tie(net: SuperNet):
     for p in (net.t_alpha, *(getattr(net, n) for n in net.strong)):
         if p.grad is not None: p.grad = torch.zeros_like(p.grad).index_add_(0, net.kinds, p.grad)[net.kinds]
 
-# %% ../../nbs/net/supernet.ipynb #99a1d248
-def allowed(net: SuperNet)->Tensor: # [edges, operations] bool
-    "Mark the operations that a cell begins with."
-    there = [o in net.rules.ops or o not in OPERATION_NAMES for o in net.spec.ops]
-    return torch.tensor(there).expand(len(net.spec.edges), -1)
-
-def add_cell(net: SuperNet, ops: Tensor, alive: Tensor): # [edges, operations] and [units] bool: what it stores
-    "Append the next cell."
-    c, rules = len(net.cells), net.rules
-    stored, g = layout(net.spec.cell[c], ops, alive), net._generator(2, c)
-    net.cells.append(Cell(stored, g, rules.gates, rules.keep < 1, rules.pool_norm).to(net.alpha.device))
-
-def open_stage(net: SuperNet, end: int, # last cell of the sub-net
-               stage: int # 0-based; the last stage ends in the classifier
-              ):
-    "Add cells up to `end`, and put the stage's head on top."
-    spec, last = net.spec, end == net.spec.cells - 1
-    if len(net.cells) <= end: net.first = len(net.cells)
-    for c in range(len(net.cells), end + 1):
-        ops, full = allowed(net), torch.ones(spec.cell[c].sizes["gates"], dtype=torch.bool)
-        net.op_live[c] = ops.to(net.op_live.device)
-        ops = net.shapes[0].stored(ops, spec)
-        add_cell(net, ops, CellIndex(spec.cell[c]).alive(ops, full, *net._inputs(c)))
-    width, g = int(net._out(end).sum()), net._generator(3, stage)
-    net.head = spec.make_top(width, g) if last else AuxHead(stage_head(spec, stage, net.aux_size), g, width)
-    net.head.to(net.alpha.device)
-    if last and net.rules.aux:
-        width = int(net._out(net.aux_cell).sum())
-        net.aux = AuxHead(aux_head(spec, net.aux_cell), net._generator(3, 3), width).to(net.alpha.device)
-    net.stage, kinds = stage, spec.kinds[:end + 1]
-    first = sorted(set(kinds))
-    hold(net, first_of_kind=first, kind=[first.index(k) for k in kinds])
+# %% ../../nbs/net/supernet.ipynb #7cc479c4
+def full_gates(net: SuperNet, c: int, # cell
+               keep: Tensor|None = None # [stored filters] bool; None: all
+              )->Tensor: # [filters of the full cell] bool
+    "Mark which filters of the full cell are stored (and kept)."
+    slots = net.cells[c].layout.slots["gates"]
+    full = torch.zeros(net.spec.cell[c].sizes["gates"], dtype=torch.bool)
+    full[slots if keep is None else slots[keep]] = True
+    return full
 
 # %% ../../nbs/net/supernet.ipynb #42670f33
 def channels_left(net: SuperNet, ops: Tensor|None = None, gates: list|None = None, # as for `count`
@@ -201,16 +211,6 @@ def channels_left(net: SuperNet, ops: Tensor|None = None, gates: list|None = Non
         out.append(unit)
         outs.append(index.out(unit))
     return out
-
-# %% ../../nbs/net/supernet.ipynb #7cc479c4
-def full_gates(net: SuperNet, c: int, # cell
-               keep: Tensor|None = None # [stored filters] bool; None: all
-              )->Tensor: # [filters of the full cell] bool
-    "Mark which filters of the full cell are stored (and kept)."
-    slots = net.cells[c].layout.slots["gates"]
-    full = torch.zeros(net.spec.cell[c].sizes["gates"], dtype=torch.bool)
-    full[slots if keep is None else slots[keep]] = True
-    return full
 
 # %% ../../nbs/net/supernet.ipynb #1fbf9179
 def top_size(net: SuperNet, unit: Tensor|None # [units] bool of the last cell

@@ -12,7 +12,7 @@ from .operation import Kernel, Operation
 MAX_WIDTH = 4096 # so that a damaged file cannot ask for terabytes
 
 # %% auto #0
-__all__ = ['MAX_WIDTH', 'Op', 'ArchCell', 'whole', 'shape_of', 'shapes', 'check_cell', 'check_place', 'check_widths']
+__all__ = ['MAX_WIDTH', 'Op', 'ArchCell', 'whole', 'shape_of', 'shapes', 'check_place', 'check_widths', 'check_cell']
 
 # %% ../../nbs/space/found.ipynb #38f29917
 @dataclass(frozen=True)
@@ -47,6 +47,30 @@ def shapes(op: Operation, widths: dict, stride: int)->list: # of (Kernel, shape)
     "List the kernels of a discovered operation with their shapes, in order."
     return [(k, shape_of(k, widths)) for k in op.kernels(stride)]
 
+# %% ../../nbs/space/found.ipynb #3acf38c0
+def check_place(op: Op, spec: CellSpec, here: str # what messages call it
+               )->tuple: # (edge, operation)
+    "Return where an operation stands in the full cell; `InputError` where there is no such edge or operation."
+    graph, names, name = spec.graph, [o.name for o in spec.ops], str(op.op)[:40]
+    if op.op not in names: raise InputError(f"architecture: {here} is {name!r}: {closest(name, names)}")
+    whole(f"the target of {here}", op.dst, graph.inputs, graph.states - 1)
+    whole(f"the source of {here}", op.src, 0, op.dst - 1)
+    if (op.src, op.dst) in graph.edges: return graph.edges.index((op.src, op.dst)), names.index(op.op)
+    raise InputError(f"architecture: {here} stands between states {op.src} and {op.dst}, where there is no edge")
+
+# %% ../../nbs/space/found.ipynb #b34aa310
+def check_widths(cell: ArchCell, op: Op, spec: CellSpec, here: str,
+                 at: tuple[int, int]): # from `check_place`
+    "Refuse an operation whose widths are impossible, or do not meet those of the states: `InputError`."
+    ports, ends = spec.ops[at[1]].ports, (cell.widths[op.src], cell.widths[op.dst])
+    if len(op.widths) != len(ports):
+        raise InputError(f"architecture: {here}, {op.op}, needs {len(ports)} width(s) and has {len(op.widths)}")
+    for port, w in zip(ports, op.widths): # where states have fixed widths, nothing is wider than in the super-net
+        whole(f"a width of {here}", w, 1, spec.place(*at, port)[1] if spec.fixed and port == "mid" else MAX_WIDTH)
+    if (op.widths[0], op.widths[-1]) != ends:
+        raise InputError(f"architecture: {here} joins states of {ends[0]} and {ends[1]} channels "
+                         f"with widths {list(op.widths)}")
+
 # %% ../../nbs/space/found.ipynb #423f5707
 def check_cell(cell: ArchCell, spec: CellSpec # of the full cell
               ):
@@ -67,26 +91,3 @@ def check_cell(cell: ArchCell, spec: CellSpec # of the full cell
         check_widths(cell, op, spec, here, at)
     if unfed := set(graph.nodes) - {op.dst for op in cell.ops}:
         raise InputError(f"architecture: node {min(unfed)} of cell {c} has no operation: every node needs one")
-
-# %% ../../nbs/space/found.ipynb #3acf38c0
-def check_place(op: Op, spec: CellSpec, here: str # what messages call it
-               )->tuple: # (edge, operation)
-    "Return where an operation stands in the full cell; `InputError` where there is no such edge or operation."
-    graph, names, name = spec.graph, [o.name for o in spec.ops], str(op.op)[:40]
-    if op.op not in names: raise InputError(f"architecture: {here} is {name!r}: {closest(name, names)}")
-    whole(f"the target of {here}", op.dst, graph.inputs, graph.states - 1)
-    whole(f"the source of {here}", op.src, 0, op.dst - 1)
-    if (op.src, op.dst) in graph.edges: return graph.edges.index((op.src, op.dst)), names.index(op.op)
-    raise InputError(f"architecture: {here} stands between states {op.src} and {op.dst}, where there is no edge")
-
-def check_widths(cell: ArchCell, op: Op, spec: CellSpec, here: str,
-                 at: tuple[int, int]): # from `check_place`
-    "Refuse an operation whose widths are impossible, or do not meet those of the states: `InputError`."
-    ports, ends = spec.ops[at[1]].ports, (cell.widths[op.src], cell.widths[op.dst])
-    if len(op.widths) != len(ports):
-        raise InputError(f"architecture: {here}, {op.op}, needs {len(ports)} width(s) and has {len(op.widths)}")
-    for port, w in zip(ports, op.widths): # where states have fixed widths, nothing is wider than in the super-net
-        whole(f"a width of {here}", w, 1, spec.place(*at, port)[1] if spec.fixed and port == "mid" else MAX_WIDTH)
-    if (op.widths[0], op.widths[-1]) != ends:
-        raise InputError(f"architecture: {here} joins states of {ends[0]} and {ends[1]} channels "
-                         f"with widths {list(op.widths)}")

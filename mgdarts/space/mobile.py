@@ -14,8 +14,8 @@ from .operation import BatchNorm, Kernel, OPERATIONS, Operation
 from .space import Space
 
 # %% auto #0
-__all__ = ['EXPANSION', 'SQUEEZE', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'lay_out_layer', 'LayerSpec', 'MobileSpec', 'depths',
-           'halved_ends', 'layers', 'write_blocks', 'check_blocks', 'read_blocks']
+__all__ = ['EXPANSION', 'SQUEEZE', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'lay_out_layer', 'LayerSpec', 'depths',
+           'halved_ends', 'write_blocks', 'check_blocks', 'read_blocks', 'layers', 'MobileSpec']
 
 # %% ../../nbs/space/mobile.ipynb #ca71696c
 def divisible(v: float, by: int = 8)->int:
@@ -91,10 +91,70 @@ class LayerSpec(CellSpec):
     @cached_property
     def places(self)->Places: return lay_out_layer(self)
 
-# %% ../../nbs/space/mobile.ipynb #35a9d666
+# %% ../../nbs/space/mobile.ipynb #2ff7e64e
 GROUPS = ((24, 2, False, "relu"), (40, 2, True, "relu"), (80, 2, False, "hardswish"), (112, 1, True, "hardswish"),
           (160, 2, True, "hardswish")) # width, first stride, squeezes, activation
 
+def depths(cells: int)->tuple:
+    "Return the layers of each group."
+    n, more = divmod(cells, len(GROUPS))
+    return tuple(n + ((g + 1) % len(GROUPS) < more) for g in range(len(GROUPS)))
+
+# %% ../../nbs/space/mobile.ipynb #5e27033a
+def halved_ends(cells: int)->tuple:
+    "Return the last layers of the three sub-nets: before a map is halved, as near to thirds of the depth as can be."
+    of = depths(cells)
+    starts = [sum(of[:g]) for g, (_, stride, *_) in enumerate(GROUPS) if g and stride == 2 and of[g]]
+    first, second = (min(starts, key=lambda s: abs(s - third * cells / 3)) for third in (1, 2))
+    return first - 1, second - 1, cells - 1
+
+# %% ../../nbs/space/mobile.ipynb #c3d66ecd
+def write_blocks(cell: ArchCell)->list: # of [kernel, filters, squeezed filters]
+    "Write a discovered layer as plain JSON."
+    return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
+
+# %% ../../nbs/space/mobile.ipynb #c8937a4f
+def check_blocks(layer: LayerSpec, rows: list): # of (kernel, filters, squeezed filters)
+    "Refuse impossible blocks in the words of files: `InputError`."
+    c, kernels, inside = layer.index, tuple(BLOCKS.values()), layer.ops[0].inner(layer.inputs[0])
+    if not 0 < len(rows) <= len(kernels):
+        raise InputError(f"architecture: layer {c} needs one to {len(kernels)} blocks")
+    for i, (k, mid, few) in enumerate(rows):
+        here = f"of block {i} of layer {c}"
+        if not isinstance(k, int) or k not in kernels:
+            raise InputError(f"architecture: the kernel {here} is {str(k)[:40]}: "
+                             f"choose from {', '.join(map(str, kernels))}")
+        whole(f"the number of filters {here}", mid, 1, inside["mid"])
+        whole(f"the number of squeezed filters {here}", few, *((1, MAX_WIDTH) if "squeeze" in inside else (0, 0)))
+    if any(a[0] >= b[0] for a, b in zip(rows, rows[1:])):
+        raise InputError(f"architecture: the blocks of layer {c} are out of order or there twice: sort by kernel")
+
+# %% ../../nbs/space/mobile.ipynb #10c13774
+def read_blocks(layer: LayerSpec, d)->ArchCell: # what `write_blocks` wrote
+    "Read a discovered layer; `InputError` if it is something else."
+    cin, cout, names = layer.inputs[0], layer.width, {k: name for name, k in BLOCKS.items()}
+    try: rows = [(kernel, mid, few) for kernel, mid, few in d]
+    except (TypeError, ValueError):
+        raise InputError(f"architecture: layer {layer.index} must be a list of blocks of the form "
+                         "[kernel, filters, squeezed filters]") from None
+    check_blocks(layer, rows)
+    ops = [Op(names[k], 0, 1, (cin, mid, few, cout) if few else (cin, mid, cout)) for k, mid, few in rows]
+    return ArchCell(tuple(ops), (cin, cout))
+
+# %% ../../nbs/space/mobile.ipynb #526cdee4
+def layers(spec: MobileSpec)->tuple: # of LayerSpec
+    "Lay out the layers of the space."
+    cin, side, out = spec.channels, spec.stem_side, []
+    for (width, first, squeezes, act), depth in zip(GROUPS, depths(spec.cells)):
+        ops = tuple(Block(name, k, squeezes, act) for name, k in BLOCKS.items())
+        for stride in (first, *[1] * depth)[:depth]:
+            after, stage = (side + 1) // 2 if stride == 2 else side, sum(len(out) > e for e in spec.ends)
+            out.append(LayerSpec(len(out), stage, spec.graph, ops, (cin,), divisible(width * spec.width), stride == 2,
+                                 False, side, after))
+            cin, side = out[-1].width, after
+    return tuple(out)
+
+# %% ../../nbs/space/mobile.ipynb #35a9d666
 @dataclass(frozen=True)
 class MobileSpec(Space):
     "The MobileNet-like space at a certain size. It answers the same questions as a `NetSpec`."
@@ -151,60 +211,3 @@ class MobileSpec(Space):
     def aux_cell(self)->int: return self.ends[1] # the end of the second sub-net
     @cached_property
     def cell(self)->tuple: return layers(self)
-
-# %% ../../nbs/space/mobile.ipynb #2ff7e64e
-def depths(cells: int)->tuple:
-    "Return the layers of each group."
-    n, more = divmod(cells, len(GROUPS))
-    return tuple(n + ((g + 1) % len(GROUPS) < more) for g in range(len(GROUPS)))
-
-def halved_ends(cells: int)->tuple:
-    "Return the last layers of the three sub-nets: before a map is halved, as near to thirds of the depth as can be."
-    of = depths(cells)
-    starts = [sum(of[:g]) for g, (_, stride, *_) in enumerate(GROUPS) if g and stride == 2 and of[g]]
-    first, second = (min(starts, key=lambda s: abs(s - third * cells / 3)) for third in (1, 2))
-    return first - 1, second - 1, cells - 1
-
-# %% ../../nbs/space/mobile.ipynb #526cdee4
-def layers(spec: MobileSpec)->tuple: # of LayerSpec
-    "Lay out the layers of the space."
-    cin, side, out = spec.channels, spec.stem_side, []
-    for (width, first, squeezes, act), depth in zip(GROUPS, depths(spec.cells)):
-        ops = tuple(Block(name, k, squeezes, act) for name, k in BLOCKS.items())
-        for stride in (first, *[1] * depth)[:depth]:
-            after, stage = (side + 1) // 2 if stride == 2 else side, sum(len(out) > e for e in spec.ends)
-            out.append(LayerSpec(len(out), stage, spec.graph, ops, (cin,), divisible(width * spec.width), stride == 2,
-                                 False, side, after))
-            cin, side = out[-1].width, after
-    return tuple(out)
-
-# %% ../../nbs/space/mobile.ipynb #c3d66ecd
-def write_blocks(cell: ArchCell)->list: # of [kernel, filters, squeezed filters]
-    "Write a discovered layer as plain JSON."
-    return [[BLOCKS[op.op], op.widths[1], op.widths[2] if len(op.widths) == 4 else 0] for op in cell.ops]
-
-def check_blocks(layer: LayerSpec, rows: list): # of (kernel, filters, squeezed filters)
-    "Refuse impossible blocks in the words of files: `InputError`."
-    c, kernels, inside = layer.index, tuple(BLOCKS.values()), layer.ops[0].inner(layer.inputs[0])
-    if not 0 < len(rows) <= len(kernels):
-        raise InputError(f"architecture: layer {c} needs one to {len(kernels)} blocks")
-    for i, (k, mid, few) in enumerate(rows):
-        here = f"of block {i} of layer {c}"
-        if not isinstance(k, int) or k not in kernels:
-            raise InputError(f"architecture: the kernel {here} is {str(k)[:40]}: "
-                             f"choose from {', '.join(map(str, kernels))}")
-        whole(f"the number of filters {here}", mid, 1, inside["mid"])
-        whole(f"the number of squeezed filters {here}", few, *((1, MAX_WIDTH) if "squeeze" in inside else (0, 0)))
-    if any(a[0] >= b[0] for a, b in zip(rows, rows[1:])):
-        raise InputError(f"architecture: the blocks of layer {c} are out of order or there twice: sort by kernel")
-
-def read_blocks(layer: LayerSpec, d)->ArchCell: # what `write_blocks` wrote
-    "Read a discovered layer; `InputError` if it is something else."
-    cin, cout, names = layer.inputs[0], layer.width, {k: name for name, k in BLOCKS.items()}
-    try: rows = [(kernel, mid, few) for kernel, mid, few in d]
-    except (TypeError, ValueError):
-        raise InputError(f"architecture: layer {layer.index} must be a list of blocks of the form "
-                         "[kernel, filters, squeezed filters]") from None
-    check_blocks(layer, rows)
-    ops = [Op(names[k], 0, 1, (cin, mid, few, cout) if few else (cin, mid, cout)) for k, mid, few in rows]
-    return ArchCell(tuple(ops), (cin, cout))

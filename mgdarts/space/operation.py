@@ -124,7 +124,6 @@ def reduction()->tuple: # of Kernel
     "Return the kernels of a factorised reduction: two strided 1x1 convolutions, half of the channels each."
     return tuple(Kernel(role, "out", "in", searched=False, half=half) for half, role in enumerate("ab"))
 
-# %% ../../nbs/space/operation.ipynb #c4a688fe
 class Skip(Operation):
     "The identity; with stride 2 ReLU, two strided 1x1 convolutions side by side, batch norm."
     kind = "skip"

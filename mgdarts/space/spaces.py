@@ -23,6 +23,7 @@ def add_space(cls: type[Space])->type[Space]: # the same
     if cls.kind not in SPACE_KINDS: SPACE_KINDS.append(cls.kind)
     return cls
 
+# %% ../../nbs/space/spaces.ipynb #8d8722c4
 def space_of(cfg: Config, classes: int, size: int, in_channels: int = 3)->Space:
     "Return the space that a configuration asks for, for images of that kind; `InputError` where none has that name."
     kind = cfg.space.kind
