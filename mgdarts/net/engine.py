@@ -25,9 +25,8 @@ class Engine:
                 also: list|None = None # gets the logits of the auxiliary head of the whole net, where there is one
                )->Tensor: # [N, classes], not in 16 bits
         "Compute the logits of a super-net."
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=self.compute.amp):
-            y = self.through_cells(net, x, also)
-        return y.float() if self.compute.amp else y
+        if not self.compute.amp: return self.through_cells(net, x, also)
+        with torch.autocast(x.device.type, torch.bfloat16): return self.through_cells(net, x, also).float()
 
     def discrete(self, net, # a DerivedNet of any space
                  x: Tensor # [N, in_channels, size, size]
