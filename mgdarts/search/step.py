@@ -40,7 +40,6 @@ def make_optimizer(net: SuperNet, cfg: Settings)->torch.optim.SGD:
                             for name, ps in groups(net).items() if not (cfg.adam and name == "strengths")],
                            lr=cfg.lr_weights, momentum=cfg.momentum, foreach=True)
 
-# %% ../../nbs/search/step.ipynb #3407c68f
 def make_adam(net: SuperNet, cfg: Settings)->torch.optim.Adam|None:
     "Adam for the strengths, where the search asks for it."
     if not cfg.adam: return None
