@@ -18,64 +18,8 @@ from .step import optimise
 from .thresholds import mean_thresholds
 
 # %% auto #0
-__all__ = ['snapshot', 'commit_masks', 'end_epoch', 'prune_if_due', 'refuse_unsearchable', 'Search', 'clock_of', 'validate',
+__all__ = ['refuse_unsearchable', 'Search', 'clock_of', 'validate', 'snapshot', 'commit_masks', 'prune_if_due', 'end_epoch',
            'step', 'run']
-
-# %% ../../nbs/search/loop.ipynb #3198fa6e
-@torch.no_grad()
-def snapshot(net: SuperNet)->dict:
-    "Sizes, retention ratios and mean thresholds per granularity, with units that are off at this moment left out."
-    found = candidates(net) if net.discretising else None
-    now = net.count(**found.masks(found.off)) if found else net.count()
-    return {"params": now.params, "params_searched": now.searched.params, "macs": now.macs, "ops": now.ops,
-            "retention": now.retention(), "thresholds": mean_thresholds(net)}
-
-# %% ../../nbs/search/loop.ipynb #f6f6c142
-def commit_masks(search, ce: float, price: float, # means over the epoch of CE and of R_size
-                 epoch: int # that is over
-                ):
-    "Make the state of the masks permanent."
-    s, net, parts = search.state, search.net, search.parts
-    s.rebuilds += 1
-    found, before = parts.decision.candidates(net), search.lam.value
-    sizes = Sizes(net, found)
-    if parts.decision.coarse and sizes(torch.ones(len(found.places), dtype=torch.bool)) < (1 - SLACK) * s.target:
-        found, sizes = parts.decision.candidates(net, more=True), None
-    optimizers = [search.optimizer, search.adam]
-    done = commit(net, s.target, optimizers, s.rebuilds, found, wait=not parts.decision.coarse, sizes=sizes)
-    tally(search, done, before)
-    lam = search.lam.update(done.pruned["operation"], ce, price) if parts.pressure.controls else 0.
-    search.emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params,
-                target=s.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
-
-# %% ../../nbs/search/loop.ipynb #90ee67bd
-def end_epoch(search):
-    "After the last step of an epoch."
-    s, (*means, hits, n) = search.state, search.sums.tolist()
-    (ce, price, push, own), epoch, warm = (v / n for v in means), s.epoch, s.warmup
-    lam = 0. if warm else search.lam.value
-    acc, val_loss = search.validate()
-    data = search.snapshot()
-    search.sums.zero_()
-    s.epoch, s.epoch_step, s.phase_epoch = epoch + 1, 0, s.phase_epoch + 1
-    if not search.by_size: data["progress"] = min(search.clock.share, 1.)
-    search.emit("epoch", ce + lam * (price + push), epoch, phase="warm-up" if warm else "joint", ce=ce, r_size=price,
-                r_size_stage=own, r_threshold=push, train_acc=100 * hits / n, val_acc=acc, val_loss=val_loss,
-                target=s.target, **{"lambda": lam}, **data)
-    if warm and s.phase_epoch >= search.warm_epochs and (search.by_size or search.clock.share < 1): begin_joint(search)
-    if not search.by_size:
-        if search.clock.share >= 1 - 1e-9: clock_is_up(search)
-    elif not warm: prune_if_due(search, ce, own, epoch)
-
-# %% ../../nbs/search/loop.ipynb #0490708e
-def prune_if_due(search, ce: float, price: float, epoch: int):
-    "A commit every few epochs; a stage ends at its target, or after so many epochs without it."
-    s, cfg = search.state, search.cfg
-    over = s.phase_epoch >= cfg.max_epochs
-    if s.phase_epoch % cfg.prune_every and not over: return
-    commit_masks(search, ce, price, epoch)
-    if search.net.count().params <= s.target: close_stage(search, "reached")
-    elif over: close_stage(search, "target not reached")
 
 # %% ../../nbs/search/loop.ipynb #4572857c
 def refuse_unsearchable(search):
@@ -162,6 +106,62 @@ def validate(search)->tuple: # accuracy in percent, mean cross-entropy
     (found,) = evaluate([search.net], search.loaders["val"].eval(), search.device)
     search.net.train()
     return found
+
+# %% ../../nbs/search/loop.ipynb #3198fa6e
+@torch.no_grad()
+def snapshot(net: SuperNet)->dict:
+    "Sizes, retention ratios and mean thresholds per granularity, with units that are off at this moment left out."
+    found = candidates(net) if net.discretising else None
+    now = net.count(**found.masks(found.off)) if found else net.count()
+    return {"params": now.params, "params_searched": now.searched.params, "macs": now.macs, "ops": now.ops,
+            "retention": now.retention(), "thresholds": mean_thresholds(net)}
+
+# %% ../../nbs/search/loop.ipynb #f6f6c142
+def commit_masks(search, ce: float, price: float, # means over the epoch of CE and of R_size
+                 epoch: int # that is over
+                ):
+    "Make the state of the masks permanent."
+    s, net, parts = search.state, search.net, search.parts
+    s.rebuilds += 1
+    found, before = parts.decision.candidates(net), search.lam.value
+    sizes = Sizes(net, found)
+    if parts.decision.coarse and sizes(torch.ones(len(found.places), dtype=torch.bool)) < (1 - SLACK) * s.target:
+        found, sizes = parts.decision.candidates(net, more=True), None
+    optimizers = [search.optimizer, search.adam]
+    done = commit(net, s.target, optimizers, s.rebuilds, found, wait=not parts.decision.coarse, sizes=sizes)
+    tally(search, done, before)
+    lam = search.lam.update(done.pruned["operation"], ce, price) if parts.pressure.controls else 0.
+    search.emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params,
+                target=s.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
+
+# %% ../../nbs/search/loop.ipynb #0490708e
+def prune_if_due(search, ce: float, price: float, epoch: int):
+    "A commit every few epochs; a stage ends at its target, or after so many epochs without it."
+    s, cfg = search.state, search.cfg
+    over = s.phase_epoch >= cfg.max_epochs
+    if s.phase_epoch % cfg.prune_every and not over: return
+    commit_masks(search, ce, price, epoch)
+    if search.net.count().params <= s.target: close_stage(search, "reached")
+    elif over: close_stage(search, "target not reached")
+
+# %% ../../nbs/search/loop.ipynb #90ee67bd
+def end_epoch(search):
+    "After the last step of an epoch."
+    s, (*means, hits, n) = search.state, search.sums.tolist()
+    (ce, price, push, own), epoch, warm = (v / n for v in means), s.epoch, s.warmup
+    lam = 0. if warm else search.lam.value
+    acc, val_loss = search.validate()
+    data = search.snapshot()
+    search.sums.zero_()
+    s.epoch, s.epoch_step, s.phase_epoch = epoch + 1, 0, s.phase_epoch + 1
+    if not search.by_size: data["progress"] = min(search.clock.share, 1.)
+    search.emit("epoch", ce + lam * (price + push), epoch, phase="warm-up" if warm else "joint", ce=ce, r_size=price,
+                r_size_stage=own, r_threshold=push, train_acc=100 * hits / n, val_acc=acc, val_loss=val_loss,
+                target=s.target, **{"lambda": lam}, **data)
+    if warm and s.phase_epoch >= search.warm_epochs and (search.by_size or search.clock.share < 1): begin_joint(search)
+    if not search.by_size:
+        if search.clock.share >= 1 - 1e-9: clock_is_up(search)
+    elif not warm: prune_if_due(search, ce, own, epoch)
 
 # %% ../../nbs/search/loop.ipynb #a9a8dce0
 def step(search):

@@ -35,7 +35,6 @@ def size_by_cell(alpha: Tensor, # [cells, edges, operations]
         parts.append(torch.log1p(n * x / z.clamp(min=1e-12)))
     return (torch.cat(parts, 1).view_as(g) * live * price).sum((1, 2))
 
-# %% ../../nbs/search/loss.ipynb #c8e9aa26
 def size_loss(alpha: Tensor, live: Tensor, nodes: tuple, cost: Tensor|None = None, reg: float = 1.0,
               mu: float = 0.0)->Tensor: # scalar
     "The same over all nodes of some cells."
@@ -158,7 +157,6 @@ class Size(Pressure):
     controls = True
     def prices(self, net): return prices(net, self.cost, self.reg, self.mu)
 
-# %% ../../nbs/search/loss.ipynb #523f4a85
 @PRESSURES.add("size+threshold")
 @dataclass(frozen=True)
 class SizeAndThreshold(Size):

@@ -100,7 +100,6 @@ class Iterative(Schedule):
         second = clock.epoch % 2 == 1 if self.optimisation == "iterative-epoch" else 2 * clock.step >= clock.steps
         return [Turn("train", ("thresholds", "weight_thresholds") if second else ("weights", "strengths"))]
 
-# %% ../../nbs/search/rules.ipynb #5f1fdeee
 @SCHEDULES.add("none")
 @dataclass(frozen=True)
 class Untrained(Iterative):
@@ -169,7 +168,6 @@ class Pruning(Decision):
         need(alike == 3 or s.stages == 1 and s.regrow == 0, f"space.constraint={alike} has cells that are alike, which "
              "are searched together: set search.stages=1 and search.regrow=0")
 
-# %% ../../nbs/search/rules.ipynb #2f457be3
 @dataclass(frozen=True)
 class Final(Decision):
     "Decide once, at the end."

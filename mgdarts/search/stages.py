@@ -16,8 +16,8 @@ from .regrow import regrow
 from .step import make_adam, make_optimizer
 
 # %% auto #0
-__all__ = ['SearchState', 'plan', 'fresh_net', 'open_stage', 'stage_target', 'begin_joint', 'clock_is_up', 'met', 'close_stage',
-           'finish', 'regrow_some', 'prune_to', 'settle', 'tally', 'decide']
+__all__ = ['SearchState', 'plan', 'fresh_net', 'stage_target', 'begin_joint', 'clock_is_up', 'open_stage', 'tally', 'regrow_some',
+           'met', 'finish', 'close_stage', 'settle', 'prune_to', 'decide']
 
 # %% ../../nbs/search/stages.ipynb #5757c83e
 @dataclass
@@ -63,6 +63,26 @@ def fresh_net(search):
     search.parts.start.fresh(search.net)
     search.mom = torch.zeros_like(search.net.alpha)
 
+# %% ../../nbs/search/stages.ipynb #1379f9b4
+def stage_target(search, end: int # last cell of the stage
+                )->float: # parameters
+    "Where a stage ends. The last one must not undershoot what fine-tuning is to reach."
+    s, cfg, final = search.state, search.cfg, search.cfg.target_m * 1e6
+    if search.fine_tuning or not search.by_size: return final
+    keep = cfg.stage_keep[s.stage] * s.start
+    return max(keep, final) if end == search.spec.cells - 1 else keep
+
+# %% ../../nbs/search/stages.ipynb #b120eb18
+def begin_joint(search):
+    "The warm-up is over: what is searched takes effect."
+    search.state.warmup, search.state.phase_epoch = False, 0
+    search.parts.decision.begin(search)
+
+def clock_is_up(search):
+    "The next net, or the decision."
+    if search.state.stage < len(search.stages) - 1: close_stage(search, "reached")
+    else: search.parts.decision.at_end(search)
+
 # %% ../../nbs/search/stages.ipynb #a8da9fbc
 def open_stage(search):
     "Begin the next stage."
@@ -91,30 +111,47 @@ def open_stage(search):
     if search.warm_epochs == 0: begin_joint(search)
     if not search.by_size and search.length == 0: clock_is_up(search)
 
-# %% ../../nbs/search/stages.ipynb #1379f9b4
-def stage_target(search, end: int # last cell of the stage
-                )->float: # parameters
-    "Where a stage ends. The last one must not undershoot what fine-tuning is to reach."
-    s, cfg, final = search.state, search.cfg, search.cfg.target_m * 1e6
-    if search.fine_tuning or not search.by_size: return final
-    keep = cfg.stage_keep[s.stage] * s.start
-    return max(keep, final) if end == search.spec.cells - 1 else keep
+# %% ../../nbs/search/stages.ipynb #2b24c392
+def tally(search, done: Commit, lam: float):
+    "Add up what was pruned, at which lambda, and how weak it was."
+    s = search.state
+    s.pruned += done.pruned["operation"]
+    for name, n in done.pruned.items():
+        row = s.drift.setdefault(name, [0, 0, 0., 0])
+        row[0] += n
+        row[1] += n * (lam == 0)
+        if done.auc.get(name) is not None:
+            row[2] += n * done.auc[name]
+            row[3] += n
 
-# %% ../../nbs/search/stages.ipynb #b120eb18
-def begin_joint(search):
-    "The warm-up is over: what is searched takes effect."
-    search.state.warmup, search.state.phase_epoch = False, 0
-    search.parts.decision.begin(search)
-
-def clock_is_up(search):
-    "The next net, or the decision."
-    if search.state.stage < len(search.stages) - 1: close_stage(search, "reached")
-    else: search.parts.decision.at_end(search)
+# %% ../../nbs/search/stages.ipynb #eee1c21b
+def regrow_some(search, num: int, # operations that return
+                before # count of the net
+               ):
+    "Bring operations back, in a net that goes on with its optimiser."
+    s, spec = search.state, search.spec
+    s.rebuilds += 1
+    back, moved = regrow(search.net, num, search.mom, s.rebuilds, search.cfg.regrow_cells)
+    follow(search.optimizer, moved)
+    after = search.net.count()
+    search.emit("regrow", regrown=[[c, *spec.edges[e], spec.ops[o]] for c, e, o in back], asked=num,
+                params_before=before.params, params=after.params, ops=after.ops)
 
 # %% ../../nbs/search/stages.ipynb #82034a45
 def met(params: int, target: float)->bool:
     "Whether a size is at its target, or so little below it as counts for that."
     return (1 - SLACK) * target <= params <= target
+
+# %% ../../nbs/search/stages.ipynb #05288f37
+def finish(search, count # of the net
+          ):
+    "The search is done."
+    s = search.state
+    s.finished = True
+    drift = {k: {"pruned": n, "free": free / n if n else None, "auc": a / m if m else None}
+             for k, (n, free, a, m) in s.drift.items()}
+    search.emit("done", reached=met(count.params, s.target) or not search.by_size, stages_reached=list(s.reached),
+                target=s.target, **count.summary(), drift=drift)
 
 # %% ../../nbs/search/stages.ipynb #ebdf002f
 def close_stage(search, status: str # reached, or target not reached
@@ -132,29 +169,14 @@ def close_stage(search, status: str # reached, or target not reached
     search.net.discretising = False
     open_stage(search)
 
-# %% ../../nbs/search/stages.ipynb #05288f37
-def finish(search, count # of the net
-          ):
-    "The search is done."
-    s = search.state
-    s.finished = True
-    drift = {k: {"pruned": n, "free": free / n if n else None, "auc": a / m if m else None}
-             for k, (n, free, a, m) in s.drift.items()}
-    search.emit("done", reached=met(count.params, s.target) or not search.by_size, stages_reached=list(s.reached),
-                target=s.target, **count.summary(), drift=drift)
-
-# %% ../../nbs/search/stages.ipynb #eee1c21b
-def regrow_some(search, num: int, # operations that return
-                before # count of the net
-               ):
-    "Bring operations back, in a net that goes on with its optimiser."
-    s, spec = search.state, search.spec
-    s.rebuilds += 1
-    back, moved = regrow(search.net, num, search.mom, s.rebuilds, search.cfg.regrow_cells)
-    follow(search.optimizer, moved)
-    after = search.net.count()
-    search.emit("regrow", regrown=[[c, *spec.edges[e], spec.ops[o]] for c, e, o in back], asked=num,
-                params_before=before.params, params=after.params, ops=after.ops)
+# %% ../../nbs/search/stages.ipynb #a58da036
+def settle(search):
+    "A net of whole channels, in which each kernel stands for itself, with the strengths of the one before."
+    search.state.settled, old = True, search.net
+    fresh_net(search)
+    for name in search.net.strong: getattr(search.net, name).copy_(getattr(old, name))
+    search.net.open(*search.stages[search.state.stage][1:])
+    search.optimizer = search.adam = None
 
 # %% ../../nbs/search/stages.ipynb #5953030a
 @torch.no_grad()
@@ -178,28 +200,6 @@ def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None # [c
     tally(search, done, search.lam.value if search.lam else 0.)
     search.emit("commit", None, max(s.epoch - 1, 0), pruned=done.pruned, auc=done.auc, lambda_before=0.,
                 params_before=done.before.params, target=s.target, **{"lambda": 0.}, **count.summary())
-
-# %% ../../nbs/search/stages.ipynb #a58da036
-def settle(search):
-    "A net of whole channels, in which each kernel stands for itself, with the strengths of the one before."
-    search.state.settled, old = True, search.net
-    fresh_net(search)
-    for name in search.net.strong: getattr(search.net, name).copy_(getattr(old, name))
-    search.net.open(*search.stages[search.state.stage][1:])
-    search.optimizer = search.adam = None
-
-# %% ../../nbs/search/stages.ipynb #2b24c392
-def tally(search, done: Commit, lam: float):
-    "Add up what was pruned, at which lambda, and how weak it was."
-    s = search.state
-    s.pruned += done.pruned["operation"]
-    for name, n in done.pruned.items():
-        row = s.drift.setdefault(name, [0, 0, 0., 0])
-        row[0] += n
-        row[1] += n * (lam == 0)
-        if done.auc.get(name) is not None:
-            row[2] += n * done.auc[name]
-            row[3] += n
 
 # %% ../../nbs/search/stages.ipynb #2c42b72e
 def decide(search, strength: Tensor|None = None, keep: Tensor|None = None):

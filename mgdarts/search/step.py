@@ -14,7 +14,7 @@ from .regrow import update_momentum
 from .rules import Turn
 
 # %% auto #0
-__all__ = ['groups', 'make_optimizer', 'make_adam', 'tell', 'fetch', 'loss_of', 'of_alpha', 'gradient', 'update', 'cosine',
+__all__ = ['groups', 'make_optimizer', 'make_adam', 'cosine', 'tell', 'fetch', 'of_alpha', 'loss_of', 'gradient', 'update',
            'optimise', 'check_finite']
 
 # %% ../../nbs/search/step.ipynb #5139fb00
@@ -40,19 +40,23 @@ def make_optimizer(net: SuperNet, cfg: Settings)->torch.optim.SGD:
                             for name, ps in groups(net).items() if not (cfg.adam and name == "strengths")],
                            lr=cfg.lr_weights, momentum=cfg.momentum, foreach=True)
 
-# %% ../../nbs/search/step.ipynb #3407c68f
 def make_adam(net: SuperNet, cfg: Settings)->torch.optim.Adam|None:
     "Adam for the strengths, where the search asks for it."
     if not cfg.adam: return None
     rate, betas = cfg.lr_arch * cfg.arch_speed, (cfg.adam_beta, .999)
     return torch.optim.Adam(groups(net)["strengths"], rate, betas, weight_decay=cfg.arch_decay, foreach=True)
 
+# %% ../../nbs/search/step.ipynb #37545ef3
+def cosine(first: float, last: float, share: float # of the way
+          )->float:
+    "A learning rate on half a cosine."
+    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
+
 # %% ../../nbs/search/step.ipynb #1d18c962
 def tell(search, type: str, **data):
     "An event that is there only if anybody listens."
     if search.events.wants(type): search.emit(type, **data)
 
-# %% ../../nbs/search/step.ipynb #18d416ec
 def fetch(search, images: str = "train" # or arch
          )->tuple: # (images, labels), on the search's device
     "The batch of this step."
@@ -60,6 +64,12 @@ def fetch(search, images: str = "train" # or arch
     x, y = (t.to(search.device, non_blocking=True) for t in loader.batch(s.epoch, s.epoch_step % len(loader)))
     tell(search, "batch", images=images, x=x, y=y)
     return x, y
+
+# %% ../../nbs/search/step.ipynb #b1794a5f
+def of_alpha(search, alpha: Tensor)->list: # of scalars
+    "What the parts add to the loss because of alpha alone."
+    n, clock = len(search.net.cells), search.clock
+    return [more for p in search.parts.pressures for more in p.of_alpha(alpha[:n], search.net.op_live[:n], clock)]
 
 # %% ../../nbs/search/step.ipynb #f77661d7
 def loss_of(search, x: Tensor, y: Tensor, # images, labels
@@ -80,12 +90,6 @@ def loss_of(search, x: Tensor, y: Tensor, # images, labels
         means = [v.double() * len(y) for v in (ce, price, push, own)]
         hits = (logits.argmax(1) == y).sum().double()
         return loss, torch.stack([*means, hits, search.sums.new_full((), len(y))])
-
-# %% ../../nbs/search/step.ipynb #b1794a5f
-def of_alpha(search, alpha: Tensor)->list: # of scalars
-    "What the parts add to the loss because of alpha alone."
-    n, clock = len(search.net.cells), search.clock
-    return [more for p in search.parts.pressures for more in p.of_alpha(alpha[:n], search.net.op_live[:n], clock)]
 
 # %% ../../nbs/search/step.ipynb #44643d81
 def gradient(search, turn: Turn, alone: bool # whether gradients are made for the groups of this turn only
@@ -120,12 +124,6 @@ def update(search, turn: Turn):
         with torch.no_grad():
             for name in net.THRESHOLDS: getattr(net, name).clamp_(min=0.)
     tell(search, "update", images=turn.images, groups=turn.groups)
-
-# %% ../../nbs/search/step.ipynb #37545ef3
-def cosine(first: float, last: float, share: float # of the way
-          )->float:
-    "A learning rate on half a cosine."
-    return last + (first - last) * (1 + math.cos(math.pi * share)) / 2
 
 # %% ../../nbs/search/step.ipynb #5fffda05
 def optimise(search):

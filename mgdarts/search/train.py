@@ -18,9 +18,9 @@ from ..net.files import fingerprint
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
 
 # %% auto #0
-__all__ = ['KEPT', 'learning_rate', 'drop_path', 'total_loss', 'to_cpu', 'Trainer', 'check_loaders', 'start_from',
-           'drop_path_noise', 'optimise', 'check_finite', 'end_epoch', 'finish', 'step', 'run', 'run_fingerprint',
-           'save_state', 'load_state']
+__all__ = ['KEPT', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'to_cpu', 'Trainer',
+           'run_fingerprint', 'save_state', 'load_state', 'drop_path_noise', 'check_finite', 'optimise', 'end_epoch',
+           'finish', 'step', 'run']
 
 # %% ../../nbs/search/train.ipynb #be198583
 def learning_rate(cfg: Train, epoch: int # 0-based
@@ -30,7 +30,6 @@ def learning_rate(cfg: Train, epoch: int # 0-based
     rate = cfg.lr * ((1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done)
     return rate * min(1, (epoch + 1) / cfg.warmup) if cfg.warmup else rate
 
-# %% ../../nbs/search/train.ipynb #2d76eba4
 def drop_path(cfg: Train, epoch: int)->float:
     "The drop-path probability of an epoch."
     return cfg.drop_path * epoch / cfg.epochs
@@ -44,6 +43,27 @@ def total_loss(logits: Tensor, # [N, classes]
     "Cross-entropy, label-smoothed, with the auxiliary head's."
     loss = F.cross_entropy(logits, y, label_smoothing=cfg.label_smoothing)
     return loss if aux is None else loss + cfg.aux_weight * F.cross_entropy(aux, y, label_smoothing=cfg.label_smoothing)
+
+# %% ../../nbs/search/train.ipynb #612ddc1b
+def check_loaders(loaders: dict, cfg: Train)->tuple: # names of those that are used
+    "`InputError` where a loader is missing, empty, or has nothing to do."
+    parts = ("train", "test") if cfg.images == "train+val" else ("train", "val", "test")
+    missing = sorted(set(parts) - set(loaders))
+    need(not missing, f"retraining needs the loaders {', '.join(parts)}: {', '.join(missing)} missing")
+    need("val" in parts or "val" not in loaders, "with train.images=train+val nothing is left to validate with: leave "
+         "the loader val out, or set train.images=train")
+    need(len(loaders["train"]) >= 1,
+         "retraining needs at least one step an epoch: give more training images or smaller batches")
+    return parts
+
+# %% ../../nbs/search/train.ipynb #4c58a708
+def start_from(net: nn.Module, state: dict):
+    "Load weights that fit. `InputError` where they do not."
+    message = "the weights to start from do not fit this architecture: "
+    try: found = net.load_state_dict(state, strict=False)
+    except RuntimeError: raise InputError(message + "derive it and them from the same search") from None
+    wrong = [k for k in found.missing_keys if not k.startswith("aux.")] + found.unexpected_keys
+    need(not wrong, f"{message}{(wrong or [None])[0]} is missing or unknown")
 
 # %% ../../nbs/search/train.ipynb #4fbff06b
 def to_cpu(tree)->Any:
@@ -104,32 +124,47 @@ class Trainer:
         "Go back to a state. `InputError` if it comes from another run."
         load_state(self, state)
 
-# %% ../../nbs/search/train.ipynb #612ddc1b
-def check_loaders(loaders: dict, cfg: Train)->tuple: # names of those that are used
-    "`InputError` where a loader is missing, empty, or has nothing to do."
-    parts = ("train", "test") if cfg.images == "train+val" else ("train", "val", "test")
-    missing = sorted(set(parts) - set(loaders))
-    need(not missing, f"retraining needs the loaders {', '.join(parts)}: {', '.join(missing)} missing")
-    need("val" in parts or "val" not in loaders, "with train.images=train+val nothing is left to validate with: leave "
-         "the loader val out, or set train.images=train")
-    need(len(loaders["train"]) >= 1,
-         "retraining needs at least one step an epoch: give more training images or smaller batches")
-    return parts
+# %% ../../nbs/search/train.ipynb #e98726ae
+KEPT = ("epoch", "epoch_step", "history", "best", "result") # what a state holds besides tensors
 
-# %% ../../nbs/search/train.ipynb #4c58a708
-def start_from(net: nn.Module, state: dict):
-    "Load weights that fit. `InputError` where they do not."
-    message = "the weights to start from do not fit this architecture: "
-    try: found = net.load_state_dict(state, strict=False)
-    except RuntimeError: raise InputError(message + "derive it and them from the same search") from None
-    wrong = [k for k in found.missing_keys if not k.startswith("aux.")] + found.unexpected_keys
-    need(not wrong, f"{message}{(wrong or [None])[0]} is missing or unknown")
+def run_fingerprint(trainer: Trainer)->str:
+    "A checksum of what a run depends on: architecture, settings, seed."
+    younger = {"images": "train", "cutout": True} # settings with what states from before them did
+    cfg = {k: v for k, v in asdict(trainer.cfg).items() if younger.get(k) != v}
+    of = [fingerprint(trainer.arch), cfg, trainer.seed, len(trainer.loaders["train"])]
+    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
+
+# %% ../../nbs/search/train.ipynb #725844d1
+def save_state(trainer: Trainer)->dict:
+    "All of a retraining, as `Trainer.state_dict` says."
+    tensors = {"net": dict(trainer.net.state_dict()), "optimizer": trainer.optimizer.state_dict(), "sums": trainer.sums}
+    kept = {k: getattr(trainer, k) for k in KEPT}
+    return to_cpu({"version": 1, "run": run_fingerprint(trainer), **tensors, **kept})
+
+# %% ../../nbs/search/train.ipynb #95915fd7
+def load_state(trainer: Trainer, state: dict):
+    "Bring a retraining to a saved state, as `Trainer.load_state_dict` says."
+    need(isinstance(state, dict) and state.get("version") == 1,
+         "this is not a checkpoint of a retraining, or one of another version")
+    need(state["run"] == run_fingerprint(trainer), "the checkpoint belongs to another run: architecture, training "
+         "settings, seed and steps an epoch must be the same")
+    state = to_cpu(state) # nothing is shared with the caller
+    trainer.net.load_state_dict(state["net"])
+    trainer.optimizer.load_state_dict(state["optimizer"])
+    trainer.sums.copy_(state["sums"])
+    trainer.safe_state = state
+    for k in KEPT: setattr(trainer, k, state[k])
 
 # %% ../../nbs/search/train.ipynb #399492bc
 def drop_path_noise(seed: int, epoch: int, step: int)->torch.Generator:
     "Where drop path draws in a step: as all randomness here, a function of (seed, epoch, step)."
     key = hashlib.sha256(f"drop-path/{seed}/{epoch}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
+
+# %% ../../nbs/search/train.ipynb #62abd3bb
+def check_finite(trainer: Trainer):
+    "`NonFiniteLoss` if the summed loss of the epoch is not finite."
+    if not math.isfinite(float(trainer.sums[0])): raise NonFiniteLoss(trainer.epoch, trainer.epoch_step - 1)
 
 # %% ../../nbs/search/train.ipynb #20c73ff5
 def optimise(trainer: Trainer):
@@ -159,11 +194,6 @@ def optimise(trainer: Trainer):
     t.epoch_step += 1
     if t.epoch_step == len(t.loaders["train"]) or t.epoch_step % t.check_every == 0: check_finite(t)
     if t.events.wants("step"): t.emit("step", epoch, float(loss.detach()))
-
-# %% ../../nbs/search/train.ipynb #62abd3bb
-def check_finite(trainer: Trainer):
-    "`NonFiniteLoss` if the summed loss of the epoch is not finite."
-    if not math.isfinite(float(trainer.sums[0])): raise NonFiniteLoss(trainer.epoch, trainer.epoch_step - 1)
 
 # %% ../../nbs/search/train.ipynb #0fb6759f
 def end_epoch(trainer: Trainer):
@@ -215,34 +245,3 @@ def run(trainer: Trainer, until: str = "end" # step, epoch or end
         step(trainer)
         if until == "step" or until == "epoch" and trainer.epoch > epoch: break
     return trainer.result
-
-# %% ../../nbs/search/train.ipynb #e98726ae
-KEPT = ("epoch", "epoch_step", "history", "best", "result") # what a state holds besides tensors
-
-def run_fingerprint(trainer: Trainer)->str:
-    "A checksum of what a run depends on: architecture, settings, seed."
-    younger = {"images": "train", "cutout": True} # settings with what states from before them did
-    cfg = {k: v for k, v in asdict(trainer.cfg).items() if younger.get(k) != v}
-    of = [fingerprint(trainer.arch), cfg, trainer.seed, len(trainer.loaders["train"])]
-    return hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest()
-
-# %% ../../nbs/search/train.ipynb #725844d1
-def save_state(trainer: Trainer)->dict:
-    "All of a retraining, as `Trainer.state_dict` says."
-    tensors = {"net": dict(trainer.net.state_dict()), "optimizer": trainer.optimizer.state_dict(), "sums": trainer.sums}
-    kept = {k: getattr(trainer, k) for k in KEPT}
-    return to_cpu({"version": 1, "run": run_fingerprint(trainer), **tensors, **kept})
-
-# %% ../../nbs/search/train.ipynb #95915fd7
-def load_state(trainer: Trainer, state: dict):
-    "Bring a retraining to a saved state, as `Trainer.load_state_dict` says."
-    need(isinstance(state, dict) and state.get("version") == 1,
-         "this is not a checkpoint of a retraining, or one of another version")
-    need(state["run"] == run_fingerprint(trainer), "the checkpoint belongs to another run: architecture, training "
-         "settings, seed and steps an epoch must be the same")
-    state = to_cpu(state) # nothing is shared with the caller
-    trainer.net.load_state_dict(state["net"])
-    trainer.optimizer.load_state_dict(state["optimizer"])
-    trainer.sums.copy_(state["sums"])
-    trainer.safe_state = state
-    for k in KEPT: setattr(trainer, k, state[k])

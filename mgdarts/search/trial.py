@@ -23,6 +23,7 @@ def per_cell(spec, ops: Tensor # [kinds, edges, operations]
     "Kinds of cells to cells."
     return ops[[kinds_of(spec).index(k) for k in spec.kinds]]
 
+# %% ../../nbs/search/trial.ipynb #fa89ff87
 @torch.no_grad()
 def score_among(net, ops: Tensor, # [kinds, edges, operations] bool
                 score # net -> number
