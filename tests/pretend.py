@@ -65,6 +65,12 @@ class There(torch.Tensor):
         note("read back")
         return self.here.tolist()
 
+    def __getitem__(self, i):
+        if isinstance(i, list):
+            note("copy to the device: an index")
+            i = There(torch.tensor(i))
+        return torch.Tensor.__getitem__(self, i)
+
     def numpy(self, *args, **more): raise TypeError("can't convert a tensor on a device to numpy")
 
 

@@ -4,11 +4,12 @@
 
 # %% ../../nbs/fast/engine.ipynb #68325b1e
 from __future__ import annotations
+from contextlib import nullcontext
 from functools import partial
 from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ..base.options import Compute
 from ..net.cell import Cell
 from ..net.discrete import DerivedCell
@@ -47,7 +48,7 @@ class Plans:
         if not found or found[0] is not key or found[1] != device: found = self.known[cell] = key, device, {}
         if in_groups not in found[2]:
             self.fresh = True
-            with _disable_current_modes(): # real, even where the net's tensors are fake
+            with unset_fake_temporarily(): # real, even where the net's tensors are fake
                 found[2][in_groups] = plan_of(cell, in_groups)
         return found[2][in_groups]
     def tensors(self, cell)->list:
@@ -113,8 +114,9 @@ class InGroups:
     def __init__(self, engine, net, m, plans: list, n: int): # Mixture; of all cells; images
         self.engine, self.net, self.n, self.found = engine, net, n, []
         self.cells = {c: net.cells[c] for c, p in enumerate(plans) if isinstance(p, GroupedPlan)}
+        kind = torch.bfloat16 if engine.compute.amp else None
         self.plan = engine.vector_plan(net, self.cells, [plans[c] for c in self.cells]) if self.cells else None
-        self.vectors = dict(zip(self.cells, vectors(net, m, self.plan))) if self.cells else {}
+        self.vectors = dict(zip(self.cells, vectors(net, m, self.plan, kind))) if self.cells else {}
     def __call__(self, c: int, maps: tuple)->Tensor:
         "Compute a cell."
         f = partial(grouped, self.cells[c], self.plan.plans[self.plan.numbers.index(c)], v=self.vectors[c])
@@ -176,8 +178,13 @@ class FastEngine(Engine):
         "Plan the vectors of a super-net."
         found = self.vectors.get(net)
         if found is None or not found.fits(cells, plans):
-            with _disable_current_modes(): found = self.vectors[net] = VectorPlan(cells, plans)
+            with unset_fake_temporarily(): found = self.vectors[net] = VectorPlan(cells, plans)
         return found
+    def prepare(self, net):
+        with torch.autocast(net.alpha.device.type, torch.bfloat16) if self.compute.amp else nullcontext():
+            plans = self.plans(net, net.alpha)
+        grouped = {c: p for c, p in enumerate(plans) if isinstance(p, GroupedPlan)}
+        if grouped: self.vector_plan(net, {c: net.cells[c] for c in grouped}, [*grouped.values()])
     def held(self, net)->list: return [t for c in net.cells for t in self.plan.tensors(c)]
     def through_cells(self, net, x, also=None): return through_cells(self, net, x, also)
     def discrete(self, net, x): return through_discrete(self, net, x)

@@ -12,8 +12,8 @@ from ..space.layers import EPS
 from .moments import Order
 
 # %% auto #0
-__all__ = ['STATISTICS', 'VectorPlan', 'all_gates', 'all_weights', 'masked', 'CellVectors', 'number_type', 'strengths_of',
-           'statistics', 'vectors', 'collected', 'track']
+__all__ = ['STATISTICS', 'VectorPlan', 'all_gates', 'all_weights', 'masked', 'CellVectors', 'strengths_of', 'statistics',
+           'vectors', 'collected', 'track']
 
 # %% ../../nbs/fast/vectors.ipynb #9dc6d9d9
 class VectorPlan:
@@ -82,11 +82,6 @@ class CellVectors:
     running: list|None # (means, variances) of each call, in evaluation
     pools: list|None # and of each moment's pools
 
-def number_type(x: Tensor)->torch.dtype:
-    "Return what maps are made of: 16 bits under autocast. Thresholds, gates, factors of norms and statistics are not."
-    kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-
 # %% ../../nbs/fast/vectors.ipynb #61aa0d13
 def strengths_of(m, gate: Tensor, plan: VectorPlan)->tuple: # ([filters], [nodes, maps] for each moment of each cell)
     "Look up the strengths of operations: one for each filter, times its gate, and those of skips and pools."
@@ -103,10 +98,12 @@ def statistics(plan: VectorPlan)->tuple: # (running of each call, of each moment
     return rows(plan.norms, "mean", "var"), rows(plan.pools, "pool_mean", "pool_var") if plan.pools else None
 
 # %% ../../nbs/fast/vectors.ipynb #a3e43fb6
-def vectors(net, m, plan: VectorPlan)->list: # SuperNet, Mixture; of CellVectors
+def vectors(net, m, plan: VectorPlan, # SuperNet, Mixture
+            kind: torch.dtype|None = None # of maps and kernels, 16 bits perhaps; thresholds, gates, norms keep theirs
+           )->list: # of CellVectors
     "Prepare the vectors of all cells."
     omega, gate = masked(net, m, plan)
-    kind, (coef, factors) = number_type(omega), strengths_of(m, gate, plan)
+    kind, (coef, factors) = kind or omega.dtype, strengths_of(m, gate, plan)
     norms = torch.cat([getattr(c, name) for name in ("scale", "shift") for c in plan.cells]).view(2, -1)
     plain = torch.cat([c.plain for c in plan.cells])
     factors = factors.to(kind).split([a * b for a, b in plan.factors])
@@ -140,7 +137,7 @@ def track(plan: VectorPlan, found: list, # as for `collected`
     "Move the running statistics of all cells towards those of a batch."
     values, olds, news = collected(plan, found), [], []
     for order, area, (mean, var) in zip((plan.norms, plan.pools), plan.areas, (STATISTICS[:2], STATISTICS[2:])):
-        if order is None: continue
+        if not values[mean]: continue # no pools, or none that are normalised
         values[mean], values[var] = order.back(values[mean]), order.back(values[var]).pow(-2) - EPS
         count = (area * n).to(values[var])
         values[var] *= count / (count - 1).clamp(min=1)

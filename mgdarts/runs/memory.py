@@ -65,6 +65,7 @@ def tensor_bytes(tensors)->int:
 # %% ../../nbs/runs/memory.ipynb #066993c8
 def _watched(net: SuperNet, cfg: Settings, batch: int)->tuple: # (peak, kept by the forward pass), bytes
     "Do a training step's forward and backward pass, and count what they hold."
+    net.engine.prepare(net)
     with Accountant() as seen:
         x = torch.zeros((batch, net.spec.in_channels, net.spec.size, net.spec.size), device=net.alpha.device)
         y = torch.zeros(batch, dtype=torch.long, device=net.alpha.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 import torch
+from torch.utils._pytree import tree_map
 from ..base.events import plain
 from ..base.options import need, modern
 from ..net.supernet import add_cell
@@ -15,15 +16,20 @@ from .stages import SearchState, fresh_net
 from .step import make_adam, make_optimizer
 
 # %% auto #0
-__all__ = ['SAVED', 'renamed', 'save_state', 'refuse_foreign', 'load_state']
+__all__ = ['SAVED', 'on_host', 'renamed', 'save_state', 'refuse_foreign', 'load_state']
 
 # %% ../../nbs/search/state.ipynb #f0b93dd2
 SAVED = {"weight_thresholds": "fine"} # name of a group -> its name in saved states
 
+def on_host(tree):
+    "Copy dictionaries, lists and whatever is in them; tensors to the CPU, so that nothing is copied on a full GPU."
+    def one(v): return v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else copy.deepcopy(v)
+    return tree_map(one, tree)
+
 def renamed(state: dict, # of an optimiser
             names: dict)->dict: # a copy
     "An optimiser's state with other names for its groups."
-    state = copy.deepcopy(state)
+    state = on_host(state)
     for group in state["param_groups"]:
         if "name" in group: group["name"] = names.get(group["name"], group["name"])
     return state
@@ -33,13 +39,13 @@ def save_state(search)->dict:
     "All of a search, as `Search.state_dict` says."
     net = search.net
     return {"version": 2, "counters": copy.deepcopy(vars(search.state)),
-            "net": {k: v.detach().to("cpu", copy=True) for k, v in net.state_dict().items()},
+            "net": on_host(dict(net.state_dict())),
             "cells": [{"ops": c.layout.ops.clone(), "alive": c.layout.alive.clone()} for c in net.cells],
             "discretising": net.discretising, "first": net.first,
             "optimizer": renamed(search.optimizer.state_dict(), SAVED) if search.optimizer else None,
-            "adam": copy.deepcopy(search.adam.state_dict()) if search.adam else None,
-            "trial": copy.deepcopy(search.trial), "lambda": asdict(search.lam) if search.lam else None,
-            "mom": search.mom.cpu().clone(), "sums": search.sums.cpu().clone(), "config": plain(asdict(search.cfg)),
+            "adam": on_host(search.adam.state_dict()) if search.adam else None,
+            "trial": on_host(search.trial), "lambda": asdict(search.lam) if search.lam else None,
+            "mom": on_host(search.mom), "sums": on_host(search.sums), "config": plain(asdict(search.cfg)),
             "rules": plain(asdict(search.rules)), "spec": asdict(search.whole), "seed": search.seed}
 
 # %% ../../nbs/search/state.ipynb #755b08ae
