@@ -11,10 +11,9 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
-           'SPACE_KINDS', 'PARTS', 'LATER', 'SMALL', 'CIFAR', 'IMAGENET', 'PRESETS', 'LONG', 'MOBILE', 'InputError',
-           'closest', 'knob', 'Part', 'need', 'Registry', 'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute',
-           'Config', 'knobs', 'resolve', 'refuse_unhandled', 'darts_only', 'validate', 'to_dict', 'modern', 'from_dict',
-           'configure', 'Method', 'refuse_unknown', 'root']
+           'SPACE_KINDS', 'PARTS', 'LATER', 'InputError', 'closest', 'knob', 'Part', 'need', 'Registry', 'Space',
+           'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
+           'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -271,6 +270,8 @@ class Compute:
         "float32")
     tf32: bool = knob(False, "matrix products of float32 numbers in TF32, on GPUs that have it")
     compile: bool = knob(False, "torch.compile for each cell, anew after each commit; for GPUs")
+    graph: str = knob("auto", "the forward and backward pass of a step as one CUDA graph, recorded after each commit; "
+        "auto: on GPUs, where steps are alike", choices=("auto", "off"))
 
 # %% ../../nbs/base/options.ipynb #84e8309a
 @dataclass
@@ -447,34 +448,6 @@ class Method:
     doc: str # what it is, in a line
     source: str # where it was published
     settings: dict # knob -> value
-
-# %% ../../nbs/base/options.ipynb #41dff0d3
-SMALL = {"threads": 1, "search.batch": 64, "search.max_epochs": 40, "search.prune_low": 0.06, "search.prune_high": 0.1,
-         "train.aux_weight": 0.0, "train.drop_path": 0.0} # what the scaled-down ones have in common
-CIFAR = {"compute.recompute": "earlier", "data.name": "cifar10", "train.images": "train+val"}
-IMAGENET = {"compute.recompute": "earlier", "data.name": "imagenet", "data.size": 224, "data.subset": 0.1,
-            "data.policy": "imagenet", "train.images": "train+val", "train.cutout": False, "train.epochs": 250,
-            "train.batch": 1024, "train.lr": 0.5, "train.schedule": "linear", "train.warmup": 5,
-            "train.weight_decay": 3e-5, "train.label_smoothing": 0.1, "train.drop_path": 0.0}
-PRESETS = {
-    "smoke": {**SMALL, "space.channels": 4, "space.cells": 3, "data.name": "digits", "data.size": 8,
-              "data.subset": 512, "data.autoaugment": False, "data.flip": False, "search.warmup": 1,
-              "search.target_m": 0.01, "search.length": 6, "search.arch_speed": 100, "search.lambda_step": 4e-3,
-              "rules.samples": 2, "rules.batches": 2, "train.epochs": 12, "train.batch": 32},
-    "cpu": {**SMALL, "space.channels": 8, "space.cells": 6, "data.name": "cifar10", "data.size": 16,
-            "data.subset": 3000, "data.test_subset": 2000, "search.warmup": 2, "search.target_m": 0.06,
-            "search.length": 20, "search.arch_speed": 40, "search.lambda_step": 5e-4, "rules.samples": 4,
-            "rules.batches": 10, "train.epochs": 60, "train.batch": 64},
-    "small": {**CIFAR, "space.channels": 24, "space.cells": 8, "search.target_m": 0.7},
-    "large": {**CIFAR, "space.channels": 44, "space.cells": 14, "search.target_m": 2.2},
-    "imagenet": {**IMAGENET, "space.channels": 48, "space.cells": 14, "search.target_m": 4.0},
-    "mobilenet": {**IMAGENET, "space.kind": "mobilenet", "space.cells": 17, "search.target_m": 7.4,
-                  "train.aux_weight": 0.0},
-}
-LONG = ("small", "large", "imagenet", "mobilenet") # the paper's sizes
-# what the scaled-down ones change in the other space, whose head alone has most of the parameters
-MOBILE = {"smoke": {"space.width": 0.25, "search.target_m": 0.115},
-          "cpu": {"space.width": 0.35, "search.target_m": 0.3}}
 
 # %% ../../nbs/base/options.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`

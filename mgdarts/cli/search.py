@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..base.options import DECISIONS, LONG, Config, InputError, configure
+from ..base.options import DECISIONS, Config, InputError, configure
+from ..base.presets import LONG
 from .shared import (DataDir, Dataset, Device, Json, Preset, SaveEvery, Seed, Sets, configuration, given,
                                 reported, show, table)
 

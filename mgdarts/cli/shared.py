@@ -8,7 +8,8 @@ import json
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..base.options import PRESETS, Config, InputError
+from ..base.options import Config, InputError
+from ..base.presets import PRESETS
 
 # %% auto #0
 __all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'SaveEvery', 'settings_in', 'given', 'configuration',

@@ -15,6 +15,7 @@ from ..net.cell import Cell
 from ..net.discrete import DerivedCell
 from ..net.engine import Engine
 from . import cell as darts, discrete, mobile
+from .graph import Graphs, worth_a_graph
 from .grouped import grouped
 from .layout import dense, images_abreast, narrow, native, widen
 from .moments import GroupedPlan, plan_groups
@@ -165,7 +166,7 @@ class FastEngine(Engine):
     "What the reference computes, in a fraction of the time."
     def __init__(self, compute: Compute|None = None):
         super().__init__(compute or Compute())
-        self.plan, self.compiled, self.vectors = Plans(), Compiled(), WeakKeyDictionary()
+        self.plan, self.compiled, self.vectors, self.graphs = Plans(), Compiled(), WeakKeyDictionary(), Graphs()
 
     def plans(self, net, x: Tensor)->list:
         "Plan the cells of a super-net. Where one has changed, nothing that was compiled is of use any more."

@@ -4,7 +4,8 @@
 
 # %% ../../nbs/methods/registry.ipynb #da65521b
 from __future__ import annotations
-from ..base.options import MOBILE, PRESETS, Config, Method, closest, configure, need, resolve
+from ..base.options import Config, Method, closest, configure, need, resolve
+from ..base.presets import MOBILE, PRESETS
 from .bounds import FIXED_RATE, GOLD_NAS
 from .darts import BETA_DARTS, DARTS_V1
 from .dass import DASS
@@ -30,7 +31,7 @@ def add_method(method: Method)->Method: # the same
     return method
 
 # %% ../../nbs/methods/registry.ipynb #bf915941
-def preset(name: str, # one of `mgdarts.base.options.PRESETS`
+def preset(name: str, # one of `mgdarts.base.presets.PRESETS`
            method: str = "mg-darts", # one of `METHODS`
            **settings # knobs set on top
           )->Config:

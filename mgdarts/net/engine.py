@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from ..base.options import Compute
 
 # %% auto #0
-__all__ = ['Engine']
+__all__ = ['Engine', 'equations']
 
 # %% ../../nbs/net/engine.ipynb #5f686ba3
 class Engine:
@@ -55,15 +55,7 @@ class Engine:
     def drawn(self, net)->bool: # whether only what is drawn of a super-net is computed
         return net.strength.hard and (net.paths or not net.training)
 
-    def equations(self, net, c: int, m): # cell; Mixture
-        "Return a function of the maps that cell `c` reads."
-        alpha, edges, widths, inner, chosen = m.of(c)
-        more = {"edges": edges, "chosen": chosen, "drop": net.drop}
-        more["t_gate"], more["t_weight"] = net.thresholds(c)
-        if net.sparse or not (chosen is None and widths is None and inner is None): # what the equations do not know of
-            more["omega"], more["gate"] = net.masked(c, m)
-        return partial(net.cells[c], alpha=alpha, **{k: v for k, v in more.items() if v is not None})
-
+    def equations(self, net, c: int, m): return equations(net, c, m)
     def computed(self, net, c: int, f, maps: tuple)->tuple: # what `f` returns
         "Compute cell `c` as `f` does; its maps are kept for the backward pass or computed again in it."
         again = self.compute.recompute == "all" or self.compute.recompute == "earlier" and c < net.first
@@ -74,5 +66,20 @@ class Engine:
         y, mean, var = self.computed(net, c, f, maps)
         if net.training: net.cells[c].track(mean, var, n, some=some)
         return y
+    def repeated(self, net, f, inputs: tuple, key)->tuple: # tensors that differ from call to call; of what does not
+        """Return `f(*inputs)`, which leaves gradients behind. Equal keys say that nothing but the inputs has changed.
+
+        An engine may record what is computed and play it again; a key of None says that it must not.
+        """
+        return f(*inputs)
 
 def _tuple(maps): return maps if isinstance(maps, tuple) else (maps,)
+
+def equations(net, c: int, m): # cell; Mixture
+    "Return a function of the maps that cell `c` reads."
+    alpha, edges, widths, inner, chosen = m.of(c)
+    more = {"edges": edges, "chosen": chosen, "drop": net.drop}
+    more["t_gate"], more["t_weight"] = net.thresholds(c)
+    if net.sparse or not (chosen is None and widths is None and inner is None): # what the equations do not know of
+        more["omega"], more["gate"] = net.masked(c, m)
+    return partial(net.cells[c], alpha=alpha, **{k: v for k, v in more.items() if v is not None})

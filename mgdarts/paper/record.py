@@ -8,7 +8,8 @@ import statistics, time
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from ..base.files import read_json
-from ..base.options import LONG, InputError, from_dict, root
+from ..base.options import InputError, from_dict, root
+from ..base.presets import LONG
 from ..methods.registry import preset as preset_config
 from ..net.architecture import Architecture
 from ..net.count import counts

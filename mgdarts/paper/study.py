@@ -8,7 +8,8 @@ import statistics, sys, time
 from pathlib import Path
 from ..base.events import RunFailed
 from ..base.files import read_json, write_json
-from ..base.options import LONG, Config, InputError, closest, resolve, root
+from ..base.options import Config, InputError, closest, resolve, root
+from ..base.presets import LONG
 from ..methods.registry import pairs, preset as preset_config
 from ..net.architecture import Architecture
 from .arms import Arm, job

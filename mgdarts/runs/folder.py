@@ -10,7 +10,8 @@ import torch
 from .. import __version__
 from ..base.data import Splits
 from ..base.files import read_json
-from ..base.options import LONG, Config, InputError, from_dict, root, to_dict
+from ..base.options import Config, InputError, from_dict, root, to_dict
+from ..base.presets import LONG
 from ..fast.compiled import kernels_in_use
 
 # %% auto #0

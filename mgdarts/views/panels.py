@@ -8,7 +8,8 @@ import html
 from pathlib import Path
 import ipywidgets as ui
 from ..base.events import plain
-from ..base.options import PRESETS, Config, knobs
+from ..base.options import Config, knobs
+from ..base.presets import PRESETS
 from ..methods.registry import METHODS, settings_of
 from ..runs.records import list_runs
 from . import compare, replay
