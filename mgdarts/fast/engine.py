@@ -189,6 +189,9 @@ class FastEngine(Engine):
     def held(self, net)->list: return [t for c in net.cells for t in self.plan.tensors(c)]
     def through_cells(self, net, x, also=None): return through_cells(self, net, x, also)
     def discrete(self, net, x): return through_discrete(self, net, x)
+    def repeated(self, net, f, inputs, key):
+        graph = key is not None and worth_a_graph(self.compute.graph, inputs[0].device)
+        return self.graphs(net, f, inputs, key) if graph else f(*inputs)
 
 # %% ../../nbs/fast/engine.ipynb #9e2be5bb
 def make(compute: Compute|None = None # None: as a configuration has it where nothing else is said

@@ -7,7 +7,6 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 import torch
-from torch import Tensor
 
 # %% auto #0
 __all__ = ['CudaGraph', 'Recording', 'record', 'first_played', 'Graphs', 'worth_a_graph']
@@ -57,7 +56,7 @@ def record(r: Recording, net, f, inputs: tuple, make):
     r.grads = [(p, p.grad) for p in net.parameters() if p.grad is not None]
     r.graph = graph
 
-def first_played(r: Recording, net, f, inputs: tuple, tolerance: float)->tuple: # (what `f` returns, whether all is well)
+def first_played(r: Recording, net, f, inputs: tuple, tolerance: float)->tuple: # (what `f` returns, whether well)
     "Play a step for the first time, and compare it with the step without a graph."
     kept = [b.clone() for b in net.buffers()]
     net.zero_grad(set_to_none=True)
@@ -67,7 +66,8 @@ def first_played(r: Recording, net, f, inputs: tuple, tolerance: float)->tuple: 
     out = r.play(inputs)
     pairs = [*zip(out, wanted), *((g, grads[p]) for p, g in r.grads if p in grads)]
     off = [(a.detach() - b).norm() / b.norm().clamp(min=1e-6) for a, b in pairs if a.numel()]
-    well = len(grads) == len(r.grads) and bool(torch.stack([v.double() for v in off]).median() <= tolerance)
+    close = torch.stack([v.double() for v in off]).median() <= tolerance
+    well = len(grads) == len(r.grads) and bool(close)
     for b, old in zip(net.buffers(), () if well else kept): b.copy_(old)
     return out, well
 
@@ -108,7 +108,7 @@ class Graphs:
         return f(*inputs)
 
 # %% ../../nbs/fast/graph.ipynb #f7033c20
-def worth_a_graph(how: str, # `compute.graph`: auto, on or off
+def worth_a_graph(how: str, # `compute.graph`: auto or off
                   device: torch.device)->bool:
     "Whether steps are recorded: on GPUs, unless told otherwise."
     return how != "off" and device.type == "cuda"

@@ -62,6 +62,7 @@ def beta_decay(alpha: Tensor, # [cells, edges, operations]
 class BetaDecay(Pressure):
     "A regulariser that holds all operations back, more with every epoch."
     beta_decay: float # its weight at the end
+    timed = True
     def wanted(self): return self.beta_decay > 0
     def of_alpha(self, alpha, live, clock):
         return [self.beta_decay * clock.turn / max(clock.length, 1) * beta_decay(alpha, live)]

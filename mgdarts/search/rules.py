@@ -114,6 +114,7 @@ class Pressure(Part):
     everywhere = True
     controls = False # whether lambda moves
     heads = False # whether it looks at auxiliary heads of the whole net
+    timed = False # whether it weighs differently in every step
 
     def prices(self, net)->Tensor: # [cells]
         "R_size of each cell of the current sub-net."

@@ -14,8 +14,8 @@ from .regrow import update_momentum
 from .rules import Turn
 
 # %% auto #0
-__all__ = ['groups', 'make_optimizer', 'make_adam', 'cosine', 'tell', 'fetch', 'of_alpha', 'loss_of', 'gradient', 'update',
-           'optimise', 'check_finite']
+__all__ = ['groups', 'make_optimizer', 'make_adam', 'cosine', 'tell', 'fetch', 'of_alpha', 'loss_of', 'likeness', 'gradient',
+           'update', 'optimise', 'check_finite']
 
 # %% ../../nbs/search/step.ipynb #5139fb00
 def groups(net: SuperNet)->dict: # name -> parameters
@@ -92,6 +92,15 @@ def loss_of(search, x: Tensor, y: Tensor, # images, labels
         return loss, torch.stack([*means, hits, search.sums.new_full((), len(y))])
 
 # %% ../../nbs/search/step.ipynb #44643d81
+def likeness(search, turn: Turn, alone: bool # as for `gradient`
+            )->tuple|None:
+    "What a gradient depends on besides the batch and the net's tensors; None where every step is another one."
+    s, net, parts = search.state, search.net, search.parts
+    apart = any(p.draws for p in parts.preparing) or any(p.timed for p in parts.pressures)
+    if apart or search.events.wants("forward"): return None
+    moment = net.stage, net.first, net.discretising, net.paths, net.sparse, net.tau, net.skip_dropout
+    return turn, alone, s.warmup, s.warmup or search.lam.value, search.fine_tuning, moment
+
 def gradient(search, turn: Turn, alone: bool # whether gradients are made for the groups of this turn only
             )->tuple: # as `loss_of`
     "One batch, forward and backward."
@@ -99,12 +108,13 @@ def gradient(search, turn: Turn, alone: bool # whether gradients are made for th
     if alone:
         for name, ps in groups(net).items():
             for p in ps: p.requires_grad_(name in turn.groups)
-    x, y = fetch(search, turn.images)
-    loss, seen = loss_of(search, x, y, search.cfg.label_smoothing if turn.images == "train" else 0.)
-    tell(search, "forward", images=turn.images, value=loss)
-    net.zero_grad(set_to_none=True)
-    loss.backward()
-    return loss, seen
+    def both_ways(x, y):
+        loss, seen = loss_of(search, x, y, search.cfg.label_smoothing if turn.images == "train" else 0.)
+        tell(search, "forward", images=turn.images, value=loss)
+        net.zero_grad(set_to_none=True)
+        loss.backward()
+        return loss.detach(), seen
+    return net.engine.repeated(net, both_ways, fetch(search, turn.images), likeness(search, turn, alone))
 
 # %% ../../nbs/search/step.ipynb #5a6177d7
 def update(search, turn: Turn):
