@@ -1,7 +1,7 @@
 """A pretend GPU: tensors of device `lazy` whose numbers lie in main memory, under the rules of CUDA.
 
-What mixes devices fails as it would there. What a GPU would have to wait for, or what crosses between it and the host, is
-counted by the line of this project that asked for it: `Device.seen[(what, line)]`.
+What mixes devices fails as it would there. What a GPU would have to wait for, or what crosses between it and the host,
+is counted by the line of this project that asked for it: `Device.seen[(what, line)]`.
 """
 import collections
 import contextlib
@@ -89,7 +89,8 @@ def is_there(device) -> bool: return device is not None and torch.device(device)
 def check_index(func, name, args):
     "Indices may come from the host, which is a copy; masks have as many results as the host has to count."
     given = [i for i in args[1] if i is not None]
-    if not isinstance(args[0], There): raise WrongDevice(f"{func}: an index on the device, values on the host, {line()}")
+    if not isinstance(args[0], There):
+        raise WrongDevice(f"{func}: an index on the device, values on the host, {line()}")
     masked = any(i.dtype in (torch.bool, torch.uint8) for i in given)
     filled = name.startswith("index_put") and len(given) == 1 and args[2].numel() == 1  # becomes a masked_fill
     if masked and not filled: note("a mask as an index")
@@ -132,7 +133,8 @@ class _Made(TorchFunctionMode):
     "`torch.tensor` makes its numbers on the host, and copies them."
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
-        if func not in (torch.tensor, torch.as_tensor) or not is_there(kwargs.get("device")): return func(*args, **kwargs)
+        there = func in (torch.tensor, torch.as_tensor) and is_there(kwargs.get("device"))
+        if not there: return func(*args, **kwargs)
         del kwargs["device"]
         note("copy to the device")
         asked = kwargs.pop("requires_grad", False)

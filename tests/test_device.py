@@ -1,5 +1,5 @@
-"""What a GPU would do with this code, shown without one: on a pretend device (see `pretend.py`), by counting launches, and
-with something that stands for CUDA graphs."""
+"""What a GPU would do with this code, shown without one: on a pretend device (see `pretend.py`), by counting launches,
+and with something that stands for CUDA graphs."""
 import collections
 
 import pytest
@@ -8,23 +8,22 @@ import torch.nn.functional as F
 
 import pretend
 from mgdarts.base.data import load_data
-from mgdarts.base.options import Compute, Train
+from mgdarts.base.options import Search as Settings
 from mgdarts.fast import engine as fast_engine
 from mgdarts.fast.engine import FastEngine
 from mgdarts.fast.graph import Graphs
 from mgdarts.fast.launches import Launches
 from mgdarts.fast.layout import natively
-from mgdarts.methods.registry import METHODS, preset
+from mgdarts.methods.registry import METHODS, parts_of, preset
 from mgdarts.net.derive import derive
 from mgdarts.net.supernet import SuperNet
 from mgdarts.runs import make
 from mgdarts.search import loop, train
 from mgdarts.search.loss import regulariser
 from mgdarts.search.step import make_optimizer
-from mgdarts.base.options import Search as Settings
 from mgdarts.space.darts import NetSpec
 
-TINY = {"data.subset": 200, "search.batch": 32, "search.length": 2, "search.max_epochs": 3, "search.warmup": 1,
+TINY = {"data.subset": 200, "search.batch": 32, "search.length": 2, "search.max_epochs": 2, "search.warmup": 1,
         "search.prune_every": 1, "search.lambda_step": .05, "rules.samples": 1, "rules.batches": 1, "train.epochs": 1,
         "train.batch": 32}
 OWN = {"dass": {"rules.sparse": .5}, "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3},
@@ -37,7 +36,8 @@ LEFT = {"gdas": {"methods/sampled.py", "net/supernet.py"}, "proxylessnas": {"met
 
 def config(name, **more):
     method = "mg-darts" if name == "mobilenet" else name
-    return preset("smoke", method, **{**TINY, **OWN.get(name, {}), **more})
+    halves = {"search.batch": 16} if "arch" in parts_of(preset("smoke", method)).schedule.images else {}
+    return preset("smoke", method, **{**TINY, **halves, **OWN.get(name, {}), **more})
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +101,112 @@ def test_a_whole_search_on_a_device(name, splits, monkeypatch):
         result = trainer.run()
         assert done and result["epochs"] == 1 and not seen, seen
     assert heard == expected  # the same numbers as on a CPU that computes as a GPU does, to the last bit
+
+
+# ---- launches
+
+@pytest.mark.parametrize("channels, cells, most", [(16, 8, 3500), (44, 14, 7000)])
+def test_launches_of_a_step(channels, cells, most):
+    "The whole step of the last stage's net: forward, regularisers, backward, clipping, update."
+    net = SuperNet(NetSpec(channels, cells, size=16), seed=0, engine=FastEngine())
+    net.open(cells - 1, 2)
+    net.discretising = True
+    optimizer, weights = make_optimizer(net, Settings()), [p for c in net.cells for p in (c.omega, c.plain)]
+    x, y = torch.randn(2, 3, 16, 16), torch.tensor([0, 1])
+
+    def step():
+        loss = F.cross_entropy(net(x, []), y) + .01 * sum(regulariser(net))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 5.)
+        optimizer.step()
+        net.zero_grad(set_to_none=True)
+    with natively():
+        step()
+        with Launches() as seen: step()
+    assert seen.total <= most, seen.by_name.most_common(12)
+
+
+# ---- graphs
+
+class Notes:
+    "Stands for a CUDA graph: recording computes nothing, playing computes from the tensors that were recorded."
+    made: list = []
+    first = staticmethod(lambda f, inputs: f(*inputs))
+
+    def __init__(self):
+        self.played = 0
+        self.made.append(self)
+
+    def record(self, f, inputs):
+        self.kept = {k: v.clone() for k, v in self.net.state_dict().items()}
+        self.f, self.inputs, self.out = f, inputs, f(*inputs)
+        self.grads = [(p, p.grad) for p in self.net.parameters() if p.grad is not None]
+        self.net.load_state_dict(self.kept)
+        return self.out
+
+    def play(self):
+        self.played += 1
+        new = self.f(*self.inputs)
+        for p, there in self.grads: there.copy_(p.grad)
+        for there, value in zip(self.out, new): there.copy_(value)
+
+
+@pytest.mark.parametrize("method", ("mg-darts", "darts-v1", "gdas", "beta-darts"))
+def test_a_search_whose_steps_are_played(method, splits, monkeypatch):
+    "It is the same search to the last bit; and where steps are not alike, nothing is recorded."
+    plain = make.make_search(config(method), splits)
+    expected = told(plain)
+    plain.run()
+    search = make.make_search(config(method), splits)
+    heard = told(search)
+    search.engine.graphs, Notes.made = Graphs(Notes), []
+    monkeypatch.setattr(fast_engine, "worth_a_graph", lambda how, device: how != "off")
+    inner = Graphs.forget_if_changed
+    def forget(self, net):
+        inner(self, net)
+        Notes.net = net
+    monkeypatch.setattr(Graphs, "forget_if_changed", forget)
+    search.run()
+    assert heard == expected
+    assert bool(Notes.made) == (method in ("mg-darts", "darts-v1"))
+    assert all(n.played for n in Notes.made)
+
+
+def test_a_step_that_cannot_be_recorded_is_computed(recwarn):
+    net, key = torch.nn.Sequential(torch.nn.Linear(2, 1)), "alike"
+    net.cells = []
+
+    class Broken(Notes):
+        def record(self, f, inputs): raise RuntimeError("operation not permitted when stream is capturing")
+
+    def f(x):
+        net.zero_grad(set_to_none=True)
+        y = net[0](x).sum()
+        y.backward()
+        return (y.detach(),)
+    graphs = Graphs(Broken)
+    outs = [graphs(net, f, (torch.ones(1, 2),), key)[0] for _ in range(6)]
+    assert all(torch.equal(o, outs[0]) for o in outs) and net[0].weight.grad is not None
+    said = "a step cannot be recorded, and is computed without a graph: operation not permitted when stream is capturing"
+    assert [str(w.message) for w in recwarn] == [said]
+
+
+def test_a_recording_that_differs_is_not_used(recwarn):
+    net = torch.nn.Sequential(torch.nn.Linear(2, 1))
+    net.cells = []
+
+    class Wrong(Notes):
+        def play(self):
+            super().play()
+            for there in self.out: there.mul_(2)
+            for _, there in self.grads: there.zero_()
+
+    def f(x):
+        net.zero_grad(set_to_none=True)
+        y = net[0](x).sum()
+        y.backward()
+        return (y.detach(),)
+    Wrong.net, graphs = net, Graphs(Wrong)
+    outs = [graphs(net, f, (torch.ones(1, 2),), "alike")[0] for _ in range(6)]
+    assert all(torch.equal(o, outs[0]) for o in outs) and net[0].weight.grad.eq(1).all()
+    assert len(recwarn) == 1 and "other numbers" in str(recwarn[0].message)
