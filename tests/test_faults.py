@@ -44,7 +44,7 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_some_of_the_fault_suite(tmp_path):
+def test_some_of_the_fault_suite(tmp_path, here):
     "Kills, failing system calls, rotten files and wrong inputs, through the notebook; `make faults` does more of each."
     notebook = Path(__file__).resolve().parent.parent / "nbs/runs/fault_suite.ipynb"
     some = {"out": str(tmp_path), "kills": 2, "failures": 3, "places": 6}
