@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from ..base.options import Compute, Search as Settings
 from ..fast.engine import make
 from ..net.supernet import SuperNet
@@ -33,6 +32,12 @@ class Hollow(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return hollow(func, args, kwargs or {})
 
+def _tensors(x):
+    "Go through all tensors among some values."
+    if isinstance(x, Tensor): yield x
+    elif isinstance(x, (list, tuple)):
+        for y in x: yield from _tensors(y)
+
 def _meta(x):
     "Take meta tensors for all tensors, also in lists."
     if isinstance(x, Hollow): return x.meta
@@ -42,7 +47,7 @@ def _meta(x):
 # %% ../../nbs/runs/memory.ipynb #29c5669a
 def hollow(func, args: tuple, kwargs: dict):
     "Do an operation of PyTorch without content; real tensors among its arguments count as hollow ones."
-    there = next((x.device for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
+    there = next((x.device for x in _tensors((args, [*kwargs.values()]))), None)
     device = kwargs.get("device") or there or torch.device("cpu")
     if kwargs.get("device") or not there and any(a.name == "device" for a in func._schema.arguments):
         kwargs = {**kwargs, "device": "meta"}
@@ -59,10 +64,9 @@ class Hollowing(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None): return hollow(func, args, kwargs or {})
 
 # %% ../../nbs/runs/memory.ipynb #8929ca52
-def _storages(tree):
+def _storages(x):
     "Go through the storages of all tensors among some values."
-    for x in tree_leaves(tree):
-        if isinstance(x, Tensor): yield (x.meta if isinstance(x, Hollow) else x).untyped_storage()
+    for t in _tensors(x): yield (t.meta if isinstance(t, Hollow) else t).untyped_storage()
 
 class Accountant(TorchDispatchMode):
     "Bytes in storages that were made while it watched: now, and at the most."
@@ -76,7 +80,8 @@ class Accountant(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for storage in _storages(out):
             key, n = storage._cdata, storage.nbytes()
-            if key in self._seen or any(key == old._cdata for old in _storages((args, kwargs))): continue
+            if key in self._seen or any(key == old._cdata for old in _storages((args, [*(kwargs or {}).values()]))):
+                continue
             self._seen.add(key)
             weakref.finalize(storage, self._freed, key, n)
             self.now += n
