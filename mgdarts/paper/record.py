@@ -47,7 +47,7 @@ def scale_of(config: dict # of a training, or of a search
 PLANS = {"Single-stage": (1, "none"), "Multi-stage": (3, "none"), "Multi-stage, recomputed": (3, "earlier")}
 
 def planned_memory()->dict:
-    "Peak of a step of each stage at C=24, L=8, batch 96, on tensors without content."
+    "Peak of a step of each stage at C=24, L=8, batch 96, on fake tensors."
     cfg, out = preset_config("small"), {}
     spec = NetSpec(cfg.space.channels, cfg.space.cells)
     for name, (stages, how) in PLANS.items():

@@ -8,7 +8,9 @@ import contextlib, copy, weakref
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from ..base.options import Compute, Search as Settings
 from ..fast.engine import make
 from ..net.supernet import SuperNet
@@ -17,57 +19,9 @@ from ..search.stages import plan
 from ..space.darts import NetSpec
 
 # %% auto #0
-__all__ = ['Hollow', 'hollow', 'Hollowing', 'Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to', 'memory_plan']
-
-# %% ../../nbs/runs/memory.ipynb #ca060e99
-class Hollow(Tensor):
-    "A tensor without content, on any device: what is done to it is done to its meta tensor."
-    @staticmethod
-    def __new__(cls, meta: Tensor, device: torch.device):
-        made = Tensor._make_wrapper_subclass(cls, meta.size(), meta.stride(), meta.storage_offset(), dtype=meta.dtype,
-                                             device=device, requires_grad=meta.requires_grad)
-        made.meta = meta
-        return made
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None): return hollow(func, args, kwargs or {})
-
-def _tensors(x):
-    "Go through all tensors among some values."
-    if isinstance(x, Tensor): yield x
-    elif isinstance(x, (list, tuple)):
-        for y in x: yield from _tensors(y)
-
-def _meta(x):
-    "Take meta tensors for all tensors, also in lists."
-    if isinstance(x, Hollow): return x.meta
-    if isinstance(x, Tensor): return x.to("meta")
-    return type(x)(map(_meta, x)) if isinstance(x, (list, tuple)) else x
-
-# %% ../../nbs/runs/memory.ipynb #29c5669a
-def hollow(func, args: tuple, kwargs: dict):
-    "Do an operation of PyTorch without content; real tensors among its arguments count as hollow ones."
-    there = next((x.device for x in _tensors((args, [*kwargs.values()]))), None)
-    device = kwargs.get("device") or there or torch.device("cpu")
-    if kwargs.get("device") or not there and any(a.name == "device" for a in func._schema.arguments):
-        kwargs = {**kwargs, "device": "meta"}
-    out = func(*_meta(args), **{k: _meta(v) for k, v in kwargs.items()})
-    aliases = [r.alias_info for r in func._schema.returns[:1]]
-    if aliases and aliases[0] and aliases[0].is_write: return kwargs.get("out", args[0])
-    def on_device(y):
-        if isinstance(y, Tensor): return Hollow(y, device)
-        return type(y)(map(on_device, y)) if isinstance(y, (list, tuple)) else y
-    return on_device(out)
-
-class Hollowing(TorchDispatchMode):
-    "While it is on, all operations are done without content."
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None): return hollow(func, args, kwargs or {})
+__all__ = ['Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to', 'memory_plan']
 
 # %% ../../nbs/runs/memory.ipynb #8929ca52
-def _storages(x):
-    "Go through the storages of all tensors among some values."
-    for t in _tensors(x): yield (t.meta if isinstance(t, Hollow) else t).untyped_storage()
-
 class Accountant(TorchDispatchMode):
     "Bytes in storages that were made while it watched: now, and at the most."
     def __init__(self):
@@ -78,10 +32,12 @@ class Accountant(TorchDispatchMode):
         self.now -= n
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
+        old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        for x in tree_leaves(out):
+            if not isinstance(x, Tensor): continue
+            storage = x.untyped_storage()
             key, n = storage._cdata, storage.nbytes()
-            if key in self._seen or any(key == old._cdata for old in _storages((args, [*(kwargs or {}).values()]))):
-                continue
+            if key in self._seen or key in old: continue
             self._seen.add(key)
             weakref.finalize(storage, self._freed, key, n)
             self.now += n
@@ -120,11 +76,12 @@ def _watched(net: SuperNet, cfg: Settings, batch: int)->tuple: # (peak, kept by 
     return seen.peak, kept
 
 # %% ../../nbs/runs/memory.ipynb #07169f57
-def _hollow_net(net: SuperNet)->SuperNet:
-    "Copy a net without content: nothing of a full device is copied."
-    made = {id(p): torch.nn.Parameter(Hollow(p.data.to("meta"), p.device)) for p in net.parameters()}
-    made |= {id(b): Hollow(b.to("meta"), b.device) for b in net.buffers()}
-    return copy.deepcopy(net, made)
+def _faked(net: SuperNet, mode: FakeTensorMode)->SuperNet:
+    "Copy a net with parameters and buffers that become fake on the way: nothing of a full device is copied."
+    with mode:
+        fakes = {id(p): torch.nn.Parameter(mode.from_tensor(p.data)) for p in net.parameters()}
+        fakes |= {id(b): mode.from_tensor(b) for b in net.buffers()}
+    return copy.deepcopy(net, fakes)
 
 # %% ../../nbs/runs/memory.ipynb #e729bc50
 def step_memory(net: SuperNet, cfg: Settings,
@@ -135,9 +92,10 @@ def step_memory(net: SuperNet, cfg: Settings,
     "Say what one training step of a net needs. The net is not changed."
     live, macs = int(net.op_live[:len(net.cells)].sum()), net.count().searched.macs_dense
     params, held = tensor_bytes(net.parameters()), tensor_bytes(net.buffers())
-    if not real: net = _hollow_net(net)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    if not real: net = _faked(net, mode)
     net.train()
-    with contextlib.nullcontext() if real else Hollowing(): peak, kept = _watched(net, cfg, batch)
+    with contextlib.nullcontext() if real else mode: peak, kept = _watched(net, cfg, batch)
     fixed = params + held
     return StepMemory(name, peak + 2 * fixed - held, fixed, params, params, kept, live, macs)
 

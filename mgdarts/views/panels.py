@@ -139,7 +139,7 @@ class LivePanel:
 # %% ../../nbs/views/panels.ipynb #bb109464
 QUESTIONS = {"accuracy": ("Validation accuracy", "of the net as it is and of the what-if net, on the same images"),
              "fixed ratio": ("Fixed ratio", "the same size, by cutting one share everywhere"),
-             "exact memory": ("Exact memory", "of a training step, by running it on tensors without content")}
+             "exact memory": ("Exact memory", "of a training step, by running it on fake tensors; takes a while")}
 
 def threshold_layout(panel)->ui.HBox:
     "Put the widgets of a `ThresholdPanel` into their places, with buttons."
