@@ -134,6 +134,9 @@ class Data:
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
     cutout: int = knob(-1, "side of the Cutout square in pixels; -1: half of the image side, 0: none", -1, 512)
     skip_damaged: bool = knob(False, "leave out image files that cannot be decoded, and say which, instead of stopping")
+    workers: int = knob(-1, "processes that read image files ahead, where a set is too large for memory; 0: images are "
+        "read when a step asks for them; -1: 0 on a CPU, on a GPU one a core, at most 16; the batches stay the same",
+        -1, 256)
 
 # %% ../../nbs/base/options.ipynb #1a7ae0fe
 @dataclass
