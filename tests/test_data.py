@@ -211,8 +211,8 @@ def test_draws_in_blocks(steps, drop):
         assert x.equal(want) and y.equal(labels)
 
 class OnDevice(TorchDispatchMode):
-    """Tensors that are marked lie on a device, as does what is computed from them. Counts what would copy between it and
-    the host, ask it for a value, or depend on one in its shape; marked and plain tensors must not meet."""
+    """Tensors that are marked lie on a device, as does what is computed from them. Notes what would copy between it
+    and the host, ask it for a value, or depend on one in its shape, and where marked and plain tensors meet."""
     ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "item", "unique", "_unique2", "bincount")
     ALONE = ("arange", "ones", "zeros", "full", "empty", "new_zeros", "new_ones", "full_like", "linspace", "tensor",
              "scalar_tensor") # made on the device, of nothing

@@ -466,7 +466,8 @@ if sys.argv[2] == "killed": os.kill(os.getpid(), signal.SIGKILL)
 def test_workers_end_with_the_run(how, tmp_path):
     "However it ends, and though they ignore SIGTERM."
     image_folder(tmp_path, "toy", 15, 5, h=20, w=20)
-    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path), how], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == (-signal.SIGKILL if how == "killed" else 0), done.stderr
     pids, until = [int(n) for n in done.stdout.split()], time.monotonic() + 20
     while (left := [n for n in pids if Path(f"/proc/{n}").exists()]) and time.monotonic() < until: time.sleep(.1)

@@ -29,7 +29,7 @@ def epoch_order(n: int, # images
     batches = list(torch.randperm(n, generator=stream(seed, "order", epoch)).split(batch))
     return batches[:-1] if drop_last and len(batches) > 1 and len(batches[-1]) < batch else batches
 
-# %% ../../nbs/base/batches.ipynb #7e6b4096
+# %% ../../nbs/base/batches.ipynb #bbd735d4
 @dataclass(frozen=True)
 class Drawn:
     "Which n images, and what is random about them."
@@ -38,19 +38,20 @@ class Drawn:
     kinds: list # of `autoaugment`
     boxes: Tensor|None = None # float32 [n, 4]: for images that are cropped as they are read; stays on the CPU
 
-# %% ../../nbs/base/batches.ipynb #db268d34
+# %% ../../nbs/base/batches.ipynb #962baf43
 class Views:
     "The images of a split, each seen a little differently each time."
     def __init__(self, split: Split, augment: Augment|None): # None: images as they are
-        self.split, self.files, self.side = split, not isinstance(split.images, Tensor), split.images.shape[-1]
+        self.split, self.side = split, split.images.shape[-1]
+        self.files = split.images if isinstance(split.images, Files) else None
         self.a, self.device = (augment or Augment(0, False, 0)).at(self.side), split.labels.device
-        self.border = 0 if self.files else self.a.crop # files are cropped as they are read
+        self.border = self.a.crop if self.files is None else 0 # files are cropped as they are read
         self.policy = policy_of(self.a.policy, self.side).to(self.device) if self.a.autoaugment else None
 
     def draw(self, indices: Tensor, g: torch.Generator)->Drawn: # int64 [n], on the CPU
         "What is random about some images, on the CPU."
         n, a = len(indices), self.a
-        boxes = torch.rand(n, 4, generator=g) if self.files and a.crop else None
+        boxes = torch.rand(n, 4, generator=g) if self.files is not None and a.crop else None
         places = draw_places(n, self.border, a.flip, g)
         changes, kinds = draw_changes(n, self.policy, g) if self.policy else (torch.zeros(2, 0, dtype=torch.int64), [])
         centres = torch.randint(self.side, (2, n), generator=g) if a.cutout else torch.zeros(2, n, dtype=torch.int64)
@@ -60,13 +61,13 @@ class Views:
              )->tuple: # float32 [n, C, S, S] channels last, int64 [n]
         "Images as it was drawn, and their labels. Rows of tensors: nothing is copied to or from a GPU."
         at, places, centres = drawn.numbers.split([1, 3, 2])
-        x = self.split.images[at[0]] if x is None else x
+        if x is None: x = self.split.images[at[0]]
         if self.border or self.a.flip: x = crop_flip(x, self.border, places)
-        if drawn.kinds: x = autoaugment(x, self.policy, drawn.changes, drawn.kinds)
+        if self.policy and drawn.kinds: x = autoaugment(x, self.policy, drawn.changes, drawn.kinds)
         x = normalise(x, self.split.mean, self.split.std)
         return cutout(x, self.a.cutout, centres) if self.a.cutout else x, self.split.labels[at[0]]
 
-# %% ../../nbs/base/batches.ipynb #5adb6db5
+# %% ../../nbs/base/batches.ipynb #1d032219
 def beside(steps: list, # of `Drawn`, on the CPU
            device: torch.device
           )->list: # the same, there
@@ -78,7 +79,7 @@ def beside(steps: list, # of `Drawn`, on the CPU
     moved = there([d.numbers for d in steps]), there([d.changes for d in steps])
     return [Drawn(numbers, changes, d.kinds, d.boxes) for d, numbers, changes in zip(steps, *moved)]
 
-# %% ../../nbs/base/batches.ipynb #bf061317
+# %% ../../nbs/base/batches.ipynb #7b3e5425
 def train_batch(split: Split,
                 indices: Tensor, # int64 [B]
                 augment: Augment | None, # None: images as they are
@@ -87,7 +88,7 @@ def train_batch(split: Split,
     "Augmented, normalised images and their labels. The augmentation depends on (seed, epoch, step) alone."
     views = Views(split, augment)
     (drawn,) = beside([views.draw(indices.cpu(), stream(seed, "augment", epoch, step))], views.device)
-    x = split.images.read(indices.cpu(), drawn.boxes).to(views.device) if isinstance(split.images, Files) else None
+    x = None if views.files is None else views.files.read(indices.cpu(), drawn.boxes).to(views.device)
     return views.batch(drawn, x)
 
 # %% ../../nbs/base/batches.ipynb #f1c3dc36
@@ -129,8 +130,8 @@ class Loader:
     @cached_property
     def ahead(self)->ReadAhead:
         "What reads files; the first batch starts it."
-        workers = workers_for(self.workers, self.split.labels.device)
-        return ReadAhead(self.split.images, self.batch_size, workers, self._files)
+        if self.views.files is None: raise TypeError("these images are in memory")
+        return ReadAhead(self.views.files, self.batch_size, workers_for(self.workers, self.views.device), self._files)
     def order(self, epoch: int)->list:
         "Index batches of an epoch."
         if self._order[0] != epoch:
@@ -151,13 +152,13 @@ class Loader:
         return self._drawn[epoch, block][at]
     def _files(self, n: int)->tuple: # n: steps before this one, epochs included
         epoch, step = divmod(n, len(self))
-        return self.split.images.pick(self.order(epoch)[step]).paths, self.drawn(epoch, step).boxes
+        return self.ahead.files.pick(self.order(epoch)[step]).paths, self.drawn(epoch, step).boxes
 
     def batch(self, epoch: int, step: int # from 0, below len(self)
              )->tuple:
         "Images and labels of a training step."
-        drawn, read = self.drawn(epoch, step), self.views.files
-        return self.views.batch(drawn, self.ahead.take(epoch * len(self) + step, self.views.device) if read else None)
+        drawn, n = self.drawn(epoch, step), epoch * len(self) + step
+        return self.views.batch(drawn, None if self.views.files is None else self.ahead.take(n, self.views.device))
     def eval(self, batch: int = 500):
         "All images in order, not augmented."
         return eval_batches(self.split, batch, workers_for(self.workers, self.split.labels.device))

@@ -79,7 +79,7 @@ def crop_box(h: int, w: int, # size of the image
     bh, bw = (min(side, max(1, round(math.sqrt(x)))) for side, x in ((h, area / ratio), (w, area * ratio)))
     return int(draws[2] * (h - bh + 1)), int(draws[3] * (w - bw + 1)), bh, bw
 
-# %% ../../nbs/base/images.ipynb #b9561ef2
+# %% ../../nbs/base/images.ipynb #c1f0847f
 def read_image(path: str, size: int, # side of the result
                rgb: bool = True,
                draws=None # four numbers for `crop_box`; None: the centre
@@ -87,7 +87,8 @@ def read_image(path: str, size: int, # side of the result
     "Decode a file and bring it to a size. `InputError` when it is no image."
     image = decode(path, rgb)
     if draws is None: return fit(image, size, round(size * 8 / 7))
-    top, left, h, w = crop_box(*image.shape[-2:], draws)
+    height, width = image.shape[-2:]
+    top, left, h, w = crop_box(height, width, draws)
     return resize(image[:, top:top + h, left:left + w], size, size)
 
 # %% ../../nbs/base/images.ipynb #e41cb53a
