@@ -1,8 +1,12 @@
 "Splits, augmentation, batches: nothing but the seed, the epoch and the step decides."
 from pathlib import Path
 import pytest, torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
 from mgdarts.base import folders
-from mgdarts.base.augment import Augment, autoaugment, crop_flip, cutout, normalise
+from mgdarts.base.augment import Augment, crop_flip, cutout, draw_places, normalise
+from mgdarts.base.autoaugment import autoaugment, draw_changes, policy_of, uniform, words
 from mgdarts.base.batches import Loader, epoch_order, train_batch
 from mgdarts.base.data import apportion, channel_stats, hold_out, load_data, subset, train_and_val
 from mgdarts.base.folders import Source
@@ -73,7 +77,7 @@ def test_bad_subsets(setting, match): refused(match, Data(**setting))
 
 def test_crop_flip_against_a_slow_reference():
     x, pad = torch.randint(1, 256, (32, 3, 8, 8), generator=stream(0), dtype=torch.uint8), 2
-    out, g = crop_flip(x, pad, True, stream(1)), stream(1)
+    out, g = crop_flip(x, pad, draw_places(32, pad, True, stream(1))), stream(1)
     top, left = torch.randint(2 * pad + 1, (2, 32, 1), generator=g).tolist()
     mirror = (torch.rand(32, 1, generator=g) < .5).tolist()
     for i in range(32):
@@ -84,35 +88,52 @@ def test_crop_flip_against_a_slow_reference():
     assert {t[0] for t in top} == {a[0] for a in left} == set(range(5)) and 5 < sum(m[0] for m in mirror) < 27
 
 def test_cutout_against_a_slow_reference():
-    out = cutout(torch.ones(64, 2, 8, 8), 4, stream(0))
-    centres = torch.randint(8, (2, 64, 1), generator=stream(0)).tolist()
+    centres = torch.randint(8, (2, 64), generator=stream(0))
+    out = cutout(torch.ones(64, 2, 8, 8), 4, centres)
     for i in range(64):
         want = torch.ones(2, 8, 8)
-        r, c = centres[0][i][0], centres[1][i][0]
+        r, c = centres[:, i].tolist()
         want[:, max(0, r - 2):r + 2, max(0, c - 2):c + 2] = 0
         assert out[i].equal(want)
 
+def one_by_one(x, g, policy="cifar10"):
+    "torchvision's AutoAugment, image by image, with a seed from `g` for its generator."
+    change, seed = AutoAugment(AutoAugmentPolicy(policy), fill=128), int(torch.randint(2 ** 62, (), generator=g))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return torch.stack([change(image) for image in x])
+
+def autoaugmented(x, g, name="cifar10"):
+    policy = policy_of(name, x.shape[-1])
+    return autoaugment(x.clone(), policy, *draw_changes(len(x), policy, g))
+
+@pytest.mark.parametrize("policy", ["cifar10", "imagenet"])
 @pytest.mark.parametrize("c", [1, 3])
-def test_autoaugment(c):
-    x = torch.stack([picture(i, c, 16, 16) for i in range(200)]) # every one of the 25 sub-policies comes up
+@pytest.mark.parametrize("side", [8, 28, 32])
+def test_autoaugment_is_torchvisions_to_the_last_bit(side, c, policy):
+    "All pairs of operations come up, with both signs; some images are even, some have few levels, some are noise."
+    x = torch.stack([picture(i, c, side, side) for i in range(500)])
+    x[::13] //= 7
+    x[::17] = 77
+    x[::5] = torch.randint(256, x[::5].shape, generator=stream(9), dtype=torch.uint8)
     state = torch.get_rng_state()
-    a, b, other = autoaugment(x, stream(0)), autoaugment(x, stream(0)), autoaugment(x, stream(1))
-    assert a.dtype == torch.uint8 and a.shape == x.shape and a.equal(b) and not a.equal(other)
+    a, b, other = (autoaugmented(x, stream(n), policy) for n in (0, 0, 1))
     assert torch.get_rng_state().equal(state)
+    assert a.dtype == torch.uint8 and a.equal(b) and a.equal(one_by_one(x, stream(0), policy)) and not a.equal(other)
     changed = (a != x).flatten(1).any(1)
     assert 0.5 < changed.float().mean() < 1 # each image its own draw
 
-def test_each_policy_of_autoaugment_is_torchvisions():
-    from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
-    x = torch.stack([picture(i, 3, 16, 16) for i in range(60)])
-    found = {p: autoaugment(x, stream(0), p) for p in ("cifar10", "imagenet")}
-    assert found["cifar10"].equal(autoaugment(x, stream(0))) and not found["cifar10"].equal(found["imagenet"])
-    for name, policy in (("cifar10", AutoAugmentPolicy.CIFAR10), ("imagenet", AutoAugmentPolicy.IMAGENET)):
-        seed = int(torch.randint(2 ** 62, (), generator=stream(0)))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            change = AutoAugment(policy, fill=128)
-            assert torch.stack([change(image) for image in x]).equal(found[name])
+def test_autoaugment_of_large_images_and_of_none():
+    x = torch.stack([picture(i, 3, 224, 224) for i in range(30)])
+    assert autoaugmented(x, stream(0), "imagenet").equal(one_by_one(x, stream(0), "imagenet"))
+    assert autoaugmented(x[:0], stream(0)).shape == (0, 3, 224, 224)
+
+def test_the_words_of_the_generator_make_its_numbers():
+    for seed in range(20):
+        g, w = stream(seed), iter(words(stream(seed), 700)) # more than the generator makes at once
+        for _ in range(350):
+            assert int(torch.randint(25, (), generator=g)) == next(w) % 25
+            assert float(torch.rand((), generator=g)) == uniform(next(w))
 
 def test_the_policy_reaches_the_batches(tmp_path):
     image_folder(tmp_path, "toy", 30, 3)
@@ -175,6 +196,81 @@ def test_batches_depend_on_seed_epoch_and_step_alone(auto):
     def draw(*key): return train_batch(d.train, i, a.augment, *key)[0]
     assert draw(0, 0, 0).equal(draw(0, 0, 0))
     assert all(not draw(0, 0, 0).equal(draw(*k)) for k in ((0, 0, 1), (0, 1, 0), (1, 0, 0)))
+
+@pytest.mark.parametrize("drop", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 100])
+def test_draws_in_blocks(steps, drop):
+    "Whatever is drawn at once, from wherever one begins, and back and forth: the same batches."
+    d, how = load_data(Data(subset=400), 0), Augment(autoaugment=True)
+    a = Loader(d, "train", 64, 0, how, drop)
+    a.block = steps
+    n = len(a)
+    for k in (2, 3, n - 1, n, n + 1, 3 * n, 1, 0):
+        (x, y), order = a.batch(k // n, k % n), a.order(k // n)[k % n]
+        want, labels = train_batch(d.train, order, how, 0, k // n, k % n)
+        assert x.equal(want) and y.equal(labels)
+
+class OnDevice(TorchDispatchMode):
+    """Tensors that are marked lie on a device, as does what is computed from them. Notes what would copy between it
+    and the host, ask it for a value, or depend on one in its shape, and where marked and plain tensors meet."""
+    ASKS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "item", "unique", "_unique2", "bincount")
+    ALONE = ("arange", "ones", "zeros", "full", "empty", "new_zeros", "new_ones", "full_like", "linspace", "tensor",
+             "scalar_tensor") # made on the device, of nothing
+
+    def __init__(self, *tensors):
+        super().__init__()
+        self.there, self.seen = list(tensors), []
+        self.ids = {id(t) for t in tensors}
+    def mark(self, *tensors):
+        self.there += tensors # kept, so that no other gets their id
+        self.ids |= {id(t) for t in tensors}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.split("::")[1]
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        there = [id(t) in self.ids for t in given]
+        out = func(*args, **(kwargs or {}))
+        if name in self.ASKS: self.seen.append(name)
+        if name in ("lift_fresh", "copy_", "_to_copy") and not any(there): self.seen.append(f"{name} from the host")
+        mixed = [t for t, t_there in zip(given, there) if not t_there and t.dim()]
+        if any(there) and mixed: self.seen.append(f"{name} of both")
+        indices = args[1] if name in ("index", "index_put_") else ()
+        if any(i is not None and i.dtype == torch.bool for i in indices): self.seen.append(f"{name} by a mask")
+        if any(there) or name in self.ALONE: self.mark(*(t for t in tree_leaves(out) if isinstance(t, torch.Tensor)))
+        return out
+
+def on_device(loader):
+    s = loader.split
+    policy = [getattr(loader.views.policy, k) for k in ("places", "levels", "shares")] if loader.views.policy else []
+    return OnDevice(s.images, s.labels, s.mean, s.std, *policy)
+
+@pytest.mark.parametrize("policy", ["cifar10", "imagenet"])
+def test_a_step_copies_nothing_to_or_from_the_device_of_the_images(policy):
+    loader = Loader(load_data(Data(subset=600), 0), "train", 64, 0, Augment(autoaugment=True, policy=policy))
+    want = [loader.batch(2, k) for k in range(len(loader))]
+    with on_device(loader) as device:
+        for k in range(len(loader)):
+            drawn = loader.drawn(2, k)
+            device.mark(drawn.numbers, drawn.changes) # they were moved when the epoch began
+            x, y = loader.batch(2, k)
+            assert id(x) in device.ids and id(y) in device.ids and not device.seen
+    assert all(x.equal(loader.batch(2, k)[0]) for k, (x, _) in enumerate(want)) # the images themselves stay
+
+def test_what_would_copy_is_noticed():
+    loader = Loader(load_data(Data(subset=600), 0), "train", 64, 0, Augment())
+    images, labels = loader.split.images, loader.split.labels
+    for slow in (lambda: images[torch.arange(4) + loader.order(0)[0][:4]], lambda: images[:4].float().mean().item(),
+                 lambda: labels[labels > 3], lambda: images[0, 0] + torch.tensor([[1] * 8]), lambda: labels.nonzero()):
+        loader.order(0)
+        with on_device(loader) as device: slow()
+        assert device.seen
+
+def test_an_epoch_is_moved_in_two_copies(monkeypatch):
+    moved, to = [], torch.Tensor.to
+    loader = Loader(load_data(Data(subset=600), 0), "train", 64, 0, Augment(autoaugment=True))
+    loader.views # its tables lie there already
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: moved.append(t) or to(t, *a, **k))
+    for epoch in (0, 1): loader.drawn(epoch, 3), loader.drawn(epoch, 0), loader.drawn(epoch, 7)
+    assert len(moved) == 4 and sum(t.numel() * 8 for t in moved) < 2 * 600 * 80
 
 def test_plain_batches():
     d = load_data(Data(subset=400), 0)

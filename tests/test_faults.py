@@ -23,6 +23,7 @@ from mgdarts.cli.main import main
 from mgdarts.methods.registry import preset
 from mgdarts.runs import run as runs
 from mgdarts.runs.listen import read_events
+from mgdarts.space.darts import NetSpec
 
 
 def searched(run):
@@ -44,7 +45,7 @@ def whole(tmp_path_factory):
     return out
 
 
-def test_some_of_the_fault_suite(tmp_path):
+def test_some_of_the_fault_suite(tmp_path, here):
     "Kills, failing system calls, rotten files and wrong inputs, through the notebook; `make faults` does more of each."
     notebook = Path(__file__).resolve().parent.parent / "nbs/runs/fault_suite.ipynb"
     some = {"out": str(tmp_path), "kills": 2, "failures": 3, "places": 6}
@@ -106,7 +107,8 @@ WILD = ["lr_weights=10", "search.clip=1e30", "lr_arch=100", "search.momentum=0.9
 
 def test_the_first_tensor_that_goes_bad_is_named(tmp_path, capsys):
     wild = [x for s in WILD for x in ("--set", s)]
-    code = main(["search", "--preset", "smoke", *SETS, *wild, "--out", str(tmp_path / "run")])
+    every = ["--set", "rules.ops=" + ",".join(NetSpec.ops)]
+    code = main(["search", "--preset", "smoke", *SETS, *every, *wild, "--out", str(tmp_path / "run")])
     (line,) = said(capsys)
     assert code == 1 and "epoch" in line and "step" in line and any(w in line for w in ("gradient", "loss", "cells."))
     state = Checkpoints(tmp_path / "run/checkpoint").load()

@@ -1,5 +1,4 @@
 "Every chapter runs from top to bottom. Those with parameters, of `start` and `runs`, have tests of their own."
-from pathlib import Path
 
 import nbformat
 import pytest
@@ -17,7 +16,7 @@ NAMES = [str(p.relative_to(CFG.nbs_path))[:-6] for p in sorted(nbglob(CFG.nbs_pa
 run_nb.__test__ = False
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in PARAMETERISED and Path(n).name not in TARGETS])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in {*PARAMETERISED, *(f"paper/{t}" for t in TARGETS)}])
 def test_notebook(name):
     ok, _ = run_nb((CFG.nbs_path / f"{name}.ipynb").absolute(), skip_flags=[], basepath=CFG.config_path)
     assert ok

@@ -10,14 +10,19 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "nbs/start/quickstart.ipynb"
 FAST = "data.subset=200, search.warmup=1, search.max_epochs=2, train.epochs=2, search.batch=32"
 
 
-def execute(target, **parameters):
-    papermill.execute_notebook(NOTEBOOK, target, parameters, kernel_name="python3", progress_bar=False,
+@pytest.fixture(autouse=True)
+def in_this_process(here):
+    "Where nothing else is said."
+
+
+def execute(target, engine=None, **parameters):
+    papermill.execute_notebook(NOTEBOOK, target, parameters, engine, kernel_name="python3", progress_bar=False,
                                cwd=NOTEBOOK.parent)
 
 
 def test_quickstart(tmp_path):
     out = tmp_path / "out.ipynb"
-    execute(out, out=str(tmp_path / "run"), settings=FAST)
+    execute(out, "nbclient", out=str(tmp_path / "run"), settings=FAST)  # in a kernel, as a user runs it
     assert (tmp_path / "run/report.html").exists() and os.path.getsize(out) < 1_000_000
     nb = nbformat.read(out, 4)
     shown = [o for c in nb.cells for o in c.get("outputs", [])]

@@ -1,5 +1,6 @@
 "Where images come from: sources by name, published sets to the last pixel, image folders, large sets on disk."
-import gzip, hashlib, os, pickle, shutil
+import gc, gzip, hashlib, multiprocessing, os, pickle, shutil, signal, subprocess, sys
+import time
 from pathlib import Path
 import numpy as np, pytest, torch, torchvision
 from PIL import Image
@@ -7,6 +8,7 @@ from mgdarts.base import folders, sources
 from mgdarts.base.augment import Augment, normalise
 from mgdarts.base.batches import Loader, eval_batches
 from mgdarts.base.data import channel_stats, load_data
+from mgdarts.base.events import RunFailed
 from mgdarts.base.folders import Source
 from mgdarts.base.images import Files, crop_box, decode, fit
 from mgdarts.base.options import Data, InputError
@@ -385,6 +387,91 @@ def test_large_folder_stays_on_disk(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="001.png is not a readable"): list(eval_batches(d.test))
     (tmp_path / "toy" / "test" / "cat" / "001.png").unlink()
     with pytest.raises(InputError, match="001.png is missing"): list(eval_batches(d.test))
+
+# ---- read ahead by other processes
+
+def on_disk(tmp_path, monkeypatch):
+    image_folder(tmp_path, "toy", 15, 5, h=20, w=20)
+    monkeypatch.setattr(folders, "IN_MEMORY", 100)
+    return load_data(Data(name="toy", dir=str(tmp_path), size=16, val_fraction=.34), 0)
+
+def test_batches_are_the_same_with_any_number_of_workers(tmp_path, monkeypatch):
+    d, how = on_disk(tmp_path, monkeypatch), Augment(autoaugment=True)
+    assert len(d.train) == 20
+    def loader(workers): return Loader(d, "train", 6, 0, how, drop_last=False, workers=workers)
+    plain, n = loader(0), 4
+    for workers in (1, 3):
+        ahead = loader(workers)
+        for k in (0, 1, 2, 3, 4, 5, 11, 12, 2, 1): # through an epoch and beyond, then elsewhere, and back
+            (x, y), (want, labels) = ahead.batch(k // n, k % n), plain.batch(k // n, k % n)
+            assert x.equal(want) and y.equal(labels) and len(y) == (2 if k % n == 3 else 6)
+        reading = [p for p, _ in ahead.ahead.workers]
+        assert len(reading) == workers and all(p.is_alive() for p in reading)
+        ahead.close()
+        assert [p.exitcode for p in reading] == [0] * workers
+        for (x, y), (want, labels) in zip(ahead.eval(7), plain.eval(7), strict=True):
+            assert x.equal(want) and y.equal(labels)
+        assert not multiprocessing.active_children()
+        assert ahead.batch(0, 1)[0].equal(plain.batch(0, 1)[0]) # begins anew
+        ahead.close()
+
+def test_nothing_is_started_before_the_first_batch(tmp_path, monkeypatch):
+    loader = Loader(on_disk(tmp_path, monkeypatch), "train", 6, 0, Augment(), workers=2)
+    loader.order(0), loader.drawn(0, 0), loader.ahead
+    assert not loader.ahead.workers and not multiprocessing.active_children()
+    loader.close()
+
+def test_workers_end_with_whoever_forgets_them(tmp_path, monkeypatch):
+    loader = Loader(on_disk(tmp_path, monkeypatch), "train", 6, 0, Augment(), workers=2)
+    loader.batch(0, 0)
+    reading = [p for p, _ in loader.ahead.workers]
+    del loader
+    gc.collect()
+    for p in reading: p.join(10)
+    assert [p.exitcode for p in reading] == [0, 0]
+
+@pytest.mark.parametrize("at", ["waiting", "at rest"])
+def test_a_killed_worker_is_one_clear_line(at, tmp_path, monkeypatch):
+    loader = Loader(on_disk(tmp_path, monkeypatch), "train", 6, 0, Augment(), workers=2)
+    loader.batch(0, 0)
+    if at == "at rest": time.sleep(.5) # the next batches are there already
+    (_, _), (process, _) = loader.ahead.workers
+    process.kill()
+    message = rf"a process that reads images ahead has ended \(pid {process.pid}, exit code -9\).*data.workers than 2"
+    with pytest.raises(RunFailed, match=message) as e:
+        for k in range(1, 6): loader.batch(0, k % 3)
+    assert "\n" not in str(e.value) and not loader.ahead.workers and not multiprocessing.active_children()
+
+def test_a_damaged_file_is_named_by_a_worker(tmp_path, monkeypatch):
+    loader = Loader(on_disk(tmp_path, monkeypatch), "train", 20, 0, Augment(), workers=2)
+    Path(loader.split.images.paths[3]).write_text("spoiled")
+    with pytest.raises(InputError, match="png is not a readable image"): loader.batch(0, 0)
+    assert not multiprocessing.active_children()
+
+KILLED = """
+import os, signal, sys
+from mgdarts.base import folders
+from mgdarts.base.augment import Augment
+from mgdarts.base.batches import Loader
+from mgdarts.base.data import load_data
+from mgdarts.base.options import Data
+folders.IN_MEMORY = 100
+loader = Loader(load_data(Data(name="toy", dir=sys.argv[1], val_fraction=.34), 0), "train", 6, 0, Augment(), workers=2)
+loader.batch(0, 0)
+print(*(p.pid for p, _ in loader.ahead.workers), flush=True)
+if sys.argv[2] == "killed": os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+@pytest.mark.parametrize("how", ["killed", "over"])
+def test_workers_end_with_the_run(how, tmp_path):
+    "However it ends, and though they ignore SIGTERM."
+    image_folder(tmp_path, "toy", 15, 5, h=20, w=20)
+    command = [sys.executable, "-c", KILLED, str(tmp_path), how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == (-signal.SIGKILL if how == "killed" else 0), done.stderr
+    pids, until = [int(n) for n in done.stdout.split()], time.monotonic() + 20
+    while (left := [n for n in pids if Path(f"/proc/{n}").exists()]) and time.monotonic() < until: time.sleep(.1)
+    assert len(pids) == 2 and not left
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
 def test_damaged_images_are_named(suffix, tmp_path):

@@ -11,7 +11,7 @@ from torch import Tensor
 from .options import Data, InputError
 
 # %% auto #0
-__all__ = ['Augment', 'crop_flip', 'autoaugment', 'normalise', 'cutout']
+__all__ = ['Augment', 'draw_places', 'crop_flip', 'normalise', 'cutout']
 
 # %% ../../nbs/base/augment.ipynb #fd5e2abd
 @dataclass(frozen=True)
@@ -35,34 +35,29 @@ class Augment:
         crop, cutout = side // 8 if self.crop < 0 else self.crop, side // 2 if self.cutout < 0 else self.cutout
         return replace(self, crop=crop, cutout=cutout)
 
+# %% ../../nbs/base/augment.ipynb #12a02646
+def draw_places(n: int, # images
+                pad: int, # black pixels added on each side before cropping
+                flip: bool,
+                g: torch.Generator
+               )->Tensor: # int64 [3, n]: rows skipped, columns skipped, mirrored
+    "Draw random crops, every second one mirrored. Nothing is drawn where there is nothing to choose."
+    if not (pad or flip): return torch.zeros(3, n, dtype=torch.int64)
+    corner, mirrored = torch.randint(2 * pad + 1, (2, n, 1), generator=g), torch.rand(n, 1, generator=g) < 0.5
+    return torch.cat([corner, (mirrored & flip)[None]])[..., 0]
+
 # %% ../../nbs/base/augment.ipynb #2029a547
 def crop_flip(images: Tensor, # [B, C, S, S]
-              pad: int, # black pixels added on each side before cropping
-              flip: bool,
-              g: torch.Generator
+              pad: int, # as it was drawn with
+              places: Tensor # int64 [3, B] from `draw_places`, beside the images
              )->Tensor: # [B, C, S, S]
-    "Random crops of the padded images, every second one mirrored."
-    if not (pad or flip): return images
+    "Crop the padded images and mirror some."
     B, C, S, _ = images.shape
-    top, left = torch.randint(2 * pad + 1, (2, B, 1), generator=g).to(images.device)
-    mirror = (torch.rand(B, 1, generator=g) < 0.5).to(images.device)
-    at = torch.arange(S, device=images.device)
-    rows, cols = top + at, left + (torch.where(mirror, S - 1 - at, at) if flip else at)
+    (top, left, mirrored), at = places[..., None], torch.arange(S, device=images.device)
+    rows, cols = top + at, left + torch.where(mirrored > 0, S - 1 - at, at)
     b, c = torch.arange(B, device=images.device), torch.arange(C, device=images.device)
     padded = F.pad(images, (pad,) * 4)
     return padded[b[:, None, None, None], c[None, :, None, None], rows[:, None, :, None], cols[:, None, None, :]]
-
-# %% ../../nbs/base/augment.ipynb #d3e1414f
-def autoaugment(images: Tensor, # uint8 [B, C, S, S], C = 1 or 3
-                g: torch.Generator,
-                policy: str = "cifar10" # or imagenet
-               )->Tensor: # uint8 [B, C, S, S]
-    "AutoAugment, image by image on the CPU (0.1 ms for one of 32 pixels, 0.9 ms for 224), the same on every device."
-    from torchvision.transforms.v2 import AutoAugment, AutoAugmentPolicy
-    change, seed = AutoAugment(AutoAugmentPolicy(policy), fill=128), int(torch.randint(2 ** 62, (), generator=g))
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return torch.stack([change(image) for image in images.cpu()]).to(images.device)
 
 # %% ../../nbs/base/augment.ipynb #8bf9b241
 def normalise(images: Tensor, # uint8 [B, C, S, S]
@@ -75,10 +70,9 @@ def normalise(images: Tensor, # uint8 [B, C, S, S]
 # %% ../../nbs/base/augment.ipynb #943a5906
 def cutout(x: Tensor, # float [B, C, S, S], changed in place
            side: int,
-           g: torch.Generator
+           centres: Tensor # int64 [2, B], beside the images: row and column of each centre
           )->Tensor: # x
-    "Zero the rows and columns [centre - side // 2, centre + side // 2) around a random centre."
-    S, half = x.shape[-1], side // 2
-    at = torch.arange(S)
-    hit = [(at >= c - half) & (at < c + half) for c in torch.randint(S, (2, len(x), 1), generator=g)]
-    return x.masked_fill_((hit[0][:, None, :, None] & hit[1][:, None, None, :]).to(x.device), 0)
+    "Zero the rows and columns [centre - side // 2, centre + side // 2)."
+    half, at = side // 2, torch.arange(x.shape[-1], device=x.device)
+    rows, cols = ((at >= c - half) & (at < c + half) for c in centres[..., None])
+    return x.masked_fill_(rows[:, None, :, None] & cols[:, None, None, :], 0)

@@ -4,14 +4,20 @@
 
 # %% ../../nbs/base/batches.ipynb #3208195a
 from __future__ import annotations
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 import torch
 from torch import Tensor
-from .augment import Augment, autoaugment, crop_flip, cutout, normalise
+from .augment import Augment, crop_flip, cutout, draw_places, normalise
+from .autoaugment import autoaugment, draw_changes, policy_of
 from .data import Split, Splits
+from .images import Files
 from .randomness import stream
+from .reading import ReadAhead, workers_for
 
 # %% auto #0
-__all__ = ['epoch_order', 'train_batch', 'eval_batches', 'Loader']
+__all__ = ['epoch_order', 'Drawn', 'Views', 'beside', 'train_batch', 'eval_batches', 'Loader']
 
 # %% ../../nbs/base/batches.ipynb #feea8618
 def epoch_order(n: int, # images
@@ -23,29 +29,82 @@ def epoch_order(n: int, # images
     batches = list(torch.randperm(n, generator=stream(seed, "order", epoch)).split(batch))
     return batches[:-1] if drop_last and len(batches) > 1 and len(batches[-1]) < batch else batches
 
-# %% ../../nbs/base/batches.ipynb #f7c63288
+# %% ../../nbs/base/batches.ipynb #bbd735d4
+@dataclass(frozen=True)
+class Drawn:
+    "Which n images, and what is random about them."
+    numbers: Tensor # int64 [6, n]: image; crop and mirror, as `crop_flip` takes them; centre of `cutout`
+    changes: Tensor # int64 [2, m] of `autoaugment`
+    kinds: list # of `autoaugment`
+    boxes: Tensor|None = None # float32 [n, 4]: for images that are cropped as they are read; stays on the CPU
+
+# %% ../../nbs/base/batches.ipynb #962baf43
+class Views:
+    "The images of a split, each seen a little differently each time."
+    def __init__(self, split: Split, augment: Augment|None): # None: images as they are
+        self.split, self.side = split, split.images.shape[-1]
+        self.files = split.images if isinstance(split.images, Files) else None
+        self.a, self.device = (augment or Augment(0, False, 0)).at(self.side), split.labels.device
+        self.border = self.a.crop if self.files is None else 0 # files are cropped as they are read
+        self.policy = policy_of(self.a.policy, self.side).to(self.device) if self.a.autoaugment else None
+
+    def draw(self, indices: Tensor, g: torch.Generator)->Drawn: # int64 [n], on the CPU
+        "What is random about some images, on the CPU."
+        n, a = len(indices), self.a
+        boxes = torch.rand(n, 4, generator=g) if self.files is not None and a.crop else None
+        places = draw_places(n, self.border, a.flip, g)
+        changes, kinds = draw_changes(n, self.policy, g) if self.policy else (torch.zeros(2, 0, dtype=torch.int64), [])
+        centres = torch.randint(self.side, (2, n), generator=g) if a.cutout else torch.zeros(2, n, dtype=torch.int64)
+        return Drawn(torch.cat([indices[None], places, centres]), changes, kinds, boxes)
+    def batch(self, drawn: Drawn, # beside the labels
+              x: Tensor|None = None # the images, if they were read from files
+             )->tuple: # float32 [n, C, S, S] channels last, int64 [n]
+        "Images as it was drawn, and their labels. Rows of tensors: nothing is copied to or from a GPU."
+        at, places, centres = drawn.numbers.split([1, 3, 2])
+        if x is None: x = self.split.images[at[0]]
+        if self.border or self.a.flip: x = crop_flip(x, self.border, places)
+        if self.policy and drawn.kinds: x = autoaugment(x, self.policy, drawn.changes, drawn.kinds)
+        x = normalise(x, self.split.mean, self.split.std)
+        return cutout(x, self.a.cutout, centres) if self.a.cutout else x, self.split.labels[at[0]]
+
+# %% ../../nbs/base/batches.ipynb #1d032219
+def beside(steps: list, # of `Drawn`, on the CPU
+           device: torch.device
+          )->list: # the same, there
+    "Draws of some steps, on a device."
+    def there(tensors):
+        whole = torch.cat(tensors, 1)
+        if device.type == "cuda": whole = whole.pin_memory()
+        return whole.to(device, non_blocking=True).split([t.shape[1] for t in tensors], 1)
+    moved = there([d.numbers for d in steps]), there([d.changes for d in steps])
+    return [Drawn(numbers, changes, d.kinds, d.boxes) for d, numbers, changes in zip(steps, *moved)]
+
+# %% ../../nbs/base/batches.ipynb #7b3e5425
 def train_batch(split: Split,
                 indices: Tensor, # int64 [B]
                 augment: Augment | None, # None: images as they are
                 seed: int, epoch: int, step: int
                )->tuple: # float32 [B, C, S, S] channels last, int64 [B]
     "Augmented, normalised images and their labels. The augmentation depends on (seed, epoch, step) alone."
-    images, g = split.images, stream(seed, "augment", epoch, step)
-    a = (augment or Augment(0, False, 0)).at(images.shape[-1])
-    at = indices.to(split.labels.device)
-    if isinstance(images, Tensor): x, border = images[at], a.crop
-    else: # files are cropped as they are read
-        draws, border = torch.rand(len(indices), 4, generator=g) if a.crop else None, 0
-        x = images.read(indices, draws).to(at.device)
-    x = crop_flip(x, border, a.flip, g)
-    if a.autoaugment: x = autoaugment(x, g, a.policy)
-    x = normalise(x, split.mean, split.std)
-    return cutout(x, a.cutout, g) if a.cutout else x, split.labels[at]
+    views = Views(split, augment)
+    (drawn,) = beside([views.draw(indices.cpu(), stream(seed, "augment", epoch, step))], views.device)
+    x = None if views.files is None else views.files.read(indices.cpu(), drawn.boxes).to(views.device)
+    return views.batch(drawn, x)
 
 # %% ../../nbs/base/batches.ipynb #f1c3dc36
-def eval_batches(split: Split, batch: int = 500):
+def eval_batches(split: Split, batch: int = 500,
+                 workers: int = 0 # processes that read files ahead; 0: none
+                ):
     "Iterate over (images, labels) in order, normalised, not augmented."
-    for i in torch.arange(len(split)).split(batch): yield train_batch(split, i, None, 0, 0, 0)
+    images = split.images
+    if isinstance(images, Tensor):
+        for x, y in zip(images.split(batch), split.labels.split(batch)): yield normalise(x, split.mean, split.std), y
+        return
+    parts = torch.arange(len(split)).split(batch)
+    def files(n): return (images.pick(parts[n]).paths, None) if n < len(parts) else None
+    with closing(ReadAhead(images, batch, workers, files)) as ahead:
+        for n, y in enumerate(split.labels.split(batch)):
+            yield normalise(ahead.take(n).to(y.device), split.mean, split.std), y
 
 # %% ../../nbs/base/batches.ipynb #3bb1d7b2
 class Loader:
@@ -56,13 +115,23 @@ class Loader:
                  batch: int = 96, # images a step
                  seed: int = 0,
                  augment: Augment | None = None, # None: images as they are
-                 drop_last: bool = True): # leave out an incomplete last batch
+                 drop_last: bool = True, # leave out an incomplete last batch
+                 workers: int = 0): # processes that read image files ahead; 0: none, -1: as many as the device needs
         self.splits, self.split_name, self.batch_size, self.seed = splits, split_name, batch, seed
-        self.augment, self.drop_last = augment, drop_last
+        self.augment, self.drop_last, self.workers = augment, drop_last, workers
+        self.block = max(1, 2 ** 16 // batch) # steps that are drawn at once
         self._order: tuple = (None, []) # the epoch last asked for, and its batches
+        self._drawn: dict = {} # (epoch, block) -> draws of its steps
         if augment: augment.at(splits.size) # known to be possible before the first batch
     @property
     def split(self)->Split: return getattr(self.splits, self.split_name)
+    @cached_property
+    def views(self)->Views: return Views(self.split, self.augment)
+    @cached_property
+    def ahead(self)->ReadAhead:
+        "What reads files; the first batch starts it."
+        if self.views.files is None: raise TypeError("these images are in memory")
+        return ReadAhead(self.views.files, self.batch_size, workers_for(self.workers, self.views.device), self._files)
     def order(self, epoch: int)->list:
         "Index batches of an epoch."
         if self._order[0] != epoch:
@@ -71,10 +140,28 @@ class Loader:
     def __len__(self): # steps an epoch
         n = len(self.split)
         return max(1, n // self.batch_size) if self.drop_last else -(-n // self.batch_size)
+
+    def drawn(self, epoch: int, step: int)->Drawn:
+        "What is random about a step, beside the labels."
+        block, at = divmod(step, self.block)
+        if (epoch, block) not in self._drawn:
+            steps = enumerate(self.order(epoch)[step - at:step - at + self.block], step - at)
+            drawn = [self.views.draw(i, stream(self.seed, "augment", epoch, s)) for s, i in steps]
+            newest = [*self._drawn.items()][-1:]
+            self._drawn = {**dict(newest), (epoch, block): beside(drawn, self.views.device)}
+        return self._drawn[epoch, block][at]
+    def _files(self, n: int)->tuple: # n: steps before this one, epochs included
+        epoch, step = divmod(n, len(self))
+        return self.ahead.files.pick(self.order(epoch)[step]).paths, self.drawn(epoch, step).boxes
+
     def batch(self, epoch: int, step: int # from 0, below len(self)
              )->tuple:
         "Images and labels of a training step."
-        return train_batch(self.split, self.order(epoch)[step], self.augment, self.seed, epoch, step)
+        drawn, n = self.drawn(epoch, step), epoch * len(self) + step
+        return self.views.batch(drawn, None if self.views.files is None else self.ahead.take(n, self.views.device))
     def eval(self, batch: int = 500):
         "All images in order, not augmented."
-        return eval_batches(self.split, batch)
+        return eval_batches(self.split, batch, workers_for(self.workers, self.split.labels.device))
+    def close(self):
+        "End what reads ahead; another batch would start it again."
+        if "ahead" in vars(self): self.ahead.close()

@@ -15,7 +15,7 @@ from torch import Tensor
 from .options import InputError
 
 # %% auto #0
-__all__ = ['resize', 'fit', 'opened', 'decode', 'parallel', 'crop_box', 'Files', 'signature', 'checksum', 'cached']
+__all__ = ['resize', 'fit', 'opened', 'decode', 'parallel', 'crop_box', 'read_image', 'Files', 'signature', 'checksum', 'cached']
 
 # %% ../../nbs/base/images.ipynb #bea02f33
 def resize(images: Tensor, # uint8 [..., C, H, W] on the CPU
@@ -57,7 +57,7 @@ def decode(path: str,
           )->Tensor: # uint8 [C, H, W]
     "Decode a JPEG or PNG file. `InputError` when it is none."
     with opened(path) as image: pixels = torch.from_numpy(np.array(image.convert("RGB" if rgb else "L")))
-    return pixels.permute(2, 0, 1).contiguous() if rgb else pixels[None]
+    return pixels.permute(2, 0, 1) if rgb else pixels[None] # channels last, which is resized faster
 
 # %% ../../nbs/base/images.ipynb #e1d08fe9
 def parallel(work, # called with 0 .. len(paths) - 1
@@ -79,6 +79,18 @@ def crop_box(h: int, w: int, # size of the image
     bh, bw = (min(side, max(1, round(math.sqrt(x)))) for side, x in ((h, area / ratio), (w, area * ratio)))
     return int(draws[2] * (h - bh + 1)), int(draws[3] * (w - bw + 1)), bh, bw
 
+# %% ../../nbs/base/images.ipynb #c1f0847f
+def read_image(path: str, size: int, # side of the result
+               rgb: bool = True,
+               draws=None # four numbers for `crop_box`; None: the centre
+              )->Tensor: # uint8 [C, size, size]
+    "Decode a file and bring it to a size. `InputError` when it is no image."
+    image = decode(path, rgb)
+    if draws is None: return fit(image, size, round(size * 8 / 7))
+    height, width = image.shape[-2:]
+    top, left, h, w = crop_box(height, width, draws)
+    return resize(image[:, top:top + h, left:left + w], size, size)
+
 # %% ../../nbs/base/images.ipynb #e41cb53a
 @dataclass
 class Files:
@@ -96,13 +108,8 @@ class Files:
             )->Tensor: # uint8 [B, C, size, size]
         "Decode some images."
         paths, out = self.pick(indices).paths, torch.empty(len(indices), *self.shape[1:], dtype=torch.uint8)
-        def work(i):
-            image = decode(paths[i], self.rgb)
-            if draws is None: out[i] = fit(image, self.size, round(self.size * 8 / 7))
-            else:
-                height, width = image.shape[-2:]
-                top, left, h, w = crop_box(height, width, draws[i].tolist())
-                out[i] = resize(image[:, top:top + h, left:left + w], self.size, self.size)
+        boxes = [None] * len(paths) if draws is None else draws.tolist()
+        def work(i): out[i] = read_image(paths[i], self.size, self.rgb, boxes[i])
         parallel(work, paths)
         return out
     def __getitem__(self, indices: Tensor)->Tensor: return self.read(indices)

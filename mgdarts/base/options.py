@@ -118,8 +118,7 @@ class Space:
 @dataclass
 class Data:
     "Which images, how many, and how they are varied."
-    name: str = knob("digits",
-        "dataset: digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder name under dir")
+    name: str = knob("digits", "dataset: digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder name in dir")
     dir: str = knob("", "folder of the datasets; empty: the project's data/")
     size: int = knob(0, "image side in pixels; 0: the dataset's own", 0, 1024)
     subset: float = knob(1.0, "training images used: a fraction up to 1, or a count above 1, stratified", 0.0)
@@ -133,6 +132,8 @@ class Data:
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
     cutout: int = knob(-1, "side of the Cutout square in pixels; -1: half of the image side, 0: none", -1, 512)
     skip_damaged: bool = knob(False, "leave out image files that cannot be decoded, and say which, instead of stopping")
+    workers: int = knob(-1, "processes that read the files of large sets ahead; 0: the run reads a batch when it needs "
+        "it; -1: 0 on a CPU, on a GPU one a core, at most 16; batches are the same", -1, 256)
 
 # %% ../../nbs/base/options.ipynb #1a7ae0fe
 @dataclass
@@ -153,8 +154,7 @@ class Search:
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
-        "(Table IX); alpha on other images than the weights, to first or second order; or nothing",
-        choices=SCHEDULES)
+        "(Table IX); alpha on other images than the weights, to first or second order; or nothing", choices=SCHEDULES)
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
         choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "

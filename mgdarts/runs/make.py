@@ -38,8 +38,10 @@ def make_search(cfg: Config,
     parts = {"train": splits}
     if "arch" in parts_of(cfg).schedule.images:
         parts["arch"], parts["train"] = halves(splits, cfg.seed)
-    loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, Augment.of(cfg.data)) for k, s in parts.items()}
-    return Search(net_spec(cfg, splits), {**loaders, "val": Loader(splits, "val")}, cfg.search, cfg.space.aux_size,
+    augment, workers = Augment.of(cfg.data), cfg.data.workers
+    loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, augment, workers=workers) for k, s in parts.items()}
+    loaders["val"] = Loader(splits, "val", workers=workers)
+    return Search(net_spec(cfg, splits), loaders, cfg.search, cfg.space.aux_size,
                   cfg.seed, device, make(cfg.compute), rules=cfg.rules)
 
 # %% ../../nbs/runs/make.ipynb #8793fc85
@@ -58,8 +60,9 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits,
     refuse_other_images(arch, splits)
     if cfg.train.images == "train+val": splits = train_and_val(splits)
     augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout if cfg.train.cutout else 0)
-    loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment)}
-    loaders |= {k: Loader(splits, k) for k in ("val", "test") if getattr(splits, k)}
+    workers = cfg.data.workers
+    loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment, workers=workers)}
+    loaders |= {k: Loader(splits, k, workers=workers) for k in ("val", "test") if getattr(splits, k)}
     return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state=init_state, engine=make())
 
 # %% ../../nbs/runs/make.ipynb #a24c8be2

@@ -109,7 +109,8 @@ def carry_out(loop, out: Path, recorder: Recorder, clock: Clock,
               save_every: float = 60. # seconds between two states
              ):
     "Run a loop to its end with a recorder and a saver, and end well whatever happens."
-    with contextlib.closing(recorder), Signals() as signals:
+    with contextlib.ExitStack() as stack, Signals() as signals:
+        for of in (recorder, *loop.loaders.values()): stack.enter_context(contextlib.closing(of))
         for listener in (recorder, *listeners): loop.events.listen(listener, *types)
         saver = Saver(loop, recorder, clock, out / "checkpoint", save_every, after, signals)
         try: loop.run()

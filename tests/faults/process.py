@@ -20,7 +20,8 @@ from mgdarts.runs.frames import REPLAY_FILE
 from mgdarts.runs.listen import read_events
 
 FAST = {"data.subset": 120, "data.test_subset": 50, "search.warmup": 1, "search.max_epochs": 2, "search.prune_every": 1,
-        "search.lambda_step": .2, "search.batch": 54, "train.batch": 54, "train.epochs": 2}
+        "search.lambda_step": .2, "search.batch": 54, "train.batch": 54, "train.epochs": 2,
+        "rules.ops": "skip_connect,sep_conv_3x3,max_pool_3x3"}
 SETS = [x for k, v in FAST.items() for x in ("--set", f"{k}={v}")]
 OFTEN = ["--save-every", "0.3"]
 CLOCKS = ("record", "run", "wall_s", "cpu_s", "events")  # and paths: what may differ between two runs

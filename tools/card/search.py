@@ -84,7 +84,8 @@ def real(g: Ground):
 
 # the same bits
 def smoke(g: Ground, **more):
-    changes = {"data.subset": 256, "search.warmup": 1, "search.max_epochs": 1 if g.toy else 4, **more}
+    size = {"data.subset": 150, "search.max_epochs": 1} if g.toy else {"data.subset": 256, "search.max_epochs": 4}
+    changes = {**size, "search.warmup": 1, **more}
     return preset("smoke", device=g.device.type, **changes)
 
 
