@@ -187,7 +187,8 @@ def test_a_step_that_cannot_be_recorded_is_computed(recwarn):
     graphs = Graphs(Broken)
     outs = [graphs(net, f, (torch.ones(1, 2),), key)[0] for _ in range(6)]
     assert all(torch.equal(o, outs[0]) for o in outs) and net[0].weight.grad is not None
-    said = "a step cannot be recorded, and is computed without a graph: operation not permitted when stream is capturing"
+    said = ("a step cannot be recorded, and is computed without a graph: "
+            "operation not permitted when stream is capturing")
     assert [str(w.message) for w in recwarn] == [said]
 
 

@@ -75,6 +75,7 @@ class Engine:
 
 def _tuple(maps): return maps if isinstance(maps, tuple) else (maps,)
 
+# %% ../../nbs/net/engine.ipynb #d270786d
 def equations(net, c: int, m): # cell; Mixture
     "Return a function of the maps that cell `c` reads."
     alpha, edges, widths, inner, chosen = m.of(c)
