@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 import mgdarts
 
@@ -81,6 +80,20 @@ def note(what: str):
     for device in _devices: device.seen[what, line()] += 1
 
 
+def leaves(x):
+    "What lies in lists, tuples and dictionaries; PyTorch's own walk takes most of the time of these tests."
+    if isinstance(x, (list, tuple)):
+        for y in x: yield from leaves(y)
+    elif isinstance(x, dict): yield from leaves([*x.values()])
+    else: yield x
+
+
+def each(f, x):
+    "The same lists, tuples and dictionaries, of what `f` makes of it."
+    if type(x) in (list, tuple): return type(x)([each(f, y) for y in x])
+    return {k: each(f, y) for k, y in x.items()} if type(x) is dict else f(x)
+
+
 def there(x): return There(x) if type(x) is torch.Tensor or type(x) is torch.nn.Parameter else x
 def here(x): return x.here if isinstance(x, There) else x
 def is_there(device) -> bool: return device is not None and torch.device(device).type == NAME.type
@@ -101,13 +114,14 @@ def check_index(func, name, args):
 
 def computed(func, args, kwargs):
     name = func._schema.name.split("::")[1]
-    leaves = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-    ours, others = [t for t in leaves if isinstance(t, There)], [t for t in leaves if not isinstance(t, There)]
+    given = [*leaves((args, kwargs))]
+    tensors = [t for t in given if isinstance(t, torch.Tensor)]
+    ours, others = [t for t in tensors if type(t) is There], [t for t in tensors if type(t) is not There]
     wanted = kwargs.get("device")
     to, back = is_there(wanted), wanted is not None and torch.device(wanted).type == "cpu"
-    if any(isinstance(g, torch.Generator) for g in tree_leaves((args, kwargs))) and (ours or to):
+    if (ours or to) and any(isinstance(g, torch.Generator) for g in given):
         raise WrongDevice(f"{func}: a generator of the host, a tensor on the device, {line()}")
-    plain = tree_map(here, args), tree_map(here, kwargs)
+    plain = each(here, args), each(here, kwargs)
     if wanted is not None: plain[1]["device"] = torch.device("cpu")
     def run(): return func(*plain[0], **plain[1])
     if name == "_to_copy" and (to and not ours or back and ours):
@@ -125,7 +139,7 @@ def computed(func, args, kwargs):
     elif name == "repeat_interleave" and kwargs.get("output_size") is None: note("repeat_interleave without a size")
     elif name != "set_" and any(t.dim() for t in others):
         raise WrongDevice(f"{func}: tensors on the device and on the host, {line()}")
-    out = tree_map(there, run())
+    out = each(there, run())
     return return_and_correct_aliasing(func, args, kwargs, out)
 
 
@@ -156,8 +170,3 @@ class Device(TorchDispatchMode):
         _devices.remove(self)
         self.made.close()
         return super().__exit__(*error)
-
-
-def at_home(x):
-    "With all tensors back on the host, for comparisons: not counted."
-    return tree_map(here, x)
