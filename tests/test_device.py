@@ -16,6 +16,7 @@ from mgdarts.fast.launches import Launches
 from mgdarts.fast.layout import natively
 from mgdarts.methods.registry import METHODS, parts_of, preset
 from mgdarts.net.derive import derive
+from mgdarts.net.sample import random_architecture
 from mgdarts.net.supernet import SuperNet
 from mgdarts.runs import make
 from mgdarts.search import loop, train
@@ -25,7 +26,7 @@ from mgdarts.space.darts import NetSpec
 
 TINY = {"data.subset": 200, "search.batch": 32, "search.length": 2, "search.max_epochs": 2, "search.warmup": 1,
         "search.prune_every": 1, "search.lambda_step": .05, "rules.samples": 1, "rules.batches": 1, "train.epochs": 1,
-        "train.batch": 32}
+        "train.batch": 32, "train.drop_path": .2, "train.aux_weight": .4}
 FEW = {"rules.ops": "skip_connect,sep_conv_3x3,dil_conv_5x5,max_pool_3x3"}  # but for MG-DARTS, which has all
 OWN = {"dass": {"rules.sparse": .5}, "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3},
        "mobilenet": {"space.kind": "mobilenet", "search.max_epochs": 2}}
@@ -159,6 +160,19 @@ def test_a_search_whose_steps_are_played(method, splits, monkeypatch):
     assert heard == expected
     assert bool(Notes.made) == (method in ("mg-darts", "darts-v1"))
     assert all(n.played for n in Notes.made)
+
+
+def test_a_retraining_whose_steps_are_played(splits, monkeypatch):
+    spec = NetSpec(4, 3, splits.num_classes, splits.size, splits.in_channels)
+    arch, cfg = random_architecture(spec, 10_000), config("mg-darts", **{"train.epochs": 2})
+    plain, trainer = (make.make_trainer(cfg, arch, splits) for _ in range(2))
+    expected = plain.run()
+    trainer.net.engine.graphs, Notes.made, Notes.net = Graphs(Notes), [], trainer.net
+    monkeypatch.setattr(fast_engine, "worth_a_graph", lambda how, device: how != "off")
+    assert trainer.run() == expected
+    assert len(Notes.made) == 2 and all(n.played for n in Notes.made)  # without drop path in the first epoch, and with
+    states = plain.net.state_dict(), trainer.net.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
 
 
 def test_a_step_that_cannot_be_recorded_is_computed(recwarn):

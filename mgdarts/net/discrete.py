@@ -99,6 +99,7 @@ class DerivedNet(nn.Module):
         self.classifier = arch.spec.make_top(arch.out(len(arch.cells) - 1), g)
         self.aux_cell, self.aux = arch.aux_cell, AuxHead(arch.aux_head, g) if aux else None
         self.drop_path_prob, self.drop_path_generator = 0.0, None # set both before a training step that drops paths
+        self.drop_path_drawn: Tensor|None = None # or factors that were drawn before, [droppable, N]
         self.masked = tuple(arch.masks) # names of the kernels with masks
         for key in self.masked: self.register_buffer(self._buffer(key), ~arch.masks[key], persistent=False)
         self._hold()
@@ -131,9 +132,11 @@ class DerivedNet(nn.Module):
     def drop_factors(self, x: Tensor # [N, ...]
                     )->list|tuple: # of [droppable, N], or None
         "Draw the drop-path factors of a step, one row an operation, by cell."
-        n, sizes = len(x), [cell.droppable for cell in self.cells]
+        sizes = [cell.droppable for cell in self.cells]
         if not self.training or self.drop_path_prob == 0: return [None] * len(sizes)
+        if self.drop_path_drawn is not None: return self.drop_path_drawn.to(x.dtype).split(sizes)
         if self.drop_path_generator is None: raise RuntimeError("drop path needs a generator: set drop_path_generator")
-        p = self.drop_path_prob
-        kept = torch.rand(sum(sizes), n, generator=self.drop_path_generator) >= p # on the CPU: the same on every device
-        return (kept.to(x) / (1 - p)).split(sizes)
+        return (self.draw_paths(len(x), self.drop_path_generator).to(x) / (1 - self.drop_path_prob)).split(sizes)
+    def draw_paths(self, n: int, generator: torch.Generator)->Tensor: # images; [droppable, n] bool
+        "Draw which operations stay for which images: on the CPU, so that all devices draw the same."
+        return torch.rand(sum(c.droppable for c in self.cells), n, generator=generator) >= self.drop_path_prob

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import hashlib, json, math
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
@@ -18,9 +19,9 @@ from ..net.files import fingerprint
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
 
 # %% auto #0
-__all__ = ['KEPT', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'to_cpu', 'Trainer',
-           'run_fingerprint', 'save_state', 'load_state', 'drop_path_noise', 'check_finite', 'optimise', 'end_epoch',
-           'finish', 'step', 'run']
+__all__ = ['KEPT', 'BLOCK', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'to_cpu', 'Trainer',
+           'run_fingerprint', 'save_state', 'load_state', 'drop_path_noise', 'paths_of', 'check_finite', 'both_ways',
+           'optimise', 'end_epoch', 'finish', 'step', 'run']
 
 # %% ../../nbs/search/train.ipynb #be198583
 def learning_rate(cfg: Train, epoch: int # 0-based
@@ -98,6 +99,7 @@ class Trainer:
         self.history, self.best = [], {"epoch": -1, "val_acc": -1.0, "net": None}
         self.result: dict|None = None
         self.safe_state: dict|None = None
+        self.paths: tuple = (None, None) # which steps drop path was last drawn for, and what
 
     @property
     def step_count(self)->int:
@@ -161,12 +163,41 @@ def drop_path_noise(seed: int, epoch: int, step: int)->torch.Generator:
     key = hashlib.sha256(f"drop-path/{seed}/{epoch}/{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(key[:8], "big") >> 1)
 
+# %% ../../nbs/search/train.ipynb #0e8451c0
+BLOCK = 64 # steps whose drop path is drawn together
+
+def paths_of(trainer: Trainer, n: int # images of the batch
+            )->tuple: # (factors [droppable, n] of this step, on its device), or nothing where no path is dropped
+    "Return the drop-path factors of a step."
+    t, p, net = trainer, drop_path(trainer.cfg, trainer.epoch), trainer.net
+    if p == 0: return ()
+    first = t.epoch_step - t.epoch_step % BLOCK
+    if t.paths[0] != (t.epoch, first, n):
+        steps = range(first, min(first + BLOCK, len(t.loaders["train"])))
+        drawn = [net.draw_paths(n, drop_path_noise(t.seed, t.epoch, k)) for k in steps]
+        t.paths = (t.epoch, first, n), torch.stack(drawn).to(t.device, non_blocking=True)
+    return t.paths[1][t.epoch_step - first].to(torch.float32) / (1 - p),
+
 # %% ../../nbs/search/train.ipynb #62abd3bb
 def check_finite(trainer: Trainer):
     "`NonFiniteLoss` if the summed loss of the epoch is not finite."
     if not math.isfinite(float(trainer.sums[0])): raise NonFiniteLoss(trainer.epoch, trainer.epoch_step - 1)
 
 # %% ../../nbs/search/train.ipynb #20c73ff5
+def both_ways(trainer: Trainer, x: Tensor, y: Tensor, *paths: Tensor # images, labels; factors of drop path
+             )->tuple: # (the loss; float64 [3]: what the epoch's means are made of)
+    "Forward and backward pass."
+    t, cfg, net = trainer, trainer.cfg, trainer.net
+    net.drop_path_drawn = paths[0] if paths else None
+    logits, aux = net(x)
+    loss = total_loss(logits, aux, y, cfg)
+    if t.events.wants("forward"): t.emit("forward", t.epoch, images="train", value=loss)
+    t.optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    with torch.no_grad():
+        hits = (logits.argmax(1) == y).sum().double()
+        return loss.detach(), torch.stack([loss.double() * len(y), hits, t.sums.new_full((), len(y))])
+
 def optimise(trainer: Trainer):
     "One optimisation step."
     t, cfg, net, epoch = trainer, trainer.cfg, trainer.net, trainer.epoch
@@ -179,21 +210,17 @@ def optimise(trainer: Trainer):
     net.drop_path_generator = drop_path_noise(t.seed, epoch, t.epoch_step)
     x, y = (v.to(t.device, non_blocking=True) for v in t.loaders["train"].batch(epoch, t.epoch_step))
     tell("batch", images="train", x=x, y=y)
-    logits, aux = net(x)
-    loss = total_loss(logits, aux, y, cfg)
-    tell("forward", images="train", value=loss)
-    t.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    inputs = x, y, *paths_of(t, len(x))
+    key = None if t.events.wants("forward") else len(inputs) # all steps are alike but for what goes in
+    loss, seen = net.engine.repeated(net, partial(both_ways, t), inputs, key)
     tell("backward", images="train")
     if cfg.clip: nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
     t.optimizer.step()
     tell("update", images="train", groups=("weights",))
-    with torch.no_grad():
-        hits = (logits.argmax(1) == y).sum().double()
-        t.sums += torch.stack([loss.double() * len(y), hits, t.sums.new_full((), len(y))])
+    t.sums += seen
     t.epoch_step += 1
     if t.epoch_step == len(t.loaders["train"]) or t.epoch_step % t.check_every == 0: check_finite(t)
-    if t.events.wants("step"): t.emit("step", epoch, float(loss.detach()))
+    if t.events.wants("step"): t.emit("step", epoch, float(loss))
 
 # %% ../../nbs/search/train.ipynb #0fb6759f
 def end_epoch(trainer: Trainer):
