@@ -261,17 +261,17 @@ class Rules:
 # %% ../../nbs/base/options.ipynb #6caf45c6
 @dataclass
 class Compute:
-    "How the super-net is computed."
+    "How nets are computed, in the search and in the retraining."
     impl: str = knob("fused", "the fast implementation, or the reference, operation by operation",
         choices=("fused", "reference"))
-    recompute: str = knob("none", "cells whose maps are computed again in the backward pass instead of kept: less "
-        "memory, more time; earlier: those of earlier stages", choices=("none", "earlier", "all"))
-    amp: bool = knob(False, "maps in bfloat16 (autocast); masks, gates, thresholds and batch-norm statistics stay in "
-        "float32")
+    recompute: str = knob("none", "cells of a search whose maps are computed again in the backward pass instead of "
+        "kept: less memory, more time; earlier: those of earlier stages", choices=("none", "earlier", "all"))
+    amp: bool = knob(False, "maps in bfloat16; masks, gates, thresholds, statistics and the loss in float32")
     tf32: bool = knob(False, "matrix products of float32 numbers in TF32, on GPUs that have it")
-    compile: bool = knob(False, "torch.compile for each cell, anew after each commit; for GPUs")
+    compile: bool = knob(False, "torch.compile for each cell of a search, anew after each commit; for GPUs")
     graph: str = knob("auto", "the forward and backward pass of a step as one CUDA graph, recorded after each commit; "
         "auto: on GPUs, where steps are alike", choices=("auto", "off"))
+    deterministic: bool = knob(False, "the same bits from the same seed on the same GPU; a CPU gives them anyway")
 
 # %% ../../nbs/base/options.ipynb #84e8309a
 @dataclass

@@ -47,8 +47,7 @@ class Engine:
             if also is not None and net.aux is not None and c == net.aux_cell: also.append(net.aux(y).float())
             maps = (*maps, y)[-len(maps):]
         return net.head(y)
-    def prepare(self, net):
-        "Work out what a pass needs to know, before one."
+    def prepare(self, net): "Work out what a pass needs to know, before one."
     def held(self, net)->list: # of tensors
         "Return what it keeps for a super-net from step to step."
         return []

@@ -11,7 +11,7 @@ from ..base.options import configure, from_dict, to_dict
 from ..methods.registry import preset as preset_config
 
 # %% auto #0
-__all__ = ['Arm', 'checksum', 'Job', 'job']
+__all__ = ['YOUNGER', 'Arm', 'checksum', 'Job', 'job']
 
 # %% ../../nbs/paper/arms.ipynb #5cf01d39
 @dataclass(frozen=True)
@@ -27,9 +27,15 @@ class Arm:
     random: bool = False # train a random architecture of the same size instead
 
 # %% ../../nbs/paper/arms.ipynb #de44fc35
+YOUNGER = {"compute": {"deterministic": False, "graph": "auto"}, "data": {"workers": -1}} # knobs, as runs before were
+
 def checksum(*parts)->str:
-    "Of configurations and other plain data, wherever the images lie."
-    def blank(c): return {**c, "data": {**c["data"], "dir": ""}} if isinstance(c, dict) and "data" in c else c
+    "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."
+    def old(name, part):
+        return {k: v for k, v in part.items() if YOUNGER[name].get(k) != v} if name in YOUNGER else part
+    def blank(c):
+        if not isinstance(c, dict) or "data" not in c: return c
+        return {name: old(name, part) for name, part in {**c, "data": {**c["data"], "dir": ""}}.items()}
     return hashlib.sha256(json.dumps([blank(p) for p in parts], sort_keys=True).encode()).hexdigest()
 
 # %% ../../nbs/paper/arms.ipynb #00ddfdfe

@@ -150,7 +150,7 @@ def make_record(item: str, jobs: list, folder: str|Path, # of all runs
     arms = [{**asdict(at(j, "")), "run": j.key(), "training": j.train and j.training(Path("runs")).name} for j in jobs]
     return {"item": item, "title": TARGETS[item], "scale": "paper" if whole else "scaled down",
             "dataset": "; ".join(dict.fromkeys(r["dataset"] for r in rows)), "parameters": parameters,
-            "seeds": sorted({j.seed for j in jobs}), "environment": environment(device_of(config)),
+            "seeds": sorted({j.seed for j in jobs}), "environment": environment(device_of(config), config),
             "wall_s": round(wall_s, 1), "arms": arms, "rows": rows, "failed": failures, "values": summary(rows),
             "extra": EXTRA[item]() if item in EXTRA else {}, "paper": paper_rows(item)}
 

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/runs/folder.ipynb #8be4db77
 from __future__ import annotations
-import os, platform, subprocess
+import os, platform
 from pathlib import Path
 import torch
 from .. import __version__
@@ -13,42 +13,44 @@ from ..base.files import read_json
 from ..base.options import Config, InputError, from_dict, root, to_dict
 from ..base.presets import LONG
 from ..fast.compiled import kernels_in_use
+from .bits import card, kernels, said, set_workspace
 
 # %% auto #0
-__all__ = ['BITS', 'device_of', 'environment', 'new_folder', 'run_name', 'free_name', 'record_of', 'read_record', 'read_config',
+__all__ = ['device_of', 'of_run', 'environment', 'new_folder', 'run_name', 'free_name', 'record_of', 'read_record', 'read_config',
            'begun']
 
 # %% ../../nbs/runs/folder.ipynb #a9cb7643
 def device_of(cfg: Config)->torch.device:
     "Return the device a configuration asks for, with its number of threads set. `InputError` when it is not there."
-    name = cfg.device
+    name, there = cfg.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cfg.threads: torch.set_num_threads(cfg.threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = cfg.compute.tf32
-    if name == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "auto": name = "cuda" if there else "cpu"
     try: device = torch.device(name)
     except RuntimeError: raise InputError(f"device {name!r} is not one: use auto, cpu, cuda or cuda:N") from None
-    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= there:
-        raise InputError(f"device {name!r} is not there: use --set device=cpu, or auto")
+    if device.type != "cuda": return device
+    if (device.index or 0) >= there: raise InputError(f"device {name!r} is not there: use --set device=cpu, or auto")
+    if cfg.compute.deterministic: set_workspace() # images that go there are its first use
     return device
 
 # %% ../../nbs/runs/folder.ipynb #8b2486d8
-BITS = "torch", "device", "threads", "cpu_capability", "kernels" # what results depend on to the last bit
-
-def _git(*what)->str:
-    try: done = subprocess.run(["git", "-C", str(root()), *what], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError): return ""
-    return done.stdout.strip()
+def of_run(cfg: Config, device: torch.device, discrete: bool = False # a retraining, not a search
+          )->dict: # JSON-ready
+    "Say how a run computes: with which kernels, in which numbers, and whether to the same bits each time."
+    return {"kernels": kernels(cfg, device, discrete), "bf16": cfg.compute.amp,
+            "deterministic": device.type == "cpu" or cfg.compute.deterministic}
 
 # %% ../../nbs/runs/folder.ipynb #2d5613e4
-def environment(device: torch.device)->dict: # JSON-ready
+def environment(device: torch.device, cfg: Config|None = None, # of a run; None: of no run
+                discrete: bool = False # as for `of_run`
+               )->dict: # JSON-ready
     "Say what the bits of a run depend on besides its configuration."
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    def git(*what): return said("git", "-C", str(root()), *what)
     return {"mgdarts": __version__, "python": platform.python_version(), "torch": torch.__version__,
-            "device": device.type, "device_name": name, "threads": torch.get_num_threads(),
+            "device": device.type, "device_name": platform.machine(), "threads": torch.get_num_threads(),
             "cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernels": kernels_in_use(device.type),
-            "commit": _git("rev-parse", "HEAD") or None,
-            "modified": bool(_git("status", "--porcelain", "--untracked-files=no"))}
+            **card(device), **(of_run(cfg, device, discrete) if cfg else {}),
+            "commit": git("rev-parse", "HEAD") or None,
+            "modified": bool(git("status", "--porcelain", "--untracked-files=no"))}
 
 # %% ../../nbs/runs/folder.ipynb #6bd80add
 def new_folder(out: str|Path)->Path:
@@ -74,12 +76,12 @@ def free_name(cfg: Config)->Path:
 
 # %% ../../nbs/runs/folder.ipynb #8af3d208
 def record_of(cfg: Config, device: torch.device, splits: Splits,
-              all_images: bool = False # those of validation are trained on
+              discrete: bool = False # of a retraining
              )->dict: # JSON-ready
     "Make the content of `config.json`."
     images = {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}
-    if all_images: images |= {"train": images["train"] + images["val"], "val": 0}
-    return {"config": to_dict(cfg), "environment": environment(device), "dataset": splits.label,
+    if discrete and cfg.train.images == "train+val": images |= {"train": images["train"] + images["val"], "val": 0}
+    return {"config": to_dict(cfg), "environment": environment(device, cfg, discrete), "dataset": splits.label,
             "data_source": splits.origin, "data_fingerprint": splits.fingerprint, "images": images,
             "skipped": splits.skipped, "scale": "paper" if cfg.preset in LONG else "scaled down"}
 

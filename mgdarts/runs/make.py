@@ -4,16 +4,18 @@
 
 # %% ../../nbs/runs/make.ipynb #1e3a726e
 from __future__ import annotations
+import warnings
 from pathlib import Path
 from ..base.augment import Augment
 from ..base.batches import Loader
 from ..base.data import Splits, halves, load_data, train_and_val
 from ..base.files import Checkpoints
-from ..base.options import Config, InputError
+from ..base.options import Compute, Config, InputError
 from ..fast.engine import make
 from ..methods.registry import parts_of
 from ..net.architecture import Architecture
 from ..net.derive import inherited
+from .bits import PROCESS
 from .folder import device_of, read_config
 from ..search.loop import Search
 from ..search.train import Trainer
@@ -21,7 +23,8 @@ from ..space.space import Space
 from ..space.spaces import SPACES, space_of
 
 # %% auto #0
-__all__ = ['net_spec', 'make_search', 'refuse_other_images', 'make_trainer', 'NoData', 'bare_search', 'supernet_weights']
+__all__ = ['net_spec', 'make_search', 'refuse_other_images', 'tell_of_no_use', 'make_trainer', 'NoData', 'bare_search',
+           'supernet_weights']
 
 # %% ../../nbs/runs/make.ipynb #4c3f2bce
 def net_spec(cfg: Config, splits: Splits)->Space:
@@ -34,6 +37,7 @@ def make_search(cfg: Config,
                )->Search:
     "Make a search as a configuration describes it, not begun."
     device = device_of(cfg)
+    PROCESS.by_hand(cfg.compute, device)
     splits = splits or load_data(cfg.data, cfg.seed, device)
     parts = {"train": splits}
     if "arch" in parts_of(cfg).schedule.images:
@@ -52,18 +56,28 @@ def refuse_other_images(arch: Architecture, splits: Splits):
                      f"{arch.in_channels} channel(s), the data has {splits.num_classes}, {splits.size} and "
                      f"{splits.in_channels}: choose other data, or set data.size={arch.size}")
 
+# %% ../../nbs/runs/make.ipynb #149375cb
+def tell_of_no_use(compute: Compute):
+    "Warn in one line of what a retraining has no use for. It has no earlier stages, either: that needs no word."
+    asked = {"compute.compile=true": compute.compile, "compute.recompute=all": compute.recompute == "all"}
+    if found := [k for k, v in asked.items() if v]:
+        warnings.warn(f"{' and '.join(found)} is for searches: the retraining goes on without it")
+
 # %% ../../nbs/runs/make.ipynb #cdcf0b81
 def make_trainer(cfg: Config, arch: Architecture, splits: Splits,
                  init_state: dict|None = None # weights to begin with; None: fresh ones
                 )->Trainer:
     "Make a retraining as a configuration describes it, not begun. `InputError` where the images do not fit."
     refuse_other_images(arch, splits)
+    tell_of_no_use(cfg.compute)
+    device = device_of(cfg)
+    PROCESS.by_hand(cfg.compute, device)
     if cfg.train.images == "train+val": splits = train_and_val(splits)
     augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout if cfg.train.cutout else 0)
     workers = cfg.data.workers
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment, workers=workers)}
     loaders |= {k: Loader(splits, k, workers=workers) for k in ("val", "test") if getattr(splits, k)}
-    return Trainer(arch, loaders, cfg.train, cfg.seed, device_of(cfg), init_state=init_state, engine=make())
+    return Trainer(arch, loaders, cfg.train, cfg.seed, device, init_state, engine=make(cfg.compute))
 
 # %% ../../nbs/runs/make.ipynb #a24c8be2
 class NoData:

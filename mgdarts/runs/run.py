@@ -10,14 +10,16 @@ import torch
 from ..base.data import Splits, load_data
 from ..base.events import Event, NonFiniteLoss, RunFailed
 from ..base.files import Checkpoints, lock, read_bytes, read_json, refuse_links, write_json
-from ..base.options import Config, InputError, to_dict
+from ..base.options import Config, InputError, from_dict, to_dict
+from ..fast.compiled import kernels_in_use
 from ..net import files as architecture
 from ..net.architecture import Architecture
 from ..net.count import counts
 from ..net.derive import derive
 from ..net.sample import fitted, random_like
-from .folder import (BITS, device_of, environment, free_name, new_folder, read_config, read_record,
-                                 record_of, run_name)
+from .bits import differences, held
+from .folder import (device_of, environment, free_name, new_folder, read_config, read_record, record_of,
+                                 run_name)
 from .frames import REPLAY_FILE, FrameRecorder
 from .listen import LARGEST, Clock, Progress, Recorder, Saver, Signals, mark
 from .make import make_search, make_trainer, supernet_weights
@@ -27,8 +29,8 @@ from ..search.loop import Search
 from ..search.prune import SLACK
 
 # %% auto #0
-__all__ = ['SEARCH_EVENTS', 'TRAIN_EVENTS', 'DERIVED', 'first_bad', 'out_of_memory', 'memory_advice', 'warn_of_other_bits',
-           'restore', 'carry_out', 'derived', 'result_of', 'finish', 'search', 'train', 'retrain']
+__all__ = ['SEARCH_EVENTS', 'TRAIN_EVENTS', 'DERIVED', 'first_bad', 'out_of_memory', 'memory_advice', 'go_on', 'restore',
+           'carry_out', 'derived', 'result_of', 'finish', 'search', 'train', 'retrain']
 
 # %% ../../nbs/runs/run.ipynb #fb09917c
 def _bad(loop)->str|None: # its name; None: all is finite
@@ -71,11 +73,19 @@ def memory_advice(loop # a Search or Trainer
             "with compute.recompute=earlier or all, or with compute.amp=true on a GPU")
 
 # %% ../../nbs/runs/run.ipynb #c5deaab3
-def warn_of_other_bits(run: Path, record: dict, device: torch.device):
-    "Warn where a run goes on with another machine, or other software, than it began with."
-    before, now = {"kernels": "torch"} | record["environment"], environment(device) # older records had no others
-    if changed := [f"{k} {before.get(k)}, now {now[k]}" for k in BITS if before.get(k) != now[k]]:
-        warnings.warn(f"{run} was begun with {'; '.join(changed)}: it goes on, but not to the same last bits")
+def go_on(run: Path, now: dict, # the environment
+          epoch: int, step: int): # of the state, counted from the begin of the run
+    "Note what a run goes on with, and warn, where last bits depend on it and it is not what the part before used."
+    record = read_json(run / "config.json", "a run folder") # as it stands
+    parts = [p for p in record.get("parts", []) if p["step"] < step]
+    before = parts[-1]["environment"] if parts else record["environment"]
+    if "bf16" not in before: now = now | {"kernels": kernels_in_use(now["device"])} # it named them so, whoever computed
+    changed = differences(before, now)
+    if changed:
+        warnings.warn(f"{run} {'went on' if parts else 'was begun'} with {'; '.join(changed)}: it goes on, but not to "
+                      "the same last bits")
+        parts.append({"epoch": epoch, "step": step, "environment": now})
+    if parts != record.get("parts", []): write_json(run / "config.json", {**record, "parts": parts})
 
 # %% ../../nbs/runs/run.ipynb #502a9bca
 def restore(loop, run: Path, splits: Splits
@@ -87,16 +97,18 @@ def restore(loop, run: Path, splits: Splits
                          "put them back, or start a new run")
     saved = Checkpoints(run / "checkpoint").load()
     if saved is None: return None
-    warn_of_other_bits(run, record, loop.device)
     try:
         loop.load_state_dict(saved)
         kept = saved["record"]
         spent = {k: float(kept.get(k, 0)) for k in ("wall_s", "cpu_s")} # older states do not say what they cost
-        return {"bytes": int(kept["bytes"]), "sha256": str(kept["sha256"]), **spent}
+        out = {"bytes": int(kept["bytes"]), "sha256": str(kept["sha256"]), **spent}
     except InputError: raise
     except Exception as e: # a state that somebody else made can be wrong in any way
         raise InputError(f"the state in {run / 'checkpoint'} does not fit this run ({type(e).__name__}): "
                          "start a new run") from None
+    search, cfg = isinstance(loop, Search), from_dict(record["config"])
+    go_on(run, environment(loop.device, cfg, not search), loop.epoch, loop.steps if search else loop.step_count)
+    return out
 
 # %% ../../nbs/runs/run.ipynb #7804a8ba
 SEARCH_EVENTS = ("stage", "start", "epoch", "commit", "regrow", "done") # what is recorded of a search
@@ -199,17 +211,18 @@ def search(cfg: Config|None, # None: resume with the folder's own
     if (out / "result.json").exists():
         _tell(out, listeners) # the run may have been killed before somebody heard of it
         return read_json(out / "result.json", "a result")
-    splits = splits or load_data(cfg.data, cfg.seed, device_of(cfg))
-    loop = make_search(cfg, splits)
-    out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
-        kept = restore(loop, out, splits) if resume else None
-        if kept: clock = Clock(kept)
-        if not resume: write_json(out / "config.json", record_of(cfg, loop.device, splits))
-        if prepare: prepare(loop)
-        _watched(out, loop, kept, clock, quiet, listeners, save_every)
-        result = finish(cfg, out, loop, splits, clock)
-        _tell(out, listeners)
+    with held(cfg.compute, device := device_of(cfg)):
+        splits = splits or load_data(cfg.data, cfg.seed, device)
+        loop = make_search(cfg, splits)
+        out.mkdir(parents=True, exist_ok=True)
+        with lock(out):
+            kept = restore(loop, out, splits) if resume else None
+            if kept: clock = Clock(kept)
+            if not resume: write_json(out / "config.json", record_of(cfg, loop.device, splits))
+            if prepare: prepare(loop)
+            _watched(out, loop, kept, clock, quiet, listeners, save_every)
+            result = finish(cfg, out, loop, splits, clock)
+            _tell(out, listeners)
     return result
 
 # %% ../../nbs/runs/run.ipynb #81dea95f
@@ -224,20 +237,21 @@ def train(cfg: Config, arch: Architecture,
     if not resume: out = new_folder(out)
     elif (out / "config.json").exists(): _same(cfg, out)
     if (out / "result.json").exists(): return read_json(out / "result.json", "a result")
-    splits = splits or load_data(cfg.data, cfg.seed, device_of(cfg))
-    loop = make_trainer(cfg, arch, splits, init_state)
-    out.mkdir(parents=True, exist_ok=True)
-    with lock(out):
-        kept = restore(loop, out, splits) if resume and (out / "config.json").exists() else None
-        if kept: clock = Clock(kept)
-        else: write_json(out / "config.json", record_of(cfg, loop.device, splits, cfg.train.images == "train+val"))
-        architecture.save(arch, out, overwrite=True)
-        recorder = Recorder(out / "events.jsonl", kept)
-        with Progress(cfg.train.epochs, quiet, "train") as bar:
-            carry_out(loop, out, recorder, clock, (bar, *listeners), TRAIN_EVENTS, save_every=save_every)
-        whole = mark(read_bytes(out / "events.jsonl", LARGEST))
-        result = loop.result | {"run": str(out), "name": arch.name, **clock(), "events": whole}
-        write_json(out / "result.json", result)
+    with held(cfg.compute, device := device_of(cfg)):
+        splits = splits or load_data(cfg.data, cfg.seed, device)
+        loop = make_trainer(cfg, arch, splits, init_state)
+        out.mkdir(parents=True, exist_ok=True)
+        with lock(out):
+            kept = restore(loop, out, splits) if resume and (out / "config.json").exists() else None
+            if kept: clock = Clock(kept)
+            else: write_json(out / "config.json", record_of(cfg, loop.device, splits, discrete=True))
+            architecture.save(arch, out, overwrite=True)
+            recorder = Recorder(out / "events.jsonl", kept)
+            with Progress(cfg.train.epochs, quiet, "train") as bar:
+                carry_out(loop, out, recorder, clock, (bar, *listeners), TRAIN_EVENTS, save_every=save_every)
+            whole = mark(read_bytes(out / "events.jsonl", LARGEST))
+            result = loop.result | {"run": str(out), "name": arch.name, **clock(), "events": whole}
+            write_json(out / "result.json", result)
     return result
 
 # %% ../../nbs/runs/run.ipynb #bc3119a0

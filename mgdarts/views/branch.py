@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from ..base.files import Checkpoints, lock, read_bytes, write_json
 from ..base.options import InputError
-from ..runs.folder import environment, new_folder, read_record
+from ..runs.folder import environment, new_folder, read_config, read_record
 from ..runs.frames import REPLAY_FILE, FrameRecorder
 from ..runs.listen import LARGEST, Recorder, mark
 from ..runs.make import bare_search
@@ -73,7 +73,8 @@ def branch(run: str|Path, # folder of the run
     if [len(c.omega) for c in search.net.cells] != [len(c.omega) for c in whatif.view.net.cells]:
         raise InputError("the thresholds were moved on another state of the search: look at it anew")
     record, done = read_record(run), commit_moved(search, whatif)
-    record |= {"environment": environment(search.device), "branch": origin(run, search, done, whatif)}
+    record.pop("parts", None) # what the other run went on with
+    record |= {"environment": environment(search.device, read_config(run)), "branch": origin(run, search, done, whatif)}
     lines = read_bytes(run / "events.jsonl", LARGEST)
     if events is None: lines = lines[:state["record"]["bytes"]]
     else: lines = b"".join(lines.splitlines(keepends=True)[:events])

@@ -15,7 +15,7 @@ from . import drawings, figures, page
 from .theme import net_name
 
 # %% auto #0
-__all__ = ['advantage', 'facts_of', 'tables_of', 'figures_of', 'write_report', 'report']
+__all__ = ['advantage', 'machines', 'facts_of', 'tables_of', 'figures_of', 'write_report', 'report']
 
 # %% ../../nbs/views/report.ipynb #46712540
 def advantage(a: dict, b: dict, # results of trainings
@@ -40,6 +40,14 @@ def _sizes(r: dict)->dict:
 def _finished(data: dict)->dict: # train, random -> result
     return {k: t["result"] for k, t in data["trainings"].items() if t["result"]}
 
+# %% ../../nbs/views/report.ipynb #a2c6761c
+def machines(record: dict # from `read_record`
+            )->str:
+    "Say what a run was computed on, and, where it went on elsewhere, from which step on what else."
+    def on(env): return f"{env['device']} ({env['device_name']}, {env['threads']} threads)"
+    later = (f"from step {p['step']} on {on(p['environment'])}" for p in record.get("parts", []))
+    return "; ".join([on(record["environment"]), *later])
+
 # %% ../../nbs/views/report.ipynb #dc8641e6
 def facts_of(data: dict # from `load_run`
             )->dict: # name -> value
@@ -49,7 +57,7 @@ def facts_of(data: dict # from `load_run`
     out = {"dataset": record["dataset"] + (f" ({origin})" if origin else ""), "method": cfg["method"],
            "preset": cfg["preset"] or "none", "scale": record["scale"],
            "super-net": net_name(space_of(from_dict(cfg), 10, 32)), # its name is the same for all images
-           "seed": cfg["seed"], "device": f"{env['device']} ({env['device_name']}, {env['threads']} threads)",
+           "seed": cfg["seed"], "device": machines(record),
            "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
     if r: out |= {"target reached": "yes" if r["reached"] else "no: target not reached", **_sizes(r),
                   "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}

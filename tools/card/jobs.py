@@ -123,7 +123,7 @@ def made_of(commit: str):
     if not commit: return
     real = folders.environment
 
-    def environment(device): return {**real(device), "commit": commit, "modified": False}
+    def environment(*what, **more): return {**real(*what, **more), "commit": commit, "modified": False}
 
     folders.environment = runs.environment = environment
 
