@@ -40,7 +40,7 @@ if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 
 # name: (module, seconds it may take), by what they are worth
 PARTS = {"machine": ("machine", 40), "losses": ("search", 45), "steps": ("steps", 100), "layouts": ("layouts", 70),
-         "retraining": ("training", 40), "real": ("search", 30), "bits": ("search", 45), "advice": ("search", 25),
+         "retraining": ("training", 40), "real": ("search", 45), "bits": ("search", 45), "advice": ("search", 25),
          "table4": ("steps", 45), "crowd": ("crowd", 60), "crowd_cpu": ("crowd", 45), "convolutions": ("layouts", 30)}
 # run beside the others, from the first or second on: they compile and count, and measure nothing
 BESIDE = {"compiled": ("machine", 0), "triton": ("layouts", 1), "planned": ("steps", 1)}

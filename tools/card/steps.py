@@ -1,6 +1,5 @@
 "Training steps of the super-net: time, memory and launches of each way to compute them, and what was planned."
 import collections
-import contextlib
 import copy
 import itertools
 import statistics
@@ -10,8 +9,6 @@ import torch.nn.functional as F
 
 from card.ground import Ground, attempt, batch, each
 from mgdarts.base.options import Compute, Search as Settings
-from mgdarts.fast import cell as fast_cell
-from mgdarts.fast import convolutions, engine
 from mgdarts.fast.engine import make
 from mgdarts.fast.layout import natively
 from mgdarts.net.supernet import SuperNet
@@ -20,39 +17,6 @@ from mgdarts.search import loss
 from mgdarts.search.stages import plan
 from mgdarts.search.step import make_optimizer
 from mgdarts.space.darts import NetSpec
-
-
-@contextlib.contextmanager
-def plain_stem(net):
-    "The maps of a net's stem in PyTorch's default layout (NCHW), instead of channels last."
-    inner = engine.run
-
-    def run(m, *args):
-        out = inner(m, *args)
-        return engine.each(torch.Tensor.contiguous, out) if m is net.stem else out
-
-    engine.run = run
-    try: yield
-    finally: engine.run = inner
-
-
-def plainly(f):
-    "A function whose maps lie in PyTorch's default layout."
-    def run(x): return f(x).contiguous()
-    return run
-
-
-@contextlib.contextmanager
-def contiguous(net):
-    "The same for all maps of the fast path."
-    seen, back = dict(convolutions.SEEN), fast_cell.from_phases
-    convolutions.SEEN.update({k: plainly(f) for k, f in seen.items() if k != "map"})
-    fast_cell.from_phases = plainly(back)
-    try:
-        with plain_stem(net): yield
-    finally:
-        convolutions.SEEN.update(seen)
-        fast_cell.from_phases = back
 
 
 def whole_net(C: int, cells: int, live: float, size: int = 32, **how) -> SuperNet:  # how: of `Compute`
@@ -82,24 +46,24 @@ def trained(net, n: int, g: Ground):
 
 
 # cudnn_search: for the fastest of cuDNN's kernels
-NAMES = ("C", "L", "batch", "live", "how", "impl", "layout", "cudnn_search")
-STEPS = [(16, 8, 96, 1.0, "tf32", "fused", "nhwc", False),
-         (16, 8, 96, 1.0, "bf16", "fused", "nhwc", False),
-         (16, 8, 96, 1.0, "fp32", "fused", "nhwc", False),
-         (16, 8, 96, 1.0, "tf32", "reference", "nchw", False),
-         (16, 8, 96, 1.0, "bf16", "reference", "nchw", False),
-         (16, 8, 96, 1.0, "tf32", "fused", "nchw", False),
-         (16, 8, 96, 1.0, "bf16", "fused", "nchw", False),
-         (24, 8, 96, 1.0, "tf32", "fused", "nhwc", False),
-         (44, 14, 96, 1.0, "bf16", "fused", "nhwc", False),
-         (16, 8, 96, 0.3, "tf32", "fused", "nhwc", False),
-         (16, 8, 96, 0.3, "bf16", "fused", "nhwc", False),
-         (16, 8, 96, 0.3, "fp32", "fused", "nhwc", False),
-         (16, 8, 96, 1.0, "tf32", "fused", "nhwc", True),
-         (24, 8, 96, 1.0, "bf16", "fused", "nhwc", False)]
-TOY_STEPS = [(4, 3, 8, 1.0, "fp32", "fused", "nhwc", False),
-             (4, 3, 8, 0.3, "bf16", "fused", "nchw", True),
-             (2, 3, 4, 0.1, "fp32", "reference", "nchw", False)]
+NAMES = ("C", "L", "batch", "live", "how", "impl", "cudnn_search")
+STEPS = [(16, 8, 96, 1.0, "tf32", "fused", False),
+         (16, 8, 96, 1.0, "bf16", "fused", False),
+         (16, 8, 96, 1.0, "fp32", "fused", False),
+         (24, 8, 96, 1.0, "bf16", "fused", False),
+         (24, 8, 96, 1.0, "tf32", "fused", False),
+         (16, 8, 96, 1.0, "tf32", "reference", False),
+         (16, 8, 96, 1.0, "bf16", "reference", False),
+         (44, 14, 96, 1.0, "bf16", "fused", False),
+         (16, 8, 96, 0.3, "tf32", "fused", False),
+         (16, 8, 96, 0.3, "bf16", "fused", False),
+         (16, 8, 96, 0.3, "fp32", "fused", False),
+         (44, 14, 96, 1.0, "tf32", "fused", False),
+         (16, 8, 96, 1.0, "bf16", "fused", True),
+         (24, 8, 96, 1.0, "bf16", "fused", True)]
+TOY_STEPS = [(4, 3, 8, 1.0, "fp32", "fused", False),
+             (4, 3, 8, 0.3, "bf16", "fused", True),
+             (2, 3, 4, 0.1, "fp32", "reference", False)]
 
 
 def in_a_graph(g: Ground, row: dict, net, step):
@@ -115,20 +79,19 @@ def in_a_graph(g: Ground, row: dict, net, step):
 
 
 def one_step(g: Ground, row: dict):
-    C, L, n, live, how, impl, layout, search = row.values()
+    C, L, n, live, how, impl, search = row.values()
     g.fresh()
     g.precision(how)
     net = whole_net(C, L, live, 8 if g.toy else 32, impl=impl, amp=how == "bf16", tf32=how != "fp32").to(g.device)
     typical = (C, live, search) == (16, 1.0, False)
-    with contiguous(net) if layout == "nchw" and impl == "fused" else contextlib.nullcontext():
-        step = trained(net, n, g)
-        row["first_ms"] = 1e3 * g.once(step)
-        row["ms"] = g.ms(step, 0.9)
-        row |= g.peaks()
-        attempt(row, "launches", lambda: g.kernels(step, 15 if typical else 0))
-        if impl == "fused":
-            in_a_graph(g, row, net, step)
-            if typical: row["parts"] = halves_of(net, n, g)
+    step = trained(net, n, g)
+    row["first_ms"] = 1e3 * g.once(step)
+    row["ms"] = g.ms(step, 0.9)
+    row |= g.peaks()
+    attempt(row, "launches", lambda: g.kernels(step, 15 if typical else 0))
+    if impl == "fused":
+        in_a_graph(g, row, net, step)
+        if typical: row["parts"] = halves_of(net, n, g)
 
 
 def searching(g: Ground, row: dict):

@@ -1,5 +1,5 @@
 "What a person reads of a record: a line a row, and a summary at the end."
-BRIEF = {"steps": ("C", "L", "live", "how", "impl", "layout", "cudnn_search", "ms", "graph_ms", "allocated_mib",
+BRIEF = {"steps": ("C", "L", "live", "how", "impl", "cudnn_search", "ms", "graph_ms", "allocated_mib",
                    "launches", "error", "graph_error"),
          "layouts": ("C", "side", "how", "variant", "layout", "ms", "graph_ms", "kernels", "busy_ms", "error_relative",
                      "error"),
@@ -37,11 +37,11 @@ def of_steps(record: dict) -> list:
     "Steps with their plan."
     same = ("C", "L", "batch", "live", "how", "impl")
     plans = {tuple(r[k] for k in same): r for r in rows_of(record, "planned") if r.get("of") == "steps"}
-    out = ["# steps: C L live how impl layout | ms, graph ms | kernels, busy ms | "
+    out = ["# steps: C L live how impl | ms, graph ms | kernels, busy ms | "
            "allocated, planned now, planned native, MiB"]
     for r in (r for r in rows_of(record, "steps") if "C" in r):
         plan, launches = plans.get(tuple(r[k] for k in same), {}), r.get("launches") or {}
-        what = " ".join(str(r[k]) for k in ("C", "L", "live", "how", "impl", "layout")) + " search" * r["cudnn_search"]
+        what = " ".join(str(r[k]) for k in ("C", "L", "live", "how", "impl")) + " search" * r["cudnn_search"]
         mib = (r.get("allocated_mib"), plan.get("planned_mib"), plan.get("planned_native_mib"))
         out.append(f"{what} | {number(r.get('ms'))} {number(r.get('graph_ms'))} | {launches.get('kernels', '-')} "
                    f"{number(launches.get('busy_ms'))} | {' '.join(number(m, 0) for m in mib)} "
