@@ -31,6 +31,7 @@ from mgdarts.views.replay import replay
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 200, "search.warmup": 1, "search.max_epochs": 2, "train.epochs": 2, "search.batch": 32}
+LASTING = {**FAST, "search.max_epochs": 100, "search.prune_every": 100}  # it does not end before it is paused
 LONGER = {"search.max_epochs": 4}  # a search in its second stage that goes on
 SPACES = ("darts", "mobilenet")
 
@@ -356,7 +357,7 @@ def test_one_workbench_goes_from_space_to_space(tmp_path, monkeypatch):
     try:
         until(lambda: bench.view is None and bench.stepper.search is not None)
         for space in ("mobilenet", "darts"):
-            bench.new.space.value, bench.new.settings.value = space, ", ".join(f"{k}={v}" for k, v in FAST.items())
+            bench.new.space.value, bench.new.settings.value = space, ", ".join(f"{k}={v}" for k, v in LASTING.items())
             bench.start(bench.new.asked(), tmp_path / space)
             until(lambda: bench.view is not None and bench.view.spec.kind == space)
             bench.do("pause")
