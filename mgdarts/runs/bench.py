@@ -56,7 +56,7 @@ def seconds_of(f, device: torch.device, repeats: int = 10)->float: # the median
     return statistics.median(seen[3:])
 
 def device_floors(device: torch.device, n: int = 8192, # side of the matrices
-                  copied: int = 2**30 # bytes
+                  copied: int = 2**28 # bytes, many times a cache
                  )->dict: # 10^12 operations a second for each number type; 10^9 bytes a second, read or written
     "Measure what a device does at its best."
     matmul, out = torch.backends.cuda.matmul, {}
