@@ -184,6 +184,20 @@ def test_memory_estimate(space, live):
     assert exact * 0.7 < view.now.memory < exact * 1.4, view.now.memory / exact
 
 
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("amp", [False, True])
+@pytest.mark.parametrize("live", [1.0, 0.4])
+def test_memory_estimate_of_a_gpu(space, amp, live):
+    more = {**SIZES[space], "space.cells": 3, "data.size": 16, "search.stages": 1, "compute.amp": amp}
+    s = make_search(settings(space, **more))
+    open_stage(s)
+    prune_to(s.net, live, torch.Generator().manual_seed(0))
+    view = View(s)
+    view.device = "cuda"
+    exact = step_memory(s.net, s.cfg, view.batch, device="cuda").peak_bytes
+    assert exact * 0.7 < view.now.memory < exact * 1.4, view.now.memory / exact
+
+
 def test_operations_are_numbered_as_events_name_them(search):
     spec = search.spec
     for e, (a, b) in enumerate(spec.graph.edges):

@@ -33,9 +33,10 @@ def step(channels: Channels = 16, cells: Annotated[int, typer.Option(help="Numbe
          steps: Steps = 5, recompute: Annotated[str, typer.Option(help="none, earlier or all.")] = "none",
          amp: Annotated[bool, typer.Option("--amp", help="Maps in bfloat16.")] = False,
          compiled: Annotated[bool, typer.Option("--compile", help="torch.compile for each cell.")] = False,
+         tf32: Annotated[bool, typer.Option("--tf32", help="Matrix products in TF32, on a GPU.")] = False,
          device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu", as_json: Json = False):
-    "Time and memory of a training step, against the floor of this machine."
-    compute = {"impl": impl, "recompute": recompute, "amp": amp, "compile": compiled}
+    "Time and memory of a training step, against the floor of the device."
+    compute = {"impl": impl, "recompute": recompute, "amp": amp, "compile": compiled, "tf32": tf32}
     asked = {"search.batch": batch, **{f"compute.{k}": v for k, v in compute.items()}}
     cfg = net_size(channels, cells, size, classes, threads=threads, device=device, **asked)
     if stage not in (1, 2, 3): raise InputError(f"--stage {stage}: choose 1, 2 or 3")
@@ -45,7 +46,8 @@ def step(channels: Channels = 16, cells: Annotated[int, typer.Option(help="Numbe
     from mgdarts.runs.folder import device_of
     out = bench_step(channels, cells, batch, stage, threads, size, classes, live, steps, cfg.compute,
                      str(device_of(cfg)))
-    rows = [(k, v) for k, v in out.items() if not isinstance(v, dict)]
+    names = {"launches": "launches on a GPU"}
+    rows = [(names.get(k, k), v) for k, v in out.items() if not isinstance(v, dict)]
     split = [(f"{k}, CPU s", v) for k, v in out["split_cpu_s"].items()]
     show(out, as_json, table("a training step", ["", ""], rows + split))
 

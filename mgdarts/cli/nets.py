@@ -15,8 +15,8 @@ from ..space.mobile import MobileSpec
 from ..space.space import count_supernet
 
 # %% auto #0
-__all__ = ['Channels', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'USUAL', 'GB', 'Usual', 'net_size', 'net_spec', 'net_name',
-           'count', 'plan_answer', 'plan']
+__all__ = ['Channels', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'USUAL', 'PEAK', 'PARTS', 'GB', 'NAMES', 'Usual', 'net_size',
+           'net_spec', 'net_name', 'count', 'plan_answer', 'plan']
 
 # %% ../../nbs/cli/nets.ipynb #5e13fe4f
 Channels = Annotated[int, typer.Option(help="Filters C of the first stage.")]
@@ -86,7 +86,10 @@ def count(channels: Channels = 16, cells: Cells = None, space: Space = "darts", 
     show(out, as_json, table(f"super-net {net_name(spec)}", ["part", "parameters"], rows))
 
 # %% ../../nbs/cli/nets.ipynb #e19bb7fc
-GB = ("peak_bytes", "activations", "params", "grads", "optimizer")
+PEAK, PARTS = {"peak_bytes": "peak"}, {"activations": "activations", "params": "parameters"}
+GB = {"cpu": PEAK | PARTS | {"grads": "gradients", "optimizer": "momentum"}, # what is shown of a stage
+      "cuda": PEAK | {"reserved_bytes": "reserved", "graph_bytes": "a graph"} | PARTS | {"indices": "indices"}}
+NAMES = {"cpu": "a CPU", "cuda": "a GPU"}
 
 def _kind(stages: int)->str: return "multi-stage" if stages == 3 else "single-stage"
 
@@ -100,10 +103,11 @@ def _draw(figure: Path, name: str, plans: dict, facts: dict):
 
 # %% ../../nbs/cli/nets.ipynb #287661ad
 def plan_answer(plans: dict, # 3 or 1 stages -> dictionaries of `StepMemory`; with both, the first is what was asked
-                recompute: str, amp: bool)->dict: # JSON-ready
+                recompute: str, amp: bool, device: str = "cpu")->dict: # JSON-ready
     "Say what a plan says, in bytes."
     (n, main), *other = plans.items()
-    out = {"peak_bytes": max(m["peak_bytes"] for m in main), "stages": main, "recompute": recompute, "amp": amp}
+    out = {"peak_bytes": max(m["peak_bytes"] for m in main), "stages": main, "recompute": recompute, "amp": amp,
+           "device": device, "reserved_bytes": max(m["reserved_bytes"] for m in main)}
     for _, p in other:
         peak = max(m["peak_bytes"] for m in p)
         out |= {"single_stage": {"peak_bytes": peak, "stages": p},
@@ -120,21 +124,25 @@ def plan(channels: Channels = 24, cells: Cells = None, space: Space = "darts", w
                   "or all.")] = "earlier",
          size: Side = None, classes: Classes = None,
          amp: Annotated[bool, typer.Option("--amp", help="Maps in bfloat16.")] = False,
+         device: Annotated[str, typer.Option(
+             help="cpu or cuda, which need not be there; auto: what a run here would take.")] = "auto",
          figure: Annotated[Optional[Path], typer.Option(help="Draw the plan into this HTML page.")] = None,
          as_json: Json = False):
     "Peak training memory of every stage, predicted without allocating it."
-    asked = {"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp}
+    asked = {"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp, "device": device}
     cfg, spec = net_spec(space, channels, width, cells, size, classes, **asked)
     if stages not in (None, 1, 3): raise InputError(f"--stages {stages}: choose 1 or 3")
     page_to_write(figure, "--figure")
-    from mgdarts.runs.memory import memory_plan
-    plans = {n: [asdict(m) for m in memory_plan(spec, cfg.search, batch, n, cfg.space.aux_size, cfg.compute)]
-             for n in ((3, 1) if stages is None else (stages,))}
-    if figure is not None: _draw(figure, net_name(spec), plans, {"batch": batch, "recompute": recompute})
-    out = plan_answer(plans, recompute, amp)
-    rows = [(f"{_kind(n)}, {m['name']}", *(f"{m[k] / 1e9:.2f}" for k in GB), m["live_ops"])
+    from mgdarts.runs.folder import planned_device
+    from mgdarts.runs.memory import kind_of, memory_plan
+    kind = kind_of(planned_device(cfg))
+    def planned(n): return memory_plan(spec, cfg.search, batch, n, cfg.space.aux_size, cfg.compute, device=kind)
+    plans = {n: [asdict(m) for m in planned(n)] for n in ((3, 1) if stages is None else (stages,))}
+    if figure is not None: _draw(figure, net_name(spec), plans, {"batch": batch, "recompute": recompute, "device": kind})
+    out = plan_answer(plans, recompute, amp, kind)
+    rows = [(f"{_kind(n)}, {m['name']}", *(f"{m[k] / 1e9:.2f}" for k in GB[kind]), m["live_ops"])
             for n, p in plans.items() for m in p]
-    title = f"memory plan, GB: {net_name(spec)} batch {batch}"
+    title = f"memory plan, GB: {net_name(spec)} batch {batch} on {NAMES[kind]}"
     if stages is None: title += f"; multi-stage peak {out['percent_of_single_stage']:.1f} % of single-stage"
-    columns = ["stage", "peak", "activations", "parameters", "gradients", "momentum", "operations"]
+    columns = ["stage", *GB[kind].values(), "operations"]
     show(out, as_json, table(title, columns, rows))

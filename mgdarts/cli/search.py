@@ -22,13 +22,16 @@ def look(cfg: Config, out: Path|None, as_json: bool):
     from mgdarts.runs.estimate import estimate
     found = estimate(cfg, out or "runs")
     def gb(name): return None if found[name] is None else f"{found[name] / 1e9:.2f} GB"
+    def number(x): return "unknown" if x is None else f"{x:.3g}"
     rows = [("dataset", found["dataset"]), *((f"images, {k}", v) for k, v in found["images"].items()),
             ("device", found["device"]),
             *((f"{r['stage']}: peak, an epoch, epochs at most",
-               f"{r['peak_bytes'] / 1e9:.2f} GB, {r['epoch_s']:.3g} s, {r['epochs_at_most']}")
+               f"{r['peak_bytes'] / 1e9:.2f} GB, {number(r['epoch_s'])} s, {r['epochs_at_most']}")
               for r in found["stages"]),
-            ("search, hours at most", found["search_hours_at_most"]), ("retraining, hours", found["train_hours"]),
-            ("memory: needed, free", f"{gb('peak_bytes')}, {gb('memory_bytes')}"),
+            ("search, hours at most", number(found["search_hours_at_most"])),
+            ("retraining, hours", number(found["train_hours"])), ("times", found["time_source"] or "nobody measured any"),
+            ("memory: needed, free", f"{gb('reserved_bytes')}, {gb('memory_bytes') or 'unknown'}"),
+            *[("a recorded step, more", gb("graph_bytes"))] * bool(found["graph_bytes"]),
             ("disk: needed, free", f"{gb('disk_bytes')}, {gb('disk_free_bytes')}")]
     show(found, as_json, table("before the run", ["", ""], rows))
     if found["problems"]: raise InputError(found["problems"][0])

@@ -17,7 +17,7 @@ from ..net.engine import Engine
 from . import cell as darts, discrete, mobile
 from .graph import Graphs, worth_a_graph
 from .grouped import grouped
-from .layout import dense, images_abreast, narrow, native, widen
+from .layout import channel_multiple, dense, images_abreast, narrow, native, widen
 from .moments import GroupedPlan, plan_groups
 from .parts import run
 from .vectors import VectorPlan, track, vectors
@@ -36,7 +36,7 @@ def plan_of(cell, in_groups: bool = False # whether to look for few large calls
     "Plan a cell; None for what no chapter knows. On GPUs maps have channels in multiples of 8, for their matrix units."
     kind = type(cell) # no subclass: it may compute something else
     if kind is not Cell: return discrete.plan_discrete(cell) if kind is DerivedCell else None
-    found = plan_groups(cell, 8 if cell.omega.is_cuda else 1) if in_groups else None
+    found = plan_groups(cell, channel_multiple(cell.omega)) if in_groups else None
     return found or darts.plan_cell(cell) or mobile.plan_layer(cell)
 
 # %% ../../nbs/fast/engine.ipynb #c71a002b
@@ -44,14 +44,15 @@ class Plans:
     "The plans of the cells that an engine has met, for as long as the cells live."
     def __init__(self): self.known, self.fresh = WeakKeyDictionary(), False
     def __call__(self, cell, in_groups: bool = False)->object|None: # as for `plan_of`
-        key, device = getattr(cell, "layout", None), next(cell.parameters()).device
-        found = self.known.get(cell)
-        if not found or found[0] is not key or found[1] != device: found = self.known[cell] = key, device, {}
-        if in_groups not in found[2]:
+        key, weight = getattr(cell, "layout", None), next(cell.parameters())
+        found, how = self.known.get(cell), in_groups and channel_multiple(weight)
+        if not found or found[0] is not key or found[1] != weight.device:
+            found = self.known[cell] = key, weight.device, {}
+        if how not in found[2]:
             self.fresh = True
             with unset_fake_temporarily(): # real, even where the net's tensors are fake
-                found[2][in_groups] = plan_of(cell, in_groups)
-        return found[2][in_groups]
+                found[2][how] = plan_of(cell, in_groups)
+        return found[2][how]
     def tensors(self, cell)->list:
         "Return what is kept for a cell."
         return [t for p in self.known[cell][2].values() if p for t in p.tensors()] if cell in self.known else []
@@ -186,7 +187,9 @@ class FastEngine(Engine):
             plans = self.plans(net, net.alpha)
         grouped = {c: p for c, p in enumerate(plans) if isinstance(p, GroupedPlan)}
         if grouped: self.vector_plan(net, {c: net.cells[c] for c in grouped}, [*grouped.values()])
-    def held(self, net)->list: return [t for c in net.cells for t in self.plan.tensors(c)]
+    def held(self, net)->list:
+        joined = self.vectors.get(net)
+        return [t for c in net.cells for t in self.plan.tensors(c)] + (joined.tensors() if joined else [])
     def through_cells(self, net, x, also=None): return through_cells(self, net, x, also)
     def discrete(self, net, x): return through_discrete(self, net, x)
     def repeated(self, net, f, inputs, key):

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 # %% auto #0
-__all__ = ['dense', 'rows', 'as_map', 'images_abreast', 'widen', 'narrow', 'pixels', 'from_pixels', 'abreast', 'to_phases',
-           'from_phases', 'every_second', 'native', 'natively']
+__all__ = ['CHANNELS', 'dense', 'rows', 'as_map', 'images_abreast', 'widen', 'narrow', 'pixels', 'from_pixels', 'abreast',
+           'to_phases', 'from_phases', 'every_second', 'native', 'channel_multiple', 'natively']
 
 # %% ../../nbs/fast/layout.ipynb #0f13c584
 def dense(x: Tensor)->Tensor: # [N, C, H, W] channels-last, itself where it is so already
@@ -112,17 +112,23 @@ def every_second(x: Tensor # [N, C, H, W]
     return dense(x[:, :, ::2, ::2])
 
 # %% ../../nbs/fast/layout.ipynb #9c45a093
-_asked: ContextVar = ContextVar("native", default=False)
+CHANNELS = 8 # what a GPU's maps have a multiple of
+_asked: ContextVar = ContextVar("native", default=0)
 
 def native(x: Tensor)->bool:
     "Whether to leave the work to PyTorch's own kernels: on GPUs, under autocast, and when compiling."
     if x.device.type != "cpu" or torch.compiler.is_compiling(): return True
-    return torch.is_autocast_enabled(x.device.type) or _asked.get()
+    return torch.is_autocast_enabled(x.device.type) or bool(_asked.get())
+
+def channel_multiple(x: Tensor)->int:
+    "What maps have a multiple of in channels, where PyTorch's kernels do the work."
+    return CHANNELS if x.is_cuda else max(_asked.get(), 1)
 
 # %% ../../nbs/fast/layout.ipynb #992495dc
 @contextmanager
-def natively()->Iterator:
+def natively(multiple: int = 1 # `CHANNELS`: with as many channels as there
+            )->Iterator:
     "Compute as on a GPU, on whatever device."
-    before = _asked.set(True)
+    before = _asked.set(multiple)
     try: yield
     finally: _asked.reset(before)

@@ -39,6 +39,11 @@ class VectorPlan:
         parts = [c.area.split([len(c.mean), sum(c.pool_sizes)]) for c in self.cells]
         self.areas = [*map(torch.cat, zip(*parts))] # pixels that each batch norm normalises: of filters, of pools
 
+    def tensors(self)->list: # that are kept from step to step
+        orders = [o for o in (self.omega, self.plain, self.norms, self.pools) if o]
+        own = [v for v in vars(self).values() if torch.is_tensor(v)]
+        return [*own, *self.areas, *(t for o in orders for t in (o.order, o.where))]
+
     def fits(self, cells: dict, plans: list)->bool:
         "Whether it is still theirs."
         same = self.numbers == list(cells) and all(a is b for a, b in zip(self.plans, plans))

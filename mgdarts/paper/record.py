@@ -47,14 +47,15 @@ def scale_of(config: dict # of a training, or of a search
 # %% ../../nbs/paper/record.ipynb #bd9fba84
 PLANS = {"Single-stage": (1, "none"), "Multi-stage": (3, "none"), "Multi-stage, recomputed": (3, "earlier")}
 
-def planned_memory()->dict:
+def planned_memory(device: str = "cuda" # cpu or cuda, which need not be there: the paper's is a GPU
+                  )->dict:
     "Peak of a step of each stage at C=24, L=8, batch 96, on fake tensors."
     cfg, out = preset_config("small"), {}
     spec = NetSpec(cfg.space.channels, cfg.space.cells)
     for name, (stages, how) in PLANS.items():
         compute = replace(cfg.compute, recompute=how)
-        found = memory_plan(spec, cfg.search, cfg.search.batch, stages, cfg.space.aux_size, compute)
-        out[name] = [{"stage": m.name, "peak_gb": m.peak_bytes / 1e9} for m in found]
+        found = memory_plan(spec, cfg.search, cfg.search.batch, stages, cfg.space.aux_size, compute, device=device)
+        out[name] = [{"stage": m.name, "peak_gb": m.peak_bytes / 1e9, "device": m.device} for m in found]
     return {"plan": out}
 
 # %% ../../nbs/paper/record.ipynb #74929cc8

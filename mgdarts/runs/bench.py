@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 from ..base.options import Compute, Config, InputError, Search as Settings
 from ..fast.compiled import kernels_in_use
 from ..fast.engine import make
+from ..fast.launches import Launches
+from ..fast.layout import CHANNELS, natively
 from ..net.architecture import Architecture
 from ..net.count import count
 from ..net.discrete import DerivedNet
@@ -25,8 +27,9 @@ from ..search.step import make_optimizer
 from ..space.darts import NetSpec
 
 # %% auto #0
-__all__ = ['PARTS_OF_A_STEP', 'LAPS', 'METHODS', 'matmul_gflops', 'peak_rss_mb', 'rss_mb', 'allocated', 'Stopwatch', 'Step',
-           'bench_step', 'bench_train', 'bench_data', 'Enough', 'Watched', 'bench_search', 'measured']
+__all__ = ['PARTS_OF_A_STEP', 'LAPS', 'METHODS', 'matmul_gflops', 'seconds_of', 'device_floors', 'peak_rss_mb', 'rss_mb',
+           'allocated', 'Stopwatch', 'Step', 'launches_of', 'bench_step', 'bench_train', 'bench_data', 'Enough',
+           'Watched', 'bench_search', 'measured']
 
 # %% ../../nbs/runs/bench.ipynb #54fe374c
 def matmul_gflops(n: int = 1024, # side of the matrices
@@ -38,6 +41,34 @@ def matmul_gflops(n: int = 1024, # side of the matrices
         a @ b
         if i >= 3: seen.append(time.process_time() - start)
     return 2 * n ** 3 / statistics.median(seen) / 1e9
+
+# %% ../../nbs/runs/bench.ipynb #4bbcb38f
+def seconds_of(f, device: torch.device, repeats: int = 10)->float: # the median
+    "Time a function by the clock, to the end of what it asks of a device."
+    wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else (lambda: None)
+    seen = []
+    for _ in range(repeats + 3):
+        wait()
+        start = time.perf_counter()
+        f()
+        wait()
+        seen.append(time.perf_counter() - start)
+    return statistics.median(seen[3:])
+
+def device_floors(device: torch.device, n: int = 8192, # side of the matrices
+                  copied: int = 2**28 # bytes, many times a cache
+                 )->dict: # 10^12 operations a second for each number type; 10^9 bytes a second, read or written
+    "Measure what a device does at its best."
+    matmul, out = torch.backends.cuda.matmul, {}
+    before = matmul.allow_tf32
+    for name, kind in (("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)):
+        a = torch.randn(n, n, device=device).to(kind)
+        matmul.allow_tf32 = name == "tf32"
+        try: out[f"{name}_tflops"] = 2 * n ** 3 / seconds_of(lambda: a @ a, device) / 1e12
+        finally: matmul.allow_tf32 = before
+    x = torch.empty(copied, dtype=torch.uint8, device=device)
+    y = torch.zeros_like(x)
+    return out | {"copy_gb_s": 2 * copied / seconds_of(lambda: x.copy_(y), device) / 1e9}
 
 # %% ../../nbs/runs/bench.ipynb #d68145bd
 def peak_rss_mb()->float:
@@ -153,9 +184,33 @@ def _medians(seen: list # of `Step.timed`
 # %% ../../nbs/runs/bench.ipynb #4872252b
 def _peak_mb(step: Step)->float:
     "Return the most that PyTorch's allocator has handed out at once in a step, in MiB."
-    if step.x.is_cuda: return torch.cuda.max_memory_allocated() / 2**20
+    if step.x.is_cuda: # of this step alone
+        torch.cuda.reset_peak_memory_stats(step.x.device)
+        for _ in step.parts(): pass
+        return torch.cuda.max_memory_allocated(step.x.device) / 2**20
     held = step.held()
     return (held + allocated(lambda: list(step.parts()))) / 2**20
+
+# %% ../../nbs/runs/bench.ipynb #93d1bc24
+def launches_of(net: SuperNet, cfg: Settings|None = None)->int:
+    "Count what a step asks a GPU to start, on whatever device the net is."
+    step = Step(net, 2, cfg or Settings())
+    with natively(CHANNELS):
+        net.engine.prepare(net)
+        with Launches() as seen: list(step.parts())
+    return seen.total
+
+# %% ../../nbs/runs/bench.ipynb #eafc6e59
+def _floor(flop: int, found: dict, compute: Compute, device: torch.device)->dict: # of `_medians`
+    "Say how far a step is from what its device can do."
+    if device.type != "cuda": rate, more, took = matmul_gflops(), {}, found["cpu_s"]
+    else:
+        floors, kind = device_floors(device), "bf16" if compute.amp else "tf32" if compute.tf32 else "fp32"
+        more = floors | {"device_name": torch.cuda.get_device_name(device)}
+        rate, took = 1e3 * floors[f"{kind}_tflops"], found["wall_s"]
+    floor = flop / rate / 1e9
+    return more | {"matmul_gflops": rate, "floor_s": floor, "times_floor": took / floor,
+                   "percent_of_floor_rate": 100 * floor / took}
 
 # %% ../../nbs/runs/bench.ipynb #3e1a36db
 def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
@@ -167,18 +222,17 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     "Measure time and memory of a training step, medians over `steps`."
     if threads: torch.set_num_threads(threads)
     F.conv2d(torch.randn(1, 8, 8, 8), torch.randn(8, 8, 1, 1)) # libraries are loaded now
-    before, compute = rss_mb(), compute or Compute()
+    before, compute, device = rss_mb(), compute or Compute(), torch.device(device)
     step = Step(_net(NetSpec(channels, cells, classes, size), stage, live, compute, device, seed), batch)
     count = step.net.count()
     found = _medians([step.timed() for _ in range(steps + 2)][2:])
-    peak, flop, rate = peak_rss_mb(), 6 * count.searched.macs_dense * batch, matmul_gflops()
-    floor = flop / rate / 1e9
-    return {**found, "peak_rss_mb": peak, "rss_before_mb": before, "peak_allocated_mb": _peak_mb(step), "flop": flop,
-            "matmul_gflops": rate, "floor_s": floor, "times_floor": found["cpu_s"] / floor,
-            "percent_of_floor_rate": 100 * floor / found["cpu_s"], "params": count.searched.params,
-            "macs": count.searched.macs_dense, "live_ops": count.ops, "channels": channels, "cells": cells,
-            "batch": batch, "stage": stage, "size": size, "threads": torch.get_num_threads(), "live": live,
-            "device": device, "kernels": kernels_in_use(step.x.device.type), **vars(compute)}
+    peak, flop, allocated_mb = peak_rss_mb(), 6 * count.searched.macs_dense * batch, _peak_mb(step)
+    return {**found, "peak_rss_mb": peak, "rss_before_mb": before, "peak_allocated_mb": allocated_mb, "flop": flop,
+            **_floor(flop, found, compute, device), "launches": launches_of(step.net, step.cfg),
+            "params": count.searched.params, "macs": count.searched.macs_dense, "live_ops": count.ops,
+            "channels": channels, "cells": cells, "batch": batch, "stage": stage, "size": size, "live": live,
+            "threads": torch.get_num_threads(), "device": str(device), "kernels": kernels_in_use(device.type),
+            **vars(compute)}
 
 # %% ../../nbs/runs/bench.ipynb #d525fea8
 def _in_turns(arch: Architecture, cfg: Config, x, y, steps: int)->dict: # way of computing -> CPU seconds of each step

@@ -4,20 +4,23 @@
 
 # %% ../../nbs/runs/estimate.ipynb #9db60fca
 from __future__ import annotations
-import shutil, time
-from dataclasses import dataclass
+import contextlib, shutil, time
+from dataclasses import dataclass, field
 from pathlib import Path
 import torch
 from ..base.data import Splits, load_data
-from ..base.options import Config, configure
+from ..base.files import read_json
+from ..base.options import Config, InputError, configure, root
+from ..fast.graph import Graphs
 from ..net.sample import random_architecture
-from .folder import device_of
+from ..net.supernet import SuperNet
+from .folder import device_of, is_there, planned_device
 from .make import make_search, make_trainer
 from .memory import memory_plan
 from ..search.loop import Search
 
 # %% auto #0
-__all__ = ['FEW', 'step_seconds', 'Timed', 'memory_there', 'estimate', 'in_words']
+__all__ = ['FEW', 'TABLE4', 'step_seconds', 'Timed', 'recorded', 'memory_there', 'estimate', 'in_words']
 
 # %% ../../nbs/runs/estimate.ipynb #24731620
 FEW = 8 # images of a step that is timed on a CPU
@@ -26,6 +29,7 @@ def step_seconds(loop, # a Search or Trainer, begun
                  count: int = 2)->float: # the fastest of so many, after one more
     "Time a step."
     seen = []
+    if loop.device.type == "cuda": count += Graphs.EAGER + 1
     for _ in range(count + 1):
         start = time.perf_counter()
         loop.step()
@@ -36,40 +40,87 @@ def step_seconds(loop, # a Search or Trainer, begun
 # %% ../../nbs/runs/estimate.ipynb #fc48ac95
 @dataclass
 class Timed:
-    "What was seen of a search and its retraining."
-    search: Search # in its first stage
-    step: float # seconds of a step of it with a whole batch
-    train_step: float # the same for the retraining
-    trained: int # images that are retrained on
+    "What is known of the time of a search and its retraining."
+    step: float|None = None # seconds of a step with a whole batch; None: nobody measured one
+    macs: int|None = None # of the net whose step that was; None: of the first stage's
+    by_stage: dict = field(default_factory=dict) # seconds of steps of stages that were measured on their own
+    train_step: float|None = None # seconds of a step of the retraining
+    source: str|None = None # who measured it, and where
 
 # %% ../../nbs/runs/estimate.ipynb #11a44049
-def _timed(cfg: Config, splits: Splits, device: torch.device)->Timed:
+def _loops(cfg: Config, splits: Splits, device: torch.device)->tuple: # (Search, Trainer)
+    "Make a search and a retraining, to be timed or asked."
     def few(batch): return batch if device.type == "cuda" else min(batch, FEW)
-    def whole(loop, batch): return step_seconds(loop) * batch / loop.loaders["train"].batch_size
     search = make_search(configure(cfg, **{"search.batch": few(cfg.search.batch), "search.warmup": 0}), splits)
     drawn = random_architecture(search.whole, int(cfg.search.target_m * 1e6))
-    trainer = make_trainer(configure(cfg, **{"train.batch": few(cfg.train.batch)}), drawn, splits)
-    return Timed(search, whole(search, cfg.search.batch), whole(trainer, cfg.train.batch),
-                 len(trainer.loaders["train"].split))
+    return search, make_trainer(configure(cfg, **{"train.batch": few(cfg.train.batch)}), drawn, splits)
+
+def _timed(cfg: Config, search: Search, trainer)->Timed:
+    def whole(loop, batch): return step_seconds(loop) * batch / loop.loaders["train"].batch_size
+    step, train_step = whole(search, cfg.search.batch), whole(trainer, cfg.train.batch)
+    return Timed(step, train_step=train_step, source="measured here")
+
+# %% ../../nbs/runs/estimate.ipynb #9fc6be51
+TABLE4 = {"C": 24, "L": 8, "batch": 96} # what the part of a record is about that has each stage's steps
+
+def _how(cfg: Config)->str: return "bf16" if cfg.compute.amp else "tf32" if cfg.compute.tf32 else "fp32"
+
+def _rows(record: dict, part: str, **wanted)->list: # of rows that have these values
+    rows = record["parts"].get(part, {}).get("rows", [])
+    return [r for r in rows if all(r.get(k) == v for k, v in wanted.items())]
+
+def recorded(cfg: Config, spec, # of the whole net
+             folder: Path|None = None # of records; None: the project's
+            )->Timed:
+    "Look up what a GPU took for steps of this very net; nothing where no record has them."
+    if spec.kind != "darts" or spec.size != 32 or cfg.compute.impl != "fused": return Timed()
+    net, how = {"C": spec.channels, "L": spec.cells, "batch": cfg.search.batch}, {"how": _how(cfg)}
+    stages = how | {"stages": cfg.search.stages, "recompute": cfg.compute.recompute}
+    for path, record in _records(folder or root() / "figures/gpu"):
+        source = f"{record['environment']['device_name']}, {path.parent.name} record, not measured here"
+        by_stage = {r["stage"]: r["step_ms"] / 1e3 for r in _rows(record, "table4", **stages)} if net == TABLE4 else {}
+        if by_stage: return Timed(by_stage=by_stage, source=source)
+        whole = _rows(record, "steps", **net, **how, live=1., impl="fused", layout="nhwc", cudnn_search=False)
+        if whole and cfg.compute.recompute == "none":
+            name = "graph_ms" if cfg.compute.graph == "auto" and "graph_ms" in whole[0] else "ms"
+            return Timed(whole[0][name] / 1e3, _whole_macs(spec), source=source)
+    return Timed()
+
+def _records(folder: Path): # yields (path, record), the latest first; none that is damaged
+    for path in sorted(folder.glob("*/record.json"), reverse=True):
+        with contextlib.suppress(InputError): yield path, read_json(path, "a record")
+
+def _whole_macs(spec)->int:
+    net = SuperNet(spec)
+    net.open(spec.ends[-1], len(spec.ends) - 1)
+    return net.count().searched.macs_dense
 
 # %% ../../nbs/runs/estimate.ipynb #ffe7c585
-def _stages(cfg: Config, timed: Timed, parts: list # of StepMemory
+def _step(timed: Timed, name: str, part, parts: list)->float|None: # StepMemory; seconds
+    "Say how long a step of a stage takes: as measured, or by its multiply-adds."
+    if name in timed.by_stage: return timed.by_stage[name]
+    known = [(timed.by_stage[p.name], p.macs) for p in parts if p.name in timed.by_stage]
+    if timed.step is not None: known.append((timed.step, timed.macs or parts[0].macs))
+    return known[-1][0] * part.macs / known[-1][1] if known else None
+
+def _stages(cfg: Config, search: Search, timed: Timed, parts: list # of StepMemory
            )->list: # a row a stage
-    "Say how long each stage takes at most: sub-nets take time by their multiply-adds."
-    search, n = timed.search, len(timed.search.loaders["train"].split.labels) # of two-level methods one half
-    rows = []
+    "Say how long each stage takes at most."
+    rows, n = [], len(search.loaders["train"].split.labels) # of two-level methods one half
     for (name, *_), part in zip(search.stages, parts):
         most, warm = (cfg.search.max_epochs, cfg.search.warmup) if search.by_size else (search.length, 0)
         epochs = most + (0 if name == "fine-tune" else warm)
-        epoch = timed.step * part.macs / parts[0].macs * (n // cfg.search.batch)
-        rows.append({"stage": name, "peak_bytes": part.peak_bytes, "epoch_s": epoch, "epochs_at_most": epochs,
-                     "hours_at_most": epoch * epochs / 3600})
+        step = _step(timed, name, part, parts)
+        epoch = None if step is None else step * (n // cfg.search.batch)
+        rows.append({"stage": name, "peak_bytes": part.peak_bytes, "reserved_bytes": part.reserved_bytes,
+                     "epoch_s": epoch, "epochs_at_most": epochs,
+                     "hours_at_most": None if epoch is None else epoch * epochs / 3600})
     return rows
 
 # %% ../../nbs/runs/estimate.ipynb #c18a4c69
 def memory_there(device: torch.device)->int|None: # bytes; None: not known
     "Say what could be allocated."
-    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda": return torch.cuda.mem_get_info(device)[0] if is_there(device) else None
     try: lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError: return None
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
@@ -77,7 +128,7 @@ def memory_there(device: torch.device)->int|None: # bytes; None: not known
 # %% ../../nbs/runs/estimate.ipynb #637c6615
 def _lacks(found: dict)->list: # of texts
     "Say what there is too little of, and what to do."
-    asked = (("a step", "peak_bytes", "memory_bytes",
+    asked = (("a step", "reserved_bytes", "memory_bytes",
               "lower search.batch or space.channels, or set compute.recompute=all"),
              ("the run folder", "disk_bytes", "disk_free_bytes", "make room, or choose another --out"))
     return [f"{what} needs about {found[need] / 1e9:.1f} GB, {found[there] / 1e9:.1f} GB are free: {remedy}"
@@ -89,30 +140,38 @@ def estimate(cfg: Config, folder: str|Path = ".", # where the run folder will be
             )->dict: # JSON-ready
     """Say what a search and its retraining need, and whether it is there.
 
-    Times in seconds and hours, sizes in bytes. `InputError` when the data or the device are not there."""
-    device = device_of(cfg)
-    splits = splits or load_data(cfg.data, cfg.seed, device)
-    timed, s = _timed(cfg, splits, device), cfg.search
-    parts = memory_plan(timed.search.whole, s, s.batch, s.stages, cfg.space.aux_size, cfg.compute)
-    if not timed.search.by_size: parts = [parts[0]] * len(timed.search.stages) # the whole net, to the end
-    rows = _stages(cfg, timed, parts)
+    Times in seconds and hours, None where nobody has measured them; sizes in bytes. A GPU that is not there is planned
+    for, and a problem. `InputError` when the data are not there."""
+    device, s = planned_device(cfg), cfg.search
+    here = cfg if is_there(device) else configure(cfg, device="cpu")
+    splits = splits or load_data(cfg.data, cfg.seed, device_of(here))
+    free, (search, trainer) = memory_there(device), _loops(here, splits, device)
+    parts = memory_plan(search.whole, s, s.batch, s.stages, cfg.space.aux_size, cfg.compute, device=device)
+    if not search.by_size: parts = [parts[0]] * len(search.stages) # the whole net, to the end
+    need = max(p.reserved_bytes for p in parts)
+    timed = recorded(cfg, search.whole) if device.type == "cuda" and (free is None or need > free) else \
+        _timed(cfg, search, trainer)
+    rows, trained = _stages(cfg, search, timed, parts), len(trainer.loaders["train"].split)
     near = next(p for p in (Path(folder).absolute(), *Path(folder).absolute().parents) if p.exists())
     images = {k: len(getattr(splits, k).labels) for k in ("train", "val", "test")}
-    steps = max(1, timed.trained // cfg.train.batch) * cfg.train.epochs
-    out = {"dataset": splits.label, "images": images | {"retraining": timed.trained}, "device": str(device),
-           "stages": rows, "search_hours_at_most": sum(r["hours_at_most"] for r in rows),
-           "train_hours": timed.train_step * steps / 3600, "peak_bytes": max(p.peak_bytes for p in parts),
-           "memory_bytes": memory_there(device), "disk_bytes": 3 * max(p.params + p.optimizer for p in parts) + 2**26,
+    steps, hours = max(1, trained // cfg.train.batch) * cfg.train.epochs, [r["hours_at_most"] for r in rows]
+    out = {"dataset": splits.label, "images": images | {"retraining": trained}, "device": str(device),
+           "stages": rows, "search_hours_at_most": None if None in hours else sum(hours),
+           "train_hours": None if timed.train_step is None else timed.train_step * steps / 3600,
+           "time_source": timed.source, "peak_bytes": max(p.peak_bytes for p in parts), "reserved_bytes": need,
+           "graph_bytes": max(p.graph_bytes for p in parts), "memory_bytes": free, "disk_bytes": 3 * max(p.params + p.optimizer for p in parts) + 2**26,
            "disk_free_bytes": shutil.disk_usage(near).free}
-    return out | {"problems": _lacks(out)}
+    missing = [] if here is cfg else [f"device {cfg.device!r} is not there: plan for it here, run it where there is one"]
+    return out | {"problems": missing + _lacks(out)}
 
 # %% ../../nbs/runs/estimate.ipynb #b94f0d83
 def in_words(found: dict # of `estimate`
             )->str:
     "Say it in a line."
-    each = ", ".join(f"{r['epoch_s']:.3g}" for r in found["stages"])
-    epochs = sum(r["epochs_at_most"] for r in found["stages"])
-    return (f"at most {found['search_hours_at_most']:.3g} h of search "
-            f"({epochs} epochs; an epoch of each stage: {each} s), "
-            f"{found['train_hours']:.3g} h of retraining, "
-            f"{found['peak_bytes'] / 1e9:.3g} GB of memory; {found['dataset']} on {found['device']}")
+    def number(x): return "unknown" if x is None else f"{x:.3g}"
+    epochs, hours = sum(r["epochs_at_most"] for r in found["stages"]), number(found["search_hours_at_most"])
+    each = ", ".join(number(r["epoch_s"]) for r in found["stages"])
+    time = f"at most {hours} h of search ({epochs} epochs; an epoch of each stage: {each} s; {found['time_source']})"
+    if found["time_source"] is None: time = f"{epochs} epochs of search at most, nobody measured how long they take"
+    return (f"{time}, {number(found['train_hours'])} h of retraining, {found['reserved_bytes'] / 1e9:.3g} GB of memory; "
+            f"{found['dataset']} on {found['device']}")

@@ -16,20 +16,27 @@ from ..fast.compiled import kernels_in_use
 from .bits import card, kernels, said, set_workspace
 
 # %% auto #0
-__all__ = ['device_of', 'of_run', 'environment', 'new_folder', 'run_name', 'free_name', 'record_of', 'read_record', 'read_config',
-           'begun']
+__all__ = ['planned_device', 'is_there', 'device_of', 'of_run', 'environment', 'new_folder', 'run_name', 'free_name', 'record_of',
+           'read_record', 'read_config', 'begun']
 
 # %% ../../nbs/runs/folder.ipynb #a9cb7643
+def planned_device(cfg: Config)->torch.device:
+    "Return the device that a configuration asks for, whether it is there or not. `InputError` when it is none."
+    if cfg.device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try: return torch.device(cfg.device)
+    except RuntimeError: raise InputError(f"device {cfg.device!r} is not one: use auto, cpu, cuda or cuda:N") from None
+
+def is_there(device: torch.device)->bool:
+    "Whether a device is there."
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return device.type != "cuda" or (device.index or 0) < there
+
 def device_of(cfg: Config)->torch.device:
     "Return the device a configuration asks for, with its number of threads set. `InputError` when it is not there."
-    name, there = cfg.device, torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cfg.threads: torch.set_num_threads(cfg.threads)
-    if name == "auto": name = "cuda" if there else "cpu"
-    try: device = torch.device(name)
-    except RuntimeError: raise InputError(f"device {name!r} is not one: use auto, cpu, cuda or cuda:N") from None
-    if device.type != "cuda": return device
-    if (device.index or 0) >= there: raise InputError(f"device {name!r} is not there: use --set device=cpu, or auto")
-    if cfg.compute.deterministic: set_workspace() # images that go there are its first use
+    device = planned_device(cfg)
+    if not is_there(device): raise InputError(f"device {cfg.device!r} is not there: use --set device=cpu, or auto")
+    if device.type == "cuda" and cfg.compute.deterministic: set_workspace() # images that go there are its first use
     return device
 
 # %% ../../nbs/runs/folder.ipynb #8b2486d8

@@ -4,8 +4,9 @@
 
 # %% ../../nbs/runs/memory.ipynb #d223a4af
 from __future__ import annotations
-import contextlib, copy, weakref
-from dataclasses import dataclass
+import copy, weakref
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 import torch, torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -13,35 +14,42 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from ..base.options import Compute, Search as Settings
 from ..fast.engine import make
+from ..fast.graph import worth_a_graph
+from ..fast.layout import CHANNELS, natively
 from ..net.supernet import SuperNet
+from .allocator import MIB, Segments
 from ..search.loss import regulariser
 from ..search.stages import plan
 from ..space.darts import NetSpec
 
 # %% auto #0
-__all__ = ['Accountant', 'StepMemory', 'tensor_bytes', 'step_memory', 'prune_to', 'memory_plan']
+__all__ = ['WORKSPACE', 'Accountant', 'StepMemory', 'tensor_bytes', 'kind_of', 'step_memory', 'prune_to', 'memory_plan']
 
 # %% ../../nbs/runs/memory.ipynb #8929ca52
 class Accountant(TorchDispatchMode):
     "Bytes in storages that were made while it watched: now, and at the most."
-    def __init__(self):
+    def __init__(self, card: Segments|None = None # what hands memory out; None: bytes as they are
+                ):
         super().__init__()
-        self.now, self.peak, self._seen = 0, 0, set()
-    def _freed(self, key, n):
+        self.now, self.peak, self.card, self._seen = 0, 0, card, set()
+    def _made(self, key, storage):
+        self._seen.add(key)
+        block = self.card.take(storage.nbytes()) if self.card and storage.nbytes() else None
+        n = block.size if block else storage.nbytes()
+        weakref.finalize(storage, self._freed, key, n, block)
+        self.now += n
+        self.peak = max(self.peak, self.now)
+    def _freed(self, key, n, block):
         self._seen.discard(key)
         self.now -= n
+        if block: self.card.give(block)
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         old = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         for x in tree_leaves(out):
             if not isinstance(x, Tensor): continue
             storage = x.untyped_storage()
-            key, n = storage._cdata, storage.nbytes()
-            if key in self._seen or key in old: continue
-            self._seen.add(key)
-            weakref.finalize(storage, self._freed, key, n)
-            self.now += n
-            self.peak = max(self.peak, self.now)
+            if storage._cdata not in self._seen | old: self._made(storage._cdata, storage)
         return out
 
 # %% ../../nbs/runs/memory.ipynb #c014ba4c
@@ -56,17 +64,28 @@ class StepMemory:
     activations: int # kept by the forward pass for the backward pass, and the batch itself
     live_ops: int # operations of the sub-net
     macs: int # multiply-adds of its forward pass, an image
+    indices: int = 0 # which the engine keeps from step to step
+    device: str = "cpu" # or cuda: for which it is planned
+    workspace: int = 0 # of libraries
+    reserved_bytes: int = 0 # segments that the peak is in; on a CPU the peak
+    graph_bytes: int = 0 # segments that a recorded step keeps, beside those
 
 # %% ../../nbs/runs/memory.ipynb #f50f7b37
+WORKSPACE = 75 * MIB # measured, see above
+
 def tensor_bytes(tensors)->int:
     "Return what some tensors hold."
     return sum(t.numel() * t.element_size() for t in tensors)
 
+def kind_of(device: str|torch.device)->str: # cpu or cuda
+    "Return which plan a device needs: whatever is no CPU is planned as a GPU."
+    return "cpu" if torch.device(device).type == "cpu" else "cuda"
+
 # %% ../../nbs/runs/memory.ipynb #066993c8
-def _watched(net: SuperNet, cfg: Settings, batch: int)->tuple: # (peak, kept by the forward pass), bytes
+def _watched(net: SuperNet, cfg: Settings, batch: int, card: Segments|None = None
+            )->tuple: # (peak, kept by the forward pass), bytes
     "Do a training step's forward and backward pass, and count what they hold."
-    net.engine.prepare(net)
-    with Accountant() as seen:
+    with Accountant(card) as seen:
         x = torch.zeros((batch, net.spec.in_channels, net.spec.size, net.spec.size), device=net.alpha.device)
         y = torch.zeros(batch, dtype=torch.long, device=net.alpha.device)
         logits = net(x)
@@ -78,27 +97,45 @@ def _watched(net: SuperNet, cfg: Settings, batch: int)->tuple: # (peak, kept by 
 
 # %% ../../nbs/runs/memory.ipynb #07169f57
 def _faked(net: SuperNet, mode: FakeTensorMode)->SuperNet:
-    "Copy a net with parameters and buffers that become fake on the way: nothing of a full device is copied."
+    "Copy a net with parameters and buffers that become fake ones of the CPU on the way: no device is touched."
+    def fake(t): return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype)
     with mode:
-        fakes = {id(p): torch.nn.Parameter(mode.from_tensor(p.data)) for p in net.parameters()}
-        fakes |= {id(b): mode.from_tensor(b) for b in net.buffers()}
+        fakes = {id(p): torch.nn.Parameter(fake(p)) for p in net.parameters()} | {id(b): fake(b) for b in net.buffers()}
     return copy.deepcopy(net, fakes)
+
+# %% ../../nbs/runs/memory.ipynb #0830ac4e
+def _held(tensors, card: Segments|None = None)->int:
+    "Count what some tensors take; on a GPU, put them into segments."
+    if not card: return tensor_bytes(tensors)
+    return sum(card.take(n).size for t in tensors if (n := t.numel() * t.element_size()))
 
 # %% ../../nbs/runs/memory.ipynb #e729bc50
 def step_memory(net: SuperNet, cfg: Settings,
                 batch: int, # images
                 name: str = "step",
-                real: bool = False # run on real tensors instead
+                real: bool = False, # run on real tensors instead
+                device: str|torch.device|None = None # for which it is planned; None: where the net is
                )->StepMemory:
-    "Say what one training step of a net needs. The net is not changed."
-    live, macs = int(net.op_live[:len(net.cells)].sum()), net.count().searched.macs_dense
-    params, held = tensor_bytes(net.parameters()), tensor_bytes(net.buffers())
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    if not real: net = _faked(net, mode)
-    net.train()
-    with contextlib.nullcontext() if real else mode: peak, kept = _watched(net, cfg, batch)
-    fixed = params + held
-    return StepMemory(name, peak + 2 * fixed - held, fixed, params, params, kept, live, macs)
+    "Say what one training step of a net needs. The net is not changed; nothing is allocated on a GPU."
+    live, macs = int(net.op_live[:len(net.cells)].cpu().sum()), net.count().searched.macs_dense
+    kind, mode = kind_of(device or net.alpha.device), FakeTensorMode(allow_non_fake_inputs=True)
+    stays, step = (Segments(), Segments()) if kind == "cuda" else (None, None)
+    with ExitStack() as inside:
+        if step: inside.enter_context(natively(CHANNELS))
+        if not real:
+            net = _faked(net, mode)
+            inside.enter_context(mode)
+        net.train().engine.prepare(net)
+        staying = net.parameters(), net.buffers(), net.parameters(), net.engine.held(net)
+        params, held, momentum, known = (_held(tensors, stays) for tensors in staying)
+        peak, kept = _watched(net, cfg, batch, step) # some indices are made at their first use, and counted in it
+        indices = tensor_bytes(net.engine.held(net))
+    peak += params + held + momentum + known + WORKSPACE * bool(step)
+    found = StepMemory(name, peak, params + held, params, momentum, kept, live, macs, indices, kind, 0, peak)
+    if not step: return found
+    compute, reserved = net.engine.compute, stays.reserved + step.reserved + WORKSPACE
+    recorded = compute.impl == "fused" and worth_a_graph(compute.graph, torch.device("cuda"))
+    return replace(found, workspace=WORKSPACE, reserved_bytes=reserved, graph_bytes=step.reserved * recorded)
 
 # %% ../../nbs/runs/memory.ipynb #236178fb
 def _order(net: SuperNet, generator: torch.Generator
@@ -148,7 +185,8 @@ def memory_plan(spec: NetSpec, # or a MobileSpec
                 cfg: Settings,
                 batch: int, # images a step
                 stages: int = 3, # 3, or 1: the whole net at once
-                aux_size: str = "medium", compute: Compute|None = None, seed: int = 0
+                aux_size: str = "medium", compute: Compute|None = None, seed: int = 0,
+                device: str|torch.device = "cpu" # for which it is planned: it need not be there
                )->list: # of StepMemory
     "Say what memory each stage of a search needs when it starts, which is when it needs most."
     net, g, out = SuperNet(spec, aux_size, seed=seed, engine=make(compute)), torch.Generator().manual_seed(seed), []
@@ -156,6 +194,6 @@ def memory_plan(spec: NetSpec, # or a MobileSpec
     for i, (name, end, head) in enumerate(plan(spec, stages)):
         if i < stages: net.open(end, head)
         net.discretising = True
-        out.append(step_memory(net, cfg, batch, name))
+        out.append(step_memory(net, cfg, batch, name, device=device))
         if i < stages: _thin(net, keep[i], cfg.regrow, g)
     return out

@@ -66,8 +66,8 @@ def memory_advice(loop # a Search or Trainer
     "Say what a step needs, and what to change."
     if not isinstance(loop, Search): return "out of memory in retraining: start again with a smaller train.batch"
     try:
-        need = step_memory(loop.net, loop.cfg, loop.loaders["train"].batch_size).peak_bytes / 1e9
-        need = f"a step of this sub-net needs about {need:.2f} GB (see mgdarts plan); "
+        m = step_memory(loop.net, loop.cfg, loop.loaders["train"].batch_size)
+        need = f"a step of this sub-net needs about {m.reserved_bytes / 1e9:.2f} GB (see mgdarts plan); "
     except Exception: need = "" # where there is no room to work it out, the advice is worth more than the number
     return (f"out of memory in {loop.stage_name}: {need}start again with a smaller search.batch or space.channels, "
             "with compute.recompute=earlier or all, or with compute.amp=true on a GPU")

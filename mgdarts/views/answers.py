@@ -46,8 +46,10 @@ def fixed_answer(w: WhatIf, images: list)->str:
 # %% ../../nbs/views/answers.ipynb #0a2fda9f
 def memory_answer(w: WhatIf)->str:
     "Say what a step of the what-if net needs."
-    m = step_memory(pruned(w.view, w.outcome().masks), w.view.cfg, w.view.batch)
-    return (f"exact plan of a step of the what-if net: {m.peak_bytes / 1e9:.3f} GB, of which "
+    net = pruned(w.view, w.outcome().masks)
+    net.engine.compute = w.view.compute
+    m = step_memory(net, w.view.cfg, w.view.batch, device=w.view.device)
+    return (f"exact plan of a step of the what-if net on {m.device}: {m.peak_bytes / 1e9:.3f} GB, of which "
             f"{m.activations / 1e9:.3f} for maps")
 
 # %% ../../nbs/views/answers.ipynb #7fbef5ef

@@ -15,14 +15,15 @@ from ..base.events import evaluate
 from ..base.options import InputError
 from ..net.size import NetCount
 from ..net.supernet import SuperNet
+from ..runs.memory import WORKSPACE, kind_of
 from ..search.loop import Search
 from ..search.loss import live_thresholds
 from ..search.prune import Candidates, candidates
 
 # %% auto #0
-__all__ = ['MAPS', 'KEYS', 'freeze', 'View', 'place_of', 'row_of', 'regrown_in', 'maps_of', 'memory_estimate', 'Outcome',
-           'outcome', 'scope', 'mean_of', 'WhatIf', 'Distribution', 'distribution', 'pruned', 'some_images', 'accuracy',
-           'fixed_ratio']
+__all__ = ['MAPS', 'GROUPED', 'KEYS', 'freeze', 'View', 'place_of', 'row_of', 'regrown_in', 'copies_of', 'maps_of',
+           'memory_estimate', 'Outcome', 'outcome', 'scope', 'mean_of', 'WhatIf', 'Distribution', 'distribution',
+           'pruned', 'some_images', 'accuracy', 'fixed_ratio']
 
 # %% ../../nbs/views/inspector.ipynb #1d73a398
 @torch.no_grad()
@@ -30,7 +31,10 @@ def freeze(net: SuperNet)->SuperNet:
     "Copy a net to the CPU, for looking at: same numbers, no gradients, nothing shared that a search changes in place."
     own = ("_parameters", "_buffers", "_modules", "training")
     shared = [v for cell in net.cells for k, v in vars(cell).items() if k not in own] + [net.spec]
-    out = copy.deepcopy(net, {id(v): v for v in shared}).cpu()
+    def here(t): return t.detach().to("cpu", copy=True) # at once: a copy on a full GPU would find no room
+    copies = {id(p): torch.nn.Parameter(here(p), p.requires_grad) for p in net.parameters()}
+    copies |= {id(b): here(b) for b in net.buffers()}
+    out = copy.deepcopy(net, copies | {id(v): v for v in shared})
     out.engine.compute = replace(net.engine.compute, compile=False, recompute="none")
     return out
 
@@ -42,7 +46,8 @@ class View:
         def cpu(t): return t.detach().to("cpu", copy=True)
         self.net, self.cfg, self.spec = freeze(search.net), search.cfg, search.net.spec
         self.batch = getattr(search.loaders["train"], "batch_size", search.cfg.batch)
-        self.recompute, self.warmup, self.finished = search.net.engine.compute.recompute, search.warmup, search.finished
+        self.compute, self.device = search.net.engine.compute, kind_of(search.net.alpha.device) # of the search
+        self.warmup, self.finished = search.warmup, search.finished
         n, grad = len(self.net.cells), search.net.alpha.grad
         self.mom = cpu(search.mom[:n]) # all of these: [cells, edges, operations]
         self.grad = torch.zeros_like(self.mom) if grad is None else cpu(grad[:n])
@@ -95,7 +100,14 @@ def regrown_in(spec, events: list # of a run, as dictionaries
     return {place_of(spec, tuple(named)) for e in events if e["type"] == "regrow" for named in e["regrown"]}
 
 # %% ../../nbs/views/inspector.ipynb #e8348508
-MAPS = 1.15 # copies of each map, on average, that the backward pass needs
+MAPS, GROUPED = 1.15, 2.05 # copies of each map, on average, that the backward pass needs
+
+def copies_of(view: View, cell)->float:
+    "Return how many maps in 32 bits a map of a cell counts for."
+    how = view.compute
+    native = how.impl == "fused" and (view.device == "cuda" or how.amp)
+    groups = native and not how.compile and not cell.spec.residual and not cell.spec.rest
+    return (GROUPED if groups else MAPS) / (2 if how.amp else 1)
 
 def maps_of(net: SuperNet, cell, # of it
             ops: Tensor, unit: Tensor # [edges, operations] bool, [units] bool: what there is of it
@@ -115,12 +127,12 @@ def maps_of(net: SuperNet, cell, # of it
 def memory_estimate(view: View, ops: Tensor, units: list # [cells, edges, operations] bool, per cell [units] bool
                    )->int: # bytes
     "Estimate what a training step needs; the exact plan is `memory.step_memory`."
-    net, kept, again = view.net, 0, 0
+    net, kept, again, how = view.net, 0, 0, view.compute.recompute
     for c, (cell, unit) in enumerate(zip(net.cells, units)):
-        own, out = maps_of(net, cell, ops[c], unit)
-        anew = view.recompute == "all" or view.recompute == "earlier" and c < net.first
+        own, out = (copies_of(view, cell) * n for n in maps_of(net, cell, ops[c], unit))
+        anew = how == "all" or how == "earlier" and c < net.first
         kept, again = kept + (out if anew else own), max(again, own if anew else 0)
-    return int(4 * MAPS * (kept + again) * view.batch)
+    return int(4 * (kept + again) * view.batch) + WORKSPACE * (view.device == "cuda")
 
 # %% ../../nbs/views/inspector.ipynb #87604c9d
 @dataclass
