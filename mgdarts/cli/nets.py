@@ -138,7 +138,8 @@ def plan(channels: Channels = 24, cells: Cells = None, space: Space = "darts", w
     kind = kind_of(planned_device(cfg))
     def planned(n): return memory_plan(spec, cfg.search, batch, n, cfg.space.aux_size, cfg.compute, device=kind)
     plans = {n: [asdict(m) for m in planned(n)] for n in ((3, 1) if stages is None else (stages,))}
-    if figure is not None: _draw(figure, net_name(spec), plans, {"batch": batch, "recompute": recompute, "device": kind})
+    facts = {"batch": batch, "recompute": recompute, "device": kind}
+    if figure is not None: _draw(figure, net_name(spec), plans, facts)
     out = plan_answer(plans, recompute, amp, kind)
     rows = [(f"{_kind(n)}, {m['name']}", *(f"{m[k] / 1e9:.2f}" for k in GB[kind]), m["live_ops"])
             for n, p in plans.items() for m in p]

@@ -29,7 +29,8 @@ def look(cfg: Config, out: Path|None, as_json: bool):
                f"{r['peak_bytes'] / 1e9:.2f} GB, {number(r['epoch_s'])} s, {r['epochs_at_most']}")
               for r in found["stages"]),
             ("search, hours at most", number(found["search_hours_at_most"])),
-            ("retraining, hours", number(found["train_hours"])), ("times", found["time_source"] or "nobody measured any"),
+            ("retraining, hours", number(found["train_hours"])),
+            ("times", found["time_source"] or "nobody measured any"),
             ("memory: needed, free", f"{gb('reserved_bytes')}, {gb('memory_bytes') or 'unknown'}"),
             *[("a recorded step, more", gb("graph_bytes"))] * bool(found["graph_bytes"]),
             ("disk: needed, free", f"{gb('disk_bytes')}, {gb('disk_free_bytes')}")]

@@ -19,6 +19,7 @@ from ..net.count import count
 from ..net.discrete import DerivedNet
 from ..net.sample import random_architecture
 from ..net.supernet import SuperNet
+from .bits import held
 from .make import make_search
 from .memory import prune_to, tensor_bytes
 from .run import search
@@ -225,8 +226,9 @@ def bench_step(channels: int = 16, cells: int = 8, batch: int = 16,
     before, compute, device = rss_mb(), compute or Compute(), torch.device(device)
     step = Step(_net(NetSpec(channels, cells, classes, size), stage, live, compute, device, seed), batch)
     count = step.net.count()
-    found = _medians([step.timed() for _ in range(steps + 2)][2:])
-    peak, flop, allocated_mb = peak_rss_mb(), 6 * count.searched.macs_dense * batch, _peak_mb(step)
+    with held(compute, device): # TF32 or not
+        found = _medians([step.timed() for _ in range(steps + 2)][2:])
+        peak, flop, allocated_mb = peak_rss_mb(), 6 * count.searched.macs_dense * batch, _peak_mb(step)
     return {**found, "peak_rss_mb": peak, "rss_before_mb": before, "peak_allocated_mb": allocated_mb, "flop": flop,
             **_floor(flop, found, compute, device), "launches": launches_of(step.net, step.cfg),
             "params": count.searched.params, "macs": count.searched.macs_dense, "live_ops": count.ops,

@@ -159,10 +159,11 @@ def estimate(cfg: Config, folder: str|Path = ".", # where the run folder will be
            "stages": rows, "search_hours_at_most": None if None in hours else sum(hours),
            "train_hours": None if timed.train_step is None else timed.train_step * steps / 3600,
            "time_source": timed.source, "peak_bytes": max(p.peak_bytes for p in parts), "reserved_bytes": need,
-           "graph_bytes": max(p.graph_bytes for p in parts), "memory_bytes": free, "disk_bytes": 3 * max(p.params + p.optimizer for p in parts) + 2**26,
+           "graph_bytes": max(p.graph_bytes for p in parts), "memory_bytes": free,
+           "disk_bytes": 3 * max(p.params + p.optimizer for p in parts) + 2**26,
            "disk_free_bytes": shutil.disk_usage(near).free}
-    missing = [] if here is cfg else [f"device {cfg.device!r} is not there: plan for it here, run it where there is one"]
-    return out | {"problems": missing + _lacks(out)}
+    gone = f"device {cfg.device!r} is not there: plan for it here, run it where there is one"
+    return out | {"problems": [gone] * (here is not cfg) + _lacks(out)}
 
 # %% ../../nbs/runs/estimate.ipynb #b94f0d83
 def in_words(found: dict # of `estimate`
@@ -171,7 +172,7 @@ def in_words(found: dict # of `estimate`
     def number(x): return "unknown" if x is None else f"{x:.3g}"
     epochs, hours = sum(r["epochs_at_most"] for r in found["stages"]), number(found["search_hours_at_most"])
     each = ", ".join(number(r["epoch_s"]) for r in found["stages"])
-    time = f"at most {hours} h of search ({epochs} epochs; an epoch of each stage: {each} s; {found['time_source']})"
+    time = f"at most {hours} h of search ({epochs} epochs; an epoch of each stage: {each} s), {found['time_source']}"
     if found["time_source"] is None: time = f"{epochs} epochs of search at most, nobody measured how long they take"
     return (f"{time}, {number(found['train_hours'])} h of retraining, {found['reserved_bytes'] / 1e9:.3g} GB of memory; "
             f"{found['dataset']} on {found['device']}")
