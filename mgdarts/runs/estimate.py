@@ -174,5 +174,6 @@ def in_words(found: dict # of `estimate`
     each = ", ".join(number(r["epoch_s"]) for r in found["stages"])
     time = f"at most {hours} h of search ({epochs} epochs; an epoch of each stage: {each} s), {found['time_source']}"
     if found["time_source"] is None: time = f"{epochs} epochs of search at most, nobody measured how long they take"
-    return (f"{time}, {number(found['train_hours'])} h of retraining, {found['reserved_bytes'] / 1e9:.3g} GB of memory; "
+    gigabytes = found["reserved_bytes"] / 1e9
+    return (f"{time}, {number(found['train_hours'])} h of retraining, {gigabytes:.3g} GB of memory; "
             f"{found['dataset']} on {found['device']}")
