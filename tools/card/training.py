@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from card.ground import Ground, attempt, batch, each, noise, syncs, tried
-from card.steps import plain_stem
+from mgdarts.fast import engine
 from mgdarts.fast.engine import make
 from mgdarts.methods.registry import preset
 from mgdarts.net.count import count
@@ -14,6 +14,20 @@ from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.sample import random_architecture
 from mgdarts.runs.make import make_trainer
 from mgdarts.space.darts import NetSpec
+
+
+@contextlib.contextmanager
+def plain_stem(net):
+    "The maps of a net's stem in PyTorch's default layout (NCHW), instead of channels last."
+    inner = engine.run
+
+    def run(m, *args):
+        out = inner(m, *args)
+        return engine.each(torch.Tensor.contiguous, out) if m is net.stem else out
+
+    engine.run = run
+    try: yield
+    finally: engine.run = inner
 
 
 def training_step(g: Ground, arch, n: int, how: str, layout: str):
