@@ -14,11 +14,13 @@ __all__ = ['CudaGraph', 'Recording', 'record', 'first_played', 'Graphs', 'worth_
 # %% ../../nbs/fast/graph.ipynb #5970b0bc
 class CudaGraph:
     "Records a function on a GPU."
+    side = None # one stream for all: memory is kept for each
     def __init__(self): self.graph = torch.cuda.CUDAGraph()
-    @staticmethod
-    def first(f, inputs: tuple):
+    @classmethod
+    def first(cls, f, inputs: tuple):
         "Call a function as long as it is not recorded."
-        side, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        side = cls.side = cls.side or torch.cuda.Stream()
+        main = torch.cuda.current_stream()
         side.wait_stream(main)
         with torch.cuda.stream(side): out = f(*inputs)
         main.wait_stream(side)
@@ -104,7 +106,7 @@ class Graphs:
             self.say("a recorded step gives other numbers than the same step without a graph: no graphs are used")
         except RuntimeError as e:
             self.say(f"a step cannot be recorded, and is computed without a graph: {' '.join(str(e).split())[:200]}")
-        self.kept[key] = Recording(calls=r.calls, failed=True)
+        r = self.kept[key] = Recording(calls=r.calls, failed=True) # what the graph held is free now
         return f(*inputs)
 
 # %% ../../nbs/fast/graph.ipynb #f7033c20
