@@ -29,24 +29,28 @@ class _Arranged(torch.autograd.Function):
 class Order:
     "Where the entries of a flat vector go: each to one place, among zeros."
     def __init__(self, n: int, # entries
-                 pieces: list, # of int64 tensors of any shape: which entry stands there; n: a zero
-                 device):
+                 pieces: list): # of int64 tensors of any shape: which entry stands there; n: a zero
         flat = torch.cat([p.flatten() for p in pieces])
         there, where = flat < n, torch.zeros(n, dtype=torch.long)
         where[flat[there]] = there.nonzero().flatten()
         self.n, self.shapes, self.sizes = n, [tuple(p.shape) for p in pieces], [p.numel() for p in pieces]
-        self.order, self.where = flat.to(device), where.to(device)
+        self.order, self.where = flat, where
 
     @classmethod
     def joined(cls, orders: list)->Order:
         "Arrange several vectors that are one, side by side."
         starts, total = [0, *accumulate(o.n for o in orders)], sum(o.n for o in orders)
-        out = cls(0, [torch.zeros(0, dtype=torch.long)], "cpu")
+        out = cls(0, [torch.zeros(0, dtype=torch.long)])
         out.n, out.shapes, out.sizes = total, *([x for o in orders for x in getattr(o, k)] for k in ("shapes", "sizes"))
         out.order = torch.cat([torch.where(o.order == o.n, total, o.order + at) for o, at in zip(orders, starts)])
         places = [0, *accumulate(len(o.order) for o in orders)]
         out.where = torch.cat([o.where + at for o, at in zip(orders, places)])
         return out
+
+    def to(self, device)->Order: # itself
+        "Move it to where the vectors are."
+        self.order, self.where = self.order.to(device), self.where.to(device)
+        return self
 
     def __call__(self, v: Tensor)->list: # [n]; of tensors
         "Arrange a vector, and cut it into the pieces."
@@ -67,7 +71,7 @@ class Arrangement:
     def add(self, piece: Tensor)->int: # its place
         self.pieces.append(piece)
         return len(self.pieces) - 1
-    def done(self, device)->Order: return Order(self.n, self.pieces or [self.blank(0)], device)
+    def done(self)->Order: return Order(self.n, self.pieces or [self.blank(0)])
 
 # %% ../../nbs/fast/moments.ipynb #bf512119
 class Kernels(Arrangement):
@@ -257,7 +261,7 @@ def plan_pools(p: Planner, moments: list)->Order|None:
             rows.append(norms.blank(p.width))
             if (s, k) in own: rows[-1][p.channels.states[s]] = own[s, k] + torch.arange(cell.channels[s])
         norms.add(torch.cat(rows))
-    return norms.done(p.device)
+    return norms.done()
 
 # %% ../../nbs/fast/moments.ipynb #88d60c34
 class GroupedPlan:
@@ -269,17 +273,18 @@ class GroupedPlan:
         reading = [list(range(graph.inputs)), *([s] for s in nodes[:-1])]
         self.moments, factors = zip(*(plan_moment(p, read, nodes[i:]) for i, read in enumerate(reading)))
         self.pools = plan_pools(p, self.moments)
-        self.omega, self.plain, self.norms = (a.done(p.device) for a in (p.omega, p.plain, p.norms))
+        self.omega, self.plain, self.norms = (a.done() for a in (p.omega, p.plain, p.norms))
         gates = [cell.flat(g) if g.role == "out" else cell.index.none for g, _ in cell.layout.gates]
         coef = torch.tensor(gates).repeat_interleave(torch.tensor(cell.gate_sizes))
-        self.coef, self.factors = coef.to(p.device), [f.to(p.device) for f in factors] # places in [alpha, 1, 0]
+        self.coef, self.factors = coef, factors # places in [alpha, 1, 0]
         out = torch.cat([p.channels.states[s] + i * p.width for i, s in enumerate(nodes)])
         whole = torch.equal(out, torch.arange(len(nodes) * p.width))
         self.out = None if whole else out.to(p.device) # where the live channels of the nodes are
 
-    def tensors(self)->list: # that are kept from step to step
-        orders = [o for o in (self.omega, self.plain, self.norms, self.pools) if o]
-        return [self.coef, *self.factors, *(t for o in orders for t in (o.order, o.where))]
+    def tensors(self)->list: # that are kept on the device; the orders of all cells are joined before they go there
+        calls = [c for m in self.moments for c in m.calls]
+        places = [t for c in calls for t in (c.strength, c.readers.index, c.readers.nodes)]
+        return [t for t in (self.out, *places, *(to for c in calls for *_, to in c.readers.runs)) if t is not None]
 
 # %% ../../nbs/fast/moments.ipynb #9e981174
 def plan_groups(cell: Cell, multiple: int = 1)->GroupedPlan|None:

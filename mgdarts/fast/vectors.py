@@ -29,12 +29,12 @@ class VectorPlan:
         self.gate_of, self.conv = joined("gate_of", len(first.pre) + ops + 1), joined("conv", ops) # thresholds
         self.gate_len, self.gate_n, self.conv_len = (joined(name) for name in ("gate_len", "gate_n", "conv_len"))
         self.skips = torch.cat([c.skips for c in self.cells]) if any(c.has_skips for c in self.cells) else None
-        self.omega, self.plain, self.norms = (Order.joined([getattr(p, k) for p in plans])
+        self.omega, self.plain, self.norms = (Order.joined([getattr(p, k) for p in plans]).to(device)
                                               for k in ("omega", "plain", "norms"))
-        self.pools = Order.joined([p.pools for p in plans]) if plans[0].pools else None
+        self.pools = Order.joined([p.pools for p in plans]).to(device) if plans[0].pools else None
         places = [p.coef + i * (ops + 2) for i, p in enumerate(plans)]
         places += [f.flatten() + i * (ops + 2) for i, p in enumerate(plans) for f in p.factors]
-        self.coefs, self.strengths = sum(len(p.coef) for p in plans), torch.cat(places)
+        self.coefs, self.strengths = sum(len(p.coef) for p in plans), torch.cat(places).to(device)
         self.factors = [f.shape for p in plans for f in p.factors]
         parts = [c.area.split([len(c.mean), sum(c.pool_sizes)]) for c in self.cells]
         self.areas = [*map(torch.cat, zip(*parts))] # pixels that each batch norm normalises: of filters, of pools
