@@ -19,12 +19,13 @@ from .step import make_adam, make_optimizer
 __all__ = ['SAVED', 'on_host', 'renamed', 'save_state', 'refuse_foreign', 'load_state']
 
 # %% ../../nbs/search/state.ipynb #f0b93dd2
-SAVED = {"weight_thresholds": "fine"} # name of a group -> its name in saved states
-
 def on_host(tree):
     "Copy dictionaries, lists and whatever is in them; tensors to the CPU, so that nothing is copied on a full GPU."
     def one(v): return v.detach().to("cpu", copy=True) if isinstance(v, torch.Tensor) else copy.deepcopy(v)
     return tree_map(one, tree)
+
+# %% ../../nbs/search/state.ipynb #0a2b3ef9
+SAVED = {"weight_thresholds": "fine"} # name of a group -> its name in saved states
 
 def renamed(state: dict, # of an optimiser
             names: dict)->dict: # a copy

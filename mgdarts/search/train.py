@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib, json, math
 from dataclasses import asdict
 from functools import partial
-from typing import Any
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..net.discrete import DerivedNet
@@ -17,9 +16,10 @@ from ..net.architecture import Architecture
 from ..net.count import counts
 from ..net.files import fingerprint
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
+from .state import on_host
 
 # %% auto #0
-__all__ = ['KEPT', 'BLOCK', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'to_cpu', 'Trainer',
+__all__ = ['KEPT', 'BLOCK', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'Trainer',
            'run_fingerprint', 'save_state', 'load_state', 'drop_path_noise', 'paths_of', 'check_finite', 'both_ways',
            'optimise', 'end_epoch', 'finish', 'step', 'run']
 
@@ -65,13 +65,6 @@ def start_from(net: nn.Module, state: dict):
     except RuntimeError: raise InputError(message + "derive it and them from the same search") from None
     wrong = [k for k in found.missing_keys if not k.startswith("aux.")] + found.unexpected_keys
     need(not wrong, f"{message}{(wrong or [None])[0]} is missing or unknown")
-
-# %% ../../nbs/search/train.ipynb #4fbff06b
-def to_cpu(tree)->Any:
-    "A copy of nested dictionaries and lists, tensors on the CPU."
-    if isinstance(tree, Tensor): return tree.detach().to("cpu", copy=True)
-    if isinstance(tree, dict): return {k: to_cpu(v) for k, v in tree.items()}
-    return [to_cpu(v) for v in tree] if isinstance(tree, (list, tuple)) else tree
 
 # %% ../../nbs/search/train.ipynb #8851b27b
 class Trainer:
@@ -141,7 +134,7 @@ def save_state(trainer: Trainer)->dict:
     "All of a retraining, as `Trainer.state_dict` says."
     tensors = {"net": dict(trainer.net.state_dict()), "optimizer": trainer.optimizer.state_dict(), "sums": trainer.sums}
     kept = {k: getattr(trainer, k) for k in KEPT}
-    return to_cpu({"version": 1, "run": run_fingerprint(trainer), **tensors, **kept})
+    return on_host({"version": 1, "run": run_fingerprint(trainer), **tensors, **kept})
 
 # %% ../../nbs/search/train.ipynb #95915fd7
 def load_state(trainer: Trainer, state: dict):
@@ -150,7 +143,7 @@ def load_state(trainer: Trainer, state: dict):
          "this is not a checkpoint of a retraining, or one of another version")
     need(state["run"] == run_fingerprint(trainer), "the checkpoint belongs to another run: architecture, training "
          "settings, seed and steps an epoch must be the same")
-    state = to_cpu(state) # nothing is shared with the caller
+    state = on_host(state) # nothing is shared with the caller
     trainer.net.load_state_dict(state["net"])
     trainer.optimizer.load_state_dict(state["optimizer"])
     trainer.sums.copy_(state["sums"])
@@ -229,7 +222,7 @@ def end_epoch(trainer: Trainer):
     if "val" in t.parts:
         ((acc, val_loss),) = evaluate([t.net], t.loaders["val"].eval(), t.device)
         found = {"val_acc": acc, "val_loss": val_loss}
-        if acc > t.best["val_acc"]: t.best = {"epoch": epoch, "val_acc": acc, "net": to_cpu(t.net.state_dict())}
+        if acc > t.best["val_acc"]: t.best = {"epoch": epoch, "val_acc": acc, "net": on_host(dict(t.net.state_dict()))}
     row = {"train_acc": 100 * hits / n, **found, "lr": learning_rate(cfg, epoch), "drop_path": drop_path(cfg, epoch)}
     t.history.append({"epoch": epoch, "loss": loss / n, **row})
     t.epoch, t.epoch_step = epoch + 1, 0
