@@ -15,7 +15,7 @@ from ..net.architecture import Architecture
 from .arms import Arm, job
 from .data import TARGETS, paper_rows, target
 from .record import make_record, rebuild, recorded
-from .running import run_arms
+from ..sweep.executors import Local, run_jobs
 from .show import Results, beside, beside_paper, draw, markdown, scatter, signed
 from .verdicts import home, verdicts
 from ..runs.estimate import estimate, in_words
@@ -89,7 +89,7 @@ def run_wanting(asked: Asked, todo: list, # of Job
     before = "".join(f", {n} of them {what} before" for what, n in said.items() if n)
     print(f"{len(todo)} runs of {len(todo) // len(asked.seeds)} arms{before}")
     if asked.preset in LONG and wanting: print(f"each: {in_words(estimate(asked.base, asked.folder))}", flush=True)
-    failed = run_arms([todo[i] for i in wanting], asked.folder, asked.workers)
+    failed = run_jobs([todo[i] for i in wanting], asked.folder, Local(asked.workers))
     return {wanting[i]: why for i, why in failed.items()}
 
 # %% ../../nbs/paper/study.ipynb #60d9e329
