@@ -134,17 +134,17 @@ def crew(wanted: list # of Job
 @dataclass
 class Local:
     "On this machine."
-    workers: int = 0 # processes; 0: one a core, one on a GPU; 1: none but this
+    jobs: int = 0 # at the same time; 0: one a core, one on a GPU; 1: in this process, one by one
     retries: int = 3 # how often a job is tried again whose process was killed
 
     def at_once(self, groups: list)->int:
         "How many groups go on at the same time, at most."
-        return min(self.workers or crew([job for group in groups for _, job in group]), len(groups))
+        return min(self.jobs or crew([job for group in groups for _, job in group]), len(groups))
     def __call__(self, groups: list, # of lists of (place, Job): what shares a search together, in order
                  folder: str|Path, # of all runs
                  work): # called with a job and the folder
         "Yield (place, why it failed, seconds) of each job as it ends."
-        if self.workers == 1: return here(groups, folder, work)
+        if self.jobs == 1: return here(groups, folder, work)
         return apart(groups, folder, work, self.at_once(groups), self.retries)
 
 # %% ../../nbs/sweep/executors.ipynb #9c29430e
