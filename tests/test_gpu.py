@@ -55,7 +55,7 @@ def test_parts_in_processes_of_their_own_have_a_time_limit(tmp_path):
     assert list(record["parts"]) == ["crowd", "planned"]
     crowd, planned = (record["parts"][name]["rows"][0] for name in ("crowd", "planned"))
     assert crowd["ms"] > 0 and planned["planned_native_mib"] > 0
-    args = type("Args", (), {"device": "cpu", "toy": True, "inline": False})
+    args = type("Args", (), {"device": "cpu", "toy": True, "inline": False, "out": str(tmp_path), "images": ""})
     with open(tmp_path / "log", "w") as log: found = gpu.measured("no such part", args, tmp_path, log, 30)
     assert "code 1" in found["note"] and found["rows"] == []
     with open(tmp_path / "log", "w") as log: found = gpu.measured("losses", args, tmp_path, log, -11.5)
