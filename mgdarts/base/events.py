@@ -85,17 +85,21 @@ class Stopped(RunFailed):
 # %% ../../nbs/base/events.ipynb #77421bac
 def evaluate(nets: list, # modules that give logits, or (logits, more); in evaluation mode afterwards
              batches, # of (images, labels), read once for all
-             device: Any = "cpu" # or a torch.device
+             device: Any = "cpu", # or a torch.device
+             total=lambda x: x # what adds a tensor up over all processes that have a share of the batches
             )->list: # of (accuracy in percent, mean cross-entropy); NaN when there is no batch
     "Accuracy and loss of several nets as they are."
     import torch, torch.nn.functional as F # not above: the command line answers before PyTorch is loaded
     for net in nets: net.eval()
-    sums, n = torch.zeros(len(nets), 2, dtype=torch.float64, device=device), 0
+    sums = torch.zeros(len(nets), 3, dtype=torch.float64, device=device) # hits, cross-entropy, images
     with torch.no_grad():
         for x, y in batches:
-            x, y, n = x.to(device, non_blocking=True), y.to(device, non_blocking=True), n + len(y)
+            if not len(y): continue # a share of a small batch
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             for i, net in enumerate(nets):
                 found = net(x)
                 logits = found[0] if isinstance(found, tuple) else found
-                sums[i] += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
-    return [(100 * hits / n, loss / n) for hits, loss in sums.tolist()] if n else [(math.nan, math.nan)] * len(nets)
+                found = (logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
+                sums[i, :2] += torch.stack(found)
+                sums[i, 2] += len(y)
+    return [(100 * hits / n, loss / n) if n else (math.nan, math.nan) for hits, loss, n in total(sums).tolist()]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 import torch
 from ..base.events import Emitter, Event, evaluate
+from ..base.ranks import total
 from ..net.engine import Engine
 from ..base.options import Rules, Search as Settings, need
 from ..net.supernet import SuperNet
@@ -103,7 +104,7 @@ def clock_of(search)->Clock:
 # %% ../../nbs/search/loop.ipynb #e01da049
 def validate(search)->tuple: # accuracy in percent, mean cross-entropy
     "The current sub-net on the validation split, with the masks as they are."
-    (found,) = evaluate([search.net], search.loaders["val"].eval(), search.device)
+    (found,) = evaluate([search.net], search.loaders["val"].eval(), search.device, total)
     search.net.train()
     return found
 
