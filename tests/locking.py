@@ -1,4 +1,4 @@
-"What processes do that test_locks.py starts. They are forks of a server that has imported this once."
+"What processes do that test_locks.py starts. They are forks of a server that has imported it once."
 import multiprocessing
 import os
 import random
@@ -10,7 +10,7 @@ from mgdarts.base import locks
 from mgdarts.base.options import InputError
 
 context = multiprocessing.get_context("forkserver" if hasattr(os, "fork") else "spawn")
-context.set_forkserver_preload(["locking"])
+context.set_forkserver_preload(["mgdarts.base.locks"])
 
 
 def hold(kind, path, lease, elsewhere, ask):

@@ -149,14 +149,14 @@ def race(folder, n, elsewhere):
 def test_of_many_who_break_a_dead_ones_lock_one_gets_it(holder, tmp_path):
     "Ten processes race, and most of them die with the lock, so that it is broken again and again."
     holder().send(signal.SIGKILL)
-    came_in, died = race(tmp_path, 10, "no")
+    came_in, died = race(tmp_path, 10, False)
     assert came_in >= 10 and died >= 5, (came_in, died)
 
 
 def test_of_many_who_wait_for_a_lease_to_end_one_gets_it(holder, tmp_path):
     "Six machines find the lock of one that is gone: they wait for the lease, and one after the other comes in."
     holder(elsewhere=True).send(signal.SIGKILL)
-    assert race(tmp_path, 6, "yes")[0] >= 6
+    assert race(tmp_path, 6, True)[0] >= 6
 
 
 def test_turns_are_taken_past_a_dead_one(holder, tmp_path):
