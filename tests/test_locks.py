@@ -4,6 +4,7 @@ import errno
 import os
 import queue
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -191,6 +192,14 @@ def test_locks_of_earlier_versions_are_no_obstacle(tmp_path):
         new_folder(tmp_path)  # what begins with a dot is not seen
         refuse_links(tmp_path)
     new_folder(tmp_path)
+
+
+def test_a_copy_of_a_folder_is_nobodys(tmp_path):
+    (tmp_path / "a").mkdir()
+    with lock(tmp_path / "a", LEASE):
+        shutil.copytree(tmp_path / "a", tmp_path / "b")
+        with pytest.warns(UserWarning, match="it has not said who it is"), lock(tmp_path / "b", LEASE) as hold:
+            hold.check()
 
 
 def test_a_link_in_the_folder_is_refused(tmp_path):
