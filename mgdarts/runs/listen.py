@@ -74,17 +74,20 @@ def read_events(path: Path,
 
 # %% ../../nbs/runs/listen.ipynb #f02cca3b
 class Signals:
-    "Notes SIGINT and SIGTERM instead of dying of them; in the main thread only, for Python allows no other."
+    """Notes the signals that ask for an end instead of dying of them; in the main thread only, for Python allows no
+    other. A second SIGINT ends at once; schedulers send the others more than once."""
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") # Windows has the first two
     def __enter__(self):
         self.number, self._old = None, {}
         if threading.current_thread() is threading.main_thread():
-            for n in (signal.SIGINT, signal.SIGTERM): self._old[n] = signal.signal(n, self._note)
+            for name in self.NAMES:
+                if n := getattr(signal, name, None): self._old[n] = signal.signal(n, self._note)
         return self
     def __exit__(self, *_):
         for n, old in self._old.items(): signal.signal(n, old)
     def _note(self, number, frame):
-        if self.number is not None: raise KeyboardInterrupt
-        self.number = number
+        if self.number is None: self.number = number
+        elif number == signal.SIGINT: raise KeyboardInterrupt
 
 # %% ../../nbs/runs/listen.ipynb #bc2ce154
 class Clock:
@@ -100,10 +103,11 @@ class Clock:
 # %% ../../nbs/runs/listen.ipynb #4d376314
 class Saver:
     """Save a loop's state when it rests: after `every` seconds, after an event of the types in `after`, and when a
-    signal has come, which then ends the run; and at once when somebody emits `save`."""
+    signal has come, which then ends the run; and at once when somebody emits `save`. `guard` is called before: where
+    it raises an error, nothing is written."""
     def __init__(self, loop, recorder: Recorder, clock: Clock, folder: Path, every: float = 60., after: tuple = (),
-                 signals: Signals|None = None):
-        self.loop, self.recorder, self.clock, self.signals = loop, recorder, clock, signals
+                 signals: Signals|None = None, guard=lambda: None):
+        self.loop, self.recorder, self.clock, self.signals, self.guard = loop, recorder, clock, signals, guard
         self.checkpoints, self.every, self.last, self.due = Checkpoints(folder), every, time.monotonic(), False
         loop.events.listen(self._event, *after, "rest", "save")
 
@@ -118,6 +122,7 @@ class Saver:
     def save(self, state: dict|None = None # None: the loop's own
             ):
         "Save a state, with the mark of the events there have been and the seconds that were spent."
+        self.guard()
         self.checkpoints.save((state or self.loop.state_dict()) | {"record": self.recorder.mark() | self.clock()})
         self.last, self.due = time.monotonic(), False
 

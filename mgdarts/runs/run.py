@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from ..base.data import Splits, load_data
 from ..base.events import Event, NonFiniteLoss, RunFailed
-from ..base.files import Checkpoints, lock, read_bytes, read_json, refuse_links, write_json
+from ..base.files import Checkpoints, read_bytes, read_json, refuse_links, write_json
+from ..base.locks import lock
 from ..base.options import Config, InputError, from_dict, to_dict
 from ..fast.compiled import kernels_in_use
 from ..net import files as architecture
@@ -118,13 +119,14 @@ def carry_out(loop, out: Path, recorder: Recorder, clock: Clock,
               listeners: tuple, # each called with every event that is recorded
               types: tuple, # of events that are recorded
               after: tuple = (), # those after which a state is saved
-              save_every: float = 60. # seconds between two states
+              save_every: float = 60., # seconds between two states
+              guard=lambda *_: None # called before something is written; where it raises an error, nothing is
              ):
     "Run a loop to its end with a recorder and a saver, and end well whatever happens."
     with contextlib.ExitStack() as stack, Signals() as signals:
         for of in (recorder, *loop.loaders.values()): stack.enter_context(contextlib.closing(of))
-        for listener in (recorder, *listeners): loop.events.listen(listener, *types)
-        saver = Saver(loop, recorder, clock, out / "checkpoint", save_every, after, signals)
+        for listener in (guard, recorder, *listeners): loop.events.listen(listener, *types)
+        saver = Saver(loop, recorder, clock, out / "checkpoint", save_every, after, signals, guard)
         try: loop.run()
         except NonFiniteLoss as e:
             state, where = first_bad(loop, e)
@@ -136,14 +138,15 @@ def carry_out(loop, out: Path, recorder: Recorder, clock: Clock,
         saver.save()
 
 # %% ../../nbs/runs/run.ipynb #cf507bd4
-def _watched(out: Path, loop: Search, kept: dict|None, clock: Clock, quiet: bool, listeners: tuple, save_every: float):
+def _watched(out: Path, loop: Search, kept: dict|None, clock: Clock, quiet: bool, listeners: tuple, save_every: float,
+             guard=lambda *_: None):
     "Run a search with all that listens to it."
     recorder = Recorder(out / "events.jsonl", kept)
     frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count)
     with contextlib.closing(frames.lines), Progress(len(loop.stages), quiet) as bar:
         if kept: bar.stage, bar.start = loop.stage, loop.start
         heard = (bar, frames, *listeners)
-        carry_out(loop, out, recorder, clock, heard, SEARCH_EVENTS, ("commit", "stage"), save_every)
+        carry_out(loop, out, recorder, clock, heard, SEARCH_EVENTS, ("commit", "stage"), save_every, guard)
 
 # %% ../../nbs/runs/run.ipynb #90cd4e74
 def derived(cfg: Config, loop: Search, dataset: str)->Architecture:
@@ -215,12 +218,13 @@ def search(cfg: Config|None, # None: resume with the folder's own
         splits = splits or load_data(cfg.data, cfg.seed, device)
         loop = make_search(cfg, splits)
         out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
+        with lock(out) as hold:
+            if not resume: new_folder(out) # nobody was faster
             kept = restore(loop, out, splits) if resume else None
             if kept: clock = Clock(kept)
             if not resume: write_json(out / "config.json", record_of(cfg, loop.device, splits))
             if prepare: prepare(loop)
-            _watched(out, loop, kept, clock, quiet, listeners, save_every)
+            _watched(out, loop, kept, clock, quiet, listeners, save_every, hold.check)
             result = finish(cfg, out, loop, splits, clock)
             _tell(out, listeners)
     return result
@@ -241,14 +245,16 @@ def train(cfg: Config, arch: Architecture,
         splits = splits or load_data(cfg.data, cfg.seed, device)
         loop = make_trainer(cfg, arch, splits, init_state)
         out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
+        with lock(out) as hold:
+            if not resume: new_folder(out) # nobody was faster
             kept = restore(loop, out, splits) if resume and (out / "config.json").exists() else None
             if kept: clock = Clock(kept)
             else: write_json(out / "config.json", record_of(cfg, loop.device, splits, discrete=True))
             architecture.save(arch, out, overwrite=True)
             recorder = Recorder(out / "events.jsonl", kept)
             with Progress(cfg.train.epochs, quiet, "train") as bar:
-                carry_out(loop, out, recorder, clock, (bar, *listeners), TRAIN_EVENTS, save_every=save_every)
+                carry_out(loop, out, recorder, clock, (bar, *listeners), TRAIN_EVENTS, (), save_every,
+                          hold.check)
             whole = mark(read_bytes(out / "events.jsonl", LARGEST))
             result = loop.result | {"run": str(out), "name": arch.name, **clock(), "events": whole}
             write_json(out / "result.json", result)
