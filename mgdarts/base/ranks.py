@@ -12,7 +12,8 @@ from torch import Tensor
 from .events import RunFailed
 
 # %% auto #0
-__all__ = ['HERE', 'Ranks', 'asked', 'join', 'leave', 'total', 'gather', 'agree', 'wait', 'first', 'average', 'refuse_different']
+__all__ = ['HERE', 'Ranks', 'asked', 'join', 'leave', 'PeerLost', 'exchanged', 'total', 'gather', 'agree', 'wait', 'first',
+           'average', 'refuse_different']
 
 # %% ../../nbs/base/ranks.ipynb #2c413675
 @dataclass
@@ -63,23 +64,34 @@ def leave():
     HERE.rank, HERE.size, HERE.local, HERE.synced = 0, 1, 0, True
 
 # %% ../../nbs/base/ranks.ipynb #580f4613
+class PeerLost(RunFailed):
+    "Another process of a run has ended, or cannot be reached."
+
+def exchanged(f, *args):
+    "Call what speaks to the other processes. `PeerLost` where one of them does not answer."
+    try: f(*args)
+    except RuntimeError as e: # of Gloo; NCCL's are of a class below it
+        what = (" ".join(str(e).split()) or type(e).__name__)[:120]
+        raise PeerLost(f"another process of this run has ended, or cannot be reached ({what}): what was saved last is "
+                       "there, start all of them again with --requeue") from e
+
 def total(x: Tensor # changed in place
          )->Tensor:
     "The sum of a tensor over all processes."
-    if HERE.many: dist.all_reduce(x)
+    if HERE.many: exchanged(dist.all_reduce, x)
     return x
 
 def gather(x: Tensor)->Tensor: # [size, ...]
     "A tensor of each process, in order."
     if not HERE.many: return x[None]
     out = [torch.empty_like(x) for _ in range(HERE.size)]
-    dist.all_gather(out, x.contiguous())
+    exchanged(dist.all_gather, out, x.contiguous())
     return torch.stack(out)
 
 def agree(value: int)->int:
     "The largest of what the processes say."
     if not HERE.many: return value
-    dist.all_reduce(said := torch.tensor(value), dist.ReduceOp.MAX) # on the CPU: no GPU is waited for
+    exchanged(dist.all_reduce, said := torch.tensor(value), dist.ReduceOp.MAX) # on the CPU: no GPU is waited for
     return int(said)
 
 def wait():
@@ -94,7 +106,7 @@ def first(f)->object:
     if HERE.leads:
         try: found[0] = f()
         except Exception as e: found[1] = e
-    dist.broadcast_object_list(found)
+    exchanged(dist.broadcast_object_list, found)
     if found[1] is not None: raise found[1]
     return found[0]
 

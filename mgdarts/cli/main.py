@@ -12,7 +12,7 @@ from .. import __version__
 from ..base.events import NonFiniteLoss, RunFailed, Stopped, scheduled
 from ..base.options import InputError
 from . import arch, bench, look, nets, paper, search
-from .shared import Json
+from .shared import Json, speaks
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'application', 'ended_by_signals', 'main']
@@ -79,7 +79,8 @@ def main(args: list|None = None # None: the process's own
         )->int: # exit code
     "Run a command: the entry point."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # idle threads sleep; read when torch is loaded
-    def say(message): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
+    def say(message):
+        if speaks(): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
     stopped = False
     try:
         with ended_by_signals():
@@ -90,5 +91,6 @@ def main(args: list|None = None # None: the process's own
         stopped = isinstance(e, Stopped)
         if message is not None: say(message)
     if code == 130 and not stopped: say("interrupted; what was saved last is there: go on with --resume")
+    if code == 0 and (joined := sys.modules.get("mgdarts.base.ranks")): joined.leave()
     if args is None: sys.exit(code)
     return code

@@ -10,8 +10,8 @@ from typing import Annotated, Optional
 import typer
 from ..base.options import DECISIONS, Config, InputError, configure
 from ..base.presets import LONG
-from .shared import (DataDir, Dataset, Device, Json, Preset, SaveEvery, Seed, Sets, configuration, given,
-                                reported, show, table)
+from .shared import (DataDir, Dataset, Device, Elastic, Json, Preset, SaveEvery, Seed, Sets,
+                                configuration, given, reported, show, table)
 
 # %% auto #0
 __all__ = ['Requeue', 'Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'train']
@@ -83,15 +83,17 @@ def search(preset: Preset = "smoke",
                ] = None,
            data_dir: DataDir = None, out: Out = None,
            resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-           requeue: Requeue = False, seed: Seed = None, device: Device = None,
+           requeue: Requeue = False, elastic: Elastic = False, seed: Seed = None, device: Device = None,
            dry_run: Annotated[bool, typer.Option(
                "--dry-run", help="Only look: is the data there, does it fit into memory and on the disk, how long will "
                                  "it take?")] = False,
            save_every: SaveEvery = 60., sets: Sets = None, as_json: Json = False):
     "A whole search: prune, regrow, derive; writes a run folder."
     from mgdarts.runs import run as runs
+    from mgdarts.base.ranks import HERE, first
     from mgdarts.runs.folder import begun, new_folder, read_config
     from mgdarts.runs.records import sizes_of
+    from mgdarts.runs.together import join_for
     options = {"method": method, "dataset": dataset, "data_dir": data_dir, "seed": seed, "device": device}
     cfg, splits = None, None
     if requeue and (resume or not out): raise InputError("--requeue needs --out, and goes without --resume")
@@ -100,12 +102,13 @@ def search(preset: Preset = "smoke",
             raise InputError("--resume goes on with the run's own configuration: leave out the other options")
     else:
         cfg = configuration(preset, sets, **options)
-        resume = requeue and begun(out, cfg)
-        if out and not resume: new_folder(out) # a name that is taken is better known before
+        join_for(cfg)
+        resume = requeue and first(lambda: begun(out, cfg))
+        if out and not resume: first(lambda: new_folder(out)) # a name that is taken is better known before
         if dry_run: return look(cfg, out, as_json)
-        if cfg.preset in LONG and not resume: splits = announced(cfg, out)
-    result = runs.search(cfg, out, resume, splits, as_json, (reported,), save_every=save_every)
-    if not result["reached"]:
+        if cfg.preset in LONG and not resume and not HERE.many: splits = announced(cfg, out)
+    result = runs.search(cfg, out, resume, splits, as_json, (reported,), save_every=save_every, elastic=elastic)
+    if HERE.leads and not result["reached"]:
         print(_missed(result, sizes_of(result), read_config(out or result["run"])), file=sys.stderr)
     show(result, as_json, table("search", ["", ""], told(result)))
 
@@ -129,14 +132,16 @@ def train(what: Annotated[Path, typer.Argument(
           out: Annotated[Optional[Path], typer.Option(help="Folder of this training; default: inside the run.")] = None,
           baseline: Baseline = False,
           resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
-          requeue: Requeue = False,
+          requeue: Requeue = False, elastic: Elastic = False,
           seed: Seed = None, device: Device = None, save_every: SaveEvery = 60., sets: Sets = None,
           as_json: Json = False):
     "Retrain a derived architecture; the test images are read once, at the end."
     from mgdarts.net import files as architecture
     from mgdarts.net.sample import random_like
     from mgdarts.runs import run as runs
+    from mgdarts.base.ranks import first
     from mgdarts.runs.folder import begun, read_config
+    from mgdarts.runs.together import join_for
     if not what.exists(): raise InputError(f"{what} is not there: give a run folder or an architecture")
     is_run = (what / "config.json").exists() and (what / "events.jsonl").exists()
     if not is_run and preset is None:
@@ -145,8 +150,9 @@ def train(what: Annotated[Path, typer.Argument(
     if preset is not None: cfg = configuration(preset, sets, **options)
     else: cfg = configure(read_config(what), **given(sets, **options))
     folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
-    resume = resume or requeue and begun(folder, cfg)
-    how = {"resume": resume, "quiet": as_json, "save_every": save_every}
+    join_for(cfg)
+    resume = resume or requeue and first(lambda: begun(folder, cfg))
+    how = {"resume": resume, "elastic": elastic, "quiet": as_json, "save_every": save_every}
     if is_run and out is None: result = runs.retrain(what, cfg, baseline, listeners=(reported,), **how)
     else:
         arch = architecture.load(what)

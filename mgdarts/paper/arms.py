@@ -27,7 +27,8 @@ class Arm:
     random: bool = False # train a random architecture of the same size instead
 
 # %% ../../nbs/paper/arms.ipynb #de44fc35
-YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True}, "data": {"workers": -1}} # knobs, as runs before were
+YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
+           "data": {"workers": -1}} # knobs, as runs before were
 
 def checksum(*parts)->str:
     "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."

@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedCol
 from ..base.events import Event, Stopped
 from ..base.files import Checkpoints, Lines, read_bytes
 from ..base.options import InputError
+from ..base.ranks import HERE, agree
+from .together import of_all
 
 # %% auto #0
 __all__ = ['LARGEST', 'FIELDS', 'mark', 'Recorder', 'read_events', 'Signals', 'Clock', 'Saver', 'way_done', 'in_a_line',
@@ -114,16 +116,21 @@ class Saver:
     def _event(self, event: Event):
         if event.type == "save": self.save()
         elif event.type != "rest": self.due = True
-        elif self.signals and self.signals.number is not None:
+        elif (wish := agree(self._wish())):
             self.save()
-            raise Stopped(self.signals.number, signal.Signals(self.signals.number).name)
-        elif self.due or time.monotonic() - self.last >= self.every: self.save()
+            if wish > 1: raise Stopped(wish, signal.Signals(wish).name)
+    def _wish(self)->int: # 0: go on; 1: save; a signal: save and end
+        if self.signals and self.signals.number is not None: return self.signals.number
+        return int(self.due or time.monotonic() - self.last >= self.every)
 
     def save(self, state: dict|None = None # None: the loop's own
             ):
         "Save a state, with the mark of the events there have been and the seconds that were spent."
         self.guard()
-        self.checkpoints.save((state or self.loop.state_dict()) | {"record": self.recorder.mark() | self.clock()})
+        more = {} if state else of_all(self.loop.net) # all processes take part in it
+        if HERE.leads:
+            record = {"record": self.recorder.mark() | self.clock()}
+            self.checkpoints.save((state or self.loop.state_dict()) | more | record)
         self.last, self.due = time.monotonic(), False
 
 # %% ../../nbs/runs/listen.ipynb #8d279181

@@ -15,7 +15,7 @@ from .rules import Clock, Parts
 from .stages import (SearchState, begin_joint, clock_is_up, close_stage, fresh_net, open_stage, plan,
                                    tally)
 from .state import load_state, save_state
-from .step import optimise
+from .step import optimise, settle
 from .thresholds import mean_thresholds
 
 # %% auto #0
@@ -151,6 +151,7 @@ def end_epoch(search):
     s, (*means, hits, n) = search.state, search.sums.tolist()
     (ce, price, push, own), epoch, warm = (v / n for v in means), s.epoch, s.warmup
     lam = 0. if warm else search.lam.value
+    settle(search.net)
     acc, val_loss = search.validate()
     data = search.snapshot()
     search.sums.zero_()

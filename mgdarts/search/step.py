@@ -16,7 +16,7 @@ from .rules import Turn
 
 # %% auto #0
 __all__ = ['groups', 'make_optimizer', 'make_adam', 'cosine', 'tell', 'fetch', 'of_alpha', 'loss_of', 'likeness', 'gradient',
-           'update', 'of_all', 'optimise', 'check_finite']
+           'update', 'settle', 'of_all', 'optimise', 'check_finite']
 
 # %% ../../nbs/search/step.ipynb #5139fb00
 def groups(net: SuperNet)->dict: # name -> parameters
@@ -137,6 +137,10 @@ def update(search, turn: Turn):
     tell(search, "update", images=turn.images, groups=turn.groups)
 
 # %% ../../nbs/search/step.ipynb #5fffda05
+def settle(net: nn.Module):
+    "Average running statistics, where each process has had its own."
+    if HERE.apart: average(b for b in net.buffers() if b.is_floating_point())
+
 def of_all(loss: Tensor, seen: Tensor)->tuple: # as `loss_of` gives them
     "Put what the processes have seen together: the mean of their losses, the sums of the rest."
     summed = total(torch.cat([loss.detach().double().view(1), seen]))

@@ -18,7 +18,7 @@ from ..net.files import fingerprint
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
 from ..base.ranks import HERE, average, total
 from .state import on_host
-from .step import of_all
+from .step import of_all, settle
 
 # %% auto #0
 __all__ = ['KEPT', 'BLOCK', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'Trainer',
@@ -224,6 +224,7 @@ def optimise(trainer: Trainer):
 # %% ../../nbs/search/train.ipynb #0fb6759f
 def end_epoch(trainer: Trainer):
     "Validate, if there are images for it, keep the best weights, go on to the next epoch or to the end."
+    settle(trainer.net)
     t, cfg, epoch, (loss, hits, n), found = trainer, trainer.cfg, trainer.epoch, trainer.sums.tolist(), {}
     if "val" in t.parts:
         ((acc, val_loss),) = evaluate([t.net], t.loaders["val"].eval(), t.device, total)
