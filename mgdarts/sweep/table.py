@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from ..base.events import RunFailed, Stopped
-from ..base.files import lock, read_json, write_json
+from ..base.files import read_json, write_json
+from ..base.locks import lock
 from ..base.options import InputError, from_dict, need, to_dict
 from ..runs.records import SIZES, SWEEP_FILE, sizes_of
 from .executors import grouped, time_left
