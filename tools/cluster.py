@@ -65,7 +65,11 @@ def working(run: Path):  # None: nobody
     except (OSError, ValueError, KeyError): return None
 
 
-# the cluster
+# the cluster; a raylet waits 15 s for agents whose ports it does not know, which a busy machine may exceed
+PORTS = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent", "dashboard-agent-grpc",
+         "dashboard-agent-listen")
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -87,7 +91,7 @@ class Cluster:
         "Start a node and wait until it stands; on a busy machine Ray may need more than one try."
         for n in range(tries):
             place = self.folder / f"node-{len(self.nodes)}-{n}"
-            own = [f"--{what}-port={free_port()}" for what in ("node-manager", "object-manager")]
+            own = [f"--{what}-port={free_port()}" for what in PORTS]
             command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *how, *own, "--num-cpus=1",
                        "--object-store-memory=80000000", f"--temp-dir={place}",
                        "--disable-usage-stats"]
@@ -185,10 +189,11 @@ def main():
     p.add_argument("--runs", type=int, default=12)
     p.add_argument("--out", type=Path, default=ROOT / "runs/cluster")
     p.add_argument("--record", type=Path)
+    p.add_argument("--keep", action="store_true", help="what is done of the sweep in this process")
     p.add_argument("--set", action="append", dest="sets", default=[])
     a = p.parse_args()
     sets, wall = SMALL + a.sets, {}
-    shutil.rmtree(a.out, ignore_errors=True)
+    shutil.rmtree(a.out / "ray" if a.keep else a.out, ignore_errors=True)
     start = time.monotonic()
     subprocess.run(command(a.runs, sets, a.out / "here", "--jobs", "1"), check=True, stdout=subprocess.DEVNULL)
     wall["in this process"] = round(time.monotonic() - start, 1)
@@ -203,7 +208,7 @@ def main():
     finally: cluster.close()
     rows = [{"run": r.name, "same": bits(r.run(a.out / "here")) == bits(r.run(a.out / "ray")),
              **bits(r.run(a.out / "ray"))} for r in read_plan(a.out / "here")]
-    what = "a sweep on a head and two nodes of Ray, of which a worker and a node are killed, and the same in one process"
+    what = "a sweep on a head and two nodes of Ray, of which a worker and a node are killed, and the same in a process"
     record = {"what": what, "runs": a.runs, "settings": sets, "exit": code, "killed": killings,
               "same": sum(r["same"] for r in rows), "wall_s": wall, "load": os.getloadavg()[0], "overhead": overheads,
               "environment": environment(torch.device("cpu")), "rows": rows}

@@ -34,8 +34,8 @@ Cpus = Annotated[Optional[float], typer.Option(help="Cores that a run takes of a
 Gpus = Annotated[Optional[float], typer.Option(help="GPUs that a run takes of a cluster; .5: two share one.")]
 Memory = Annotated[Optional[float], typer.Option(help="GB that a run takes of a cluster.")]
 Retries = Annotated[Optional[int], typer.Option(min=0, help="How often a run is tried again whose process was lost.")]
-Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a core, one on a GPU, or what a cluster has "
-                                        "room for; 1: in this process, one by one.")]
+Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a core, one on a GPU, or what a cluster "
+                                        "has room for; 1: in this process, one by one.")]
 
 # %% ../../nbs/cli/shared.ipynb #a1512274
 def place(on: str, **options)->str:
