@@ -164,11 +164,12 @@ def bits(run: Path) -> dict:
 
 
 def nothing(job, folder):
-    "A trivial job."
+    "A trivial job. It notes what its process has cost so far, which does not depend on who else is at work."
+    (Path(folder) / f"{job.seed}.cpu").write_text(str(time.process_time()))
 
 
-def costs(cluster: Cluster, n: int = 8) -> dict:  # seconds
-    "What a run costs in each executor when it has nothing to do; the workers of one that has two need starting first."
+def costs(cluster: Cluster, n: int = 6) -> dict:  # seconds
+    "What a run costs in each executor when it has nothing to do: the first one, each further one; starting a process."
     jobs, out = [job_of("", preset("smoke", seed=s)) for s in range(n)], {}
     from ray import cloudpickle
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -179,8 +180,10 @@ def costs(cluster: Cluster, n: int = 8) -> dict:  # seconds
         at_once = 2 if name == "ray" else 1  # nodes of one core that are left
         if name == "one process beside it": executor.jobs, groups = 2, [sum(groups, [])]
         for _ in executor(groups, folder, nothing): ends.append(time.monotonic())
+        cpu = [float(path.read_text()) for path in Path(folder).glob("*.cpu")]
         out[name] = {"first_s": round(ends[0] - start, 3), "at_once": at_once,
-                     "next_s": round((ends[-1] - ends[0]) / (n - 1) * at_once, 4)}
+                     "next_s": round((ends[-1] - ends[0]) / (n - 1) * at_once, 4),
+                     "process_start_cpu_s": None if name == "in this process" else round(min(cpu), 2)}
     return out
 
 
@@ -189,11 +192,10 @@ def main():
     p.add_argument("--runs", type=int, default=12)
     p.add_argument("--out", type=Path, default=ROOT / "runs/cluster")
     p.add_argument("--record", type=Path)
-    p.add_argument("--keep", action="store_true", help="what is done of the sweep in this process")
     p.add_argument("--set", action="append", dest="sets", default=[])
     a = p.parse_args()
     sets, wall = SMALL + a.sets, {}
-    shutil.rmtree(a.out / "ray" if a.keep else a.out, ignore_errors=True)
+    shutil.rmtree(a.out, ignore_errors=True)
     start = time.monotonic()
     subprocess.run(command(a.runs, sets, a.out / "here", "--jobs", "1"), check=True, stdout=subprocess.DEVNULL)
     wall["in this process"] = round(time.monotonic() - start, 1)
