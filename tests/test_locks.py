@@ -79,7 +79,8 @@ def test_a_number_that_another_process_has_now_does_not_count(holder, tmp_path, 
 
 
 def test_who_waits_to_be_reaped_is_dead(tmp_path):
-    order = "import sys; from mgdarts.base.locks import lock; lock(sys.argv[1], 600.).__enter__(); print(1, flush=True); input()"
+    order = ("import sys; from mgdarts.base.locks import lock; lock(sys.argv[1], 600.).__enter__(); "
+             "print(1, flush=True); input()")
     p = subprocess.Popen([sys.executable, "-c", order, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     p.stdout.readline()
     os.kill(p.pid, signal.SIGKILL)  # and nobody hears of it yet: a zombie

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/base/locks.ipynb #3c070e1a
 from __future__ import annotations
-import errno, json, os, re, secrets, socket, threading, time, warnings
+import errno, json, os, re, secrets, socket, threading, time, uuid, warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ def neighbourhood()->str: # empty: numbers of processes say nothing here
     "Return a name of what numbers of processes are unique in."
     if os.name != "posix": return "" # a signal 0 would be sent as an interrupt
     try: return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError: return f"{socket.gethostname()} {sys.platform}"
+    except OSError: return f"{socket.gethostname()} {uuid.getnode()}"
 
 # %% ../../nbs/base/locks.ipynb #a68671bd
 def started(pid: int)->str|None: # None: it is not known; empty: it has ended
@@ -175,7 +175,7 @@ def _locked(path: Path, what: str|Path, patient: bool, lease: float):
         with _native(path, what, patient) as hold: yield hold
         return
     try:
-        sign(door, lock.generation)
+        sign(door, lock.generation or 0)
         yield Hold(lock, what, door)
     finally: lock.release()
 
