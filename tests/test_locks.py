@@ -187,6 +187,32 @@ def test_files_that_cannot_be_reached_count_as_lost_before_the_lease_ends(tmp_pa
             hold.check()
 
 
+def test_a_lock_that_could_not_be_given_back_ends_with_its_lease(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device: '.*lock.rw'"), lock(tmp_path, LEASE):
+        monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="looking for"), lock(tmp_path, LEASE) as hold:
+        hold.check()
+
+
+def test_the_first_error_is_said(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ZeroDivisionError), lock(tmp_path, LEASE):
+        monkeypatch.setattr(os, "fsync", full)
+        1 / 0
+
+
+def test_a_folder_may_be_removed_inside(tmp_path):
+    (tmp_path / "a").mkdir()
+    with lock(tmp_path / "a", LEASE):
+        shutil.rmtree(tmp_path / "a")
+
+
 def test_locks_of_earlier_versions_are_no_obstacle(tmp_path):
     (tmp_path / ".lock").write_bytes(b"")
     with lock(tmp_path, LEASE):
