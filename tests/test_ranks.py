@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgdarts.base.batches import Drawn, Loader
+from mgdarts.base.batches import Drawn, Loader, whole_batch
 from mgdarts.base.options import InputError
 from mgdarts.base.ranks import HERE
 from mgdarts.cli.main import main
@@ -133,7 +133,7 @@ def test_shares_of_a_batch_are_the_batch(monkeypatch):
         monkeypatch.setattr(HERE, "rank", r)
         monkeypatch.setattr(HERE, "size", 2)
         loader = make_search(cfg).loaders["train"]
-        assert all(torch.equal(a, b) for a, b in zip(loader.whole(1, 0), whole))
+        assert all(torch.equal(a, b) for a, b in zip(whole_batch(loader, 1, 0), whole))
         parts.append(loader.batch(1, 0))
     for a, *b in zip(whole, *parts): assert torch.equal(a, torch.cat(b))
     assert isinstance(loader.drawn(1, 0), Drawn) and len(parts[0][1]) * 2 == len(whole[1])
