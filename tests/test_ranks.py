@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mgdarts.base.batches import Drawn, Loader, whole_batch
+from mgdarts.base.batches import Drawn, whole_batch
 from mgdarts.base.options import InputError
 from mgdarts.base.ranks import HERE
 from mgdarts.cli.main import main
@@ -144,4 +144,4 @@ def test_shares_of_a_batch_are_the_batch(monkeypatch):
     assert isinstance(loader.drawn(1, 0), Drawn) and len(parts[0][1]) * 2 == len(whole[1])
     monkeypatch.setattr(HERE, "size", 7)
     with pytest.raises(InputError, match="64 images a step cannot be shared equally by 7 processes"):
-        Loader(loader.splits, batch=64)
+        make_search(cfg)
