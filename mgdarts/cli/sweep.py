@@ -10,7 +10,8 @@ from typing import Annotated, Optional
 import typer
 from ..base.events import RunFailed
 from ..base.options import need
-from .shared import (Address, Cpus, Gpus, Jobs, Json, Memory, On, Retries, place, settings_in, show, table)
+from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Retries, Timeouts,
+                                place, settings_in, show, table)
 
 # %% auto #0
 __all__ = ['SHOWN', 'listed', 'asked', 'target_of', 'add_to', 'reproduced', 'planned', 'resumed', 'told', 'sweep']
@@ -133,6 +134,7 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
           resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
           on: On = "local", address: Address = None, cpus: Cpus = None, gpus: Gpus = None, memory: Memory = None,
+          partition: Partition = None, time: Minutes = None, timeouts: Timeouts = None, cluster: Cluster = None,
           retries: Retries = None, jobs: Jobs = 0, as_json: Json = False):
     "Many runs: a grid, a list, seeds; here or on a cluster. The same command again goes on with what is missing."
     from mgdarts.sweep.on import executor_in
@@ -142,7 +144,8 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
     need(out or dry_run, "a sweep needs --out: the folder of its runs")
     whole = {} if resume else asked(spec, preset, methods, seeds, sets, train)
     wanted = resumed(out) if resume else target_of(whole) if "target" in whole else planned(out, whole)
-    where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries)
+    where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
+                  partition=partition, time=time, timeouts=timeouts, cluster=cluster)
     if isinstance(wanted, dict):
         if dry_run: return show(wanted, as_json, table("a reproduction", ["", ""], list(wanted.items())))
         add_to(out, wanted)
