@@ -1,10 +1,12 @@
 "submitit, on its cluster of this machine: runs that are preempted, lost, refused and cancelled; and what Slurm is told."
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from faults.process import FAST
@@ -80,55 +82,63 @@ def when(condition, what, seconds=120):
     return thread
 
 
+def task_of(job):
+    "The process that does a job: a child of the one that submitit began, as a step of Slurm's is of its batch script."
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(path.read_text().rpartition(")")[2].split()[1]) == job._process.pid:
+                return int(path.parent.name)
+    raise AssertionError("it has none")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "What nothing happens to."
+    out = tmp_path_factory.mktemp("slurm") / "whole"
+    runs.search(preset("smoke", **FAST), out)
+    return out
+
+
 def logs(folder):
     return "".join(p.read_text() for p in sorted((folder / ".submitit").glob("*_log.*")))
 
 
-def test_a_preempted_run_ends_with_the_same_bits(tmp_path, here, given):
+def test_a_preempted_run_ends_with_the_same_bits(whole, tmp_path, here, given):
     "Two searches, one of which gets the signal of a preemption in the middle."
     jobs = [job_of(f"seed {s}", preset("smoke", **FAST, seed=s), False) for s in (0, 1)]
-    for j in jobs:
-        runs.search(preset("smoke", **FAST, seed=j.seed), tmp_path / f"whole-{j.seed}")
     first = jobs[0].run(tmp_path)
-    hurry = when(lambda: any((first / "checkpoint").glob("*.pt")), lambda: given[0]._interrupt())
+    hurry = when(lambda: any((first / "checkpoint").glob("*.pt")), lambda: os.kill(task_of(given[0]), signal.SIGUSR2))
     assert run_jobs(jobs, tmp_path, Slurm(cluster="local", jobs=2, gpus=0), often) == {}
     hurry.join()
     said = logs(tmp_path)
     assert "this job is preempted" in said and "Requeued job" in said, said
-    for j in jobs:
-        assert searched(j.run(tmp_path)) == searched(tmp_path / f"whole-{j.seed}")
+    assert searched(first) == searched(whole) and jobs[1].finished(tmp_path)
 
 
-def test_a_lost_job_is_handed_in_again_and_a_failing_one_is_a_row(tmp_path, here):
-    jobs = [job_of("dies", preset("smoke", seed=5), False), job_of("dies", preset("smoke", seed=6), False)]
-    assert run_jobs(jobs, tmp_path, Slurm(cluster="local", jobs=1), dies_once) == {}
-    for j in jobs:
-        j.run(tmp_path).with_suffix(".tried").unlink()
-    failed = run_jobs(jobs[:1], tmp_path, Slurm(cluster="local", jobs=1, retries=0), dies_once)
+def test_a_lost_job_is_handed_in_again_and_a_failing_one_is_a_row(tmp_path, here, monkeypatch):
+    monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 1)
+    job = job_of("dies", preset("smoke", seed=5), False)
+    failed = run_jobs([job], tmp_path, Slurm(cluster="local", jobs=1, retries=0), dies_once)
     assert "has not produced any output" in failed[0]
+    job.run(tmp_path).with_suffix(".tried").unlink()
+    assert run_jobs([job], tmp_path, Slurm(cluster="local", jobs=1), dies_once) == {}
     bad = job_of("bad", preset("smoke", **FAST, **{"search.target_m": 9.0}), False)
     failed = run_jobs([bad], tmp_path, Slurm(cluster="debug"), do)
     assert list(failed) == [0] and "\n" not in failed[0] and not bad.finished(tmp_path)
 
 
-def test_leaving_cancels_the_jobs_and_leaves_a_sweep_that_resumes(tmp_path, here, given):
+def test_leaving_cancels_the_jobs_and_leaves_a_sweep_that_resumes(whole, tmp_path, here, given):
     job = job_of("one", preset("smoke", **FAST), False)
     ends = Slurm(cluster="local", jobs=1)([[(0, job)]], tmp_path, often)
 
-    def leave():
-        raise KeyboardInterrupt
-
-    def interrupt():
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = when(lambda: any((job.run(tmp_path) / "checkpoint").glob("*.pt")), interrupt)
+    thread = when(lambda: any((job.run(tmp_path) / "checkpoint").glob("*.pt")),
+                  lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         next(ends)
     thread.join()
     assert given[0].done() and not job.finished(tmp_path)
     assert run_jobs([job], tmp_path, Slurm(cluster="debug"), often) == {}
-    runs.search(preset("smoke", **FAST), tmp_path / "whole")
-    assert searched(job.run(tmp_path)) == searched(tmp_path / "whole")
+    assert searched(job.run(tmp_path)) == searched(whole)
 
 
 def fake_slurm(folder, **scripts):
@@ -148,7 +158,7 @@ def test_what_slurm_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr("mgdarts.sweep.slurm.leave.__defaults__", (0.0,))
     with pytest.raises(KeyboardInterrupt):
         next(ends)
-    (script,) = (tmp_path / "sweep/.submitit").glob("*.sh")
+    (script,) = (tmp_path / "sweep/.submitit").glob("4711_*.sh")
     told = script.read_text()
     for line in ("--partition=long", "--time=90", "--array=0-2%2", "--cpus-per-task=3", "--gpus-per-node=1", "--mem=12GB",
                  "--signal=USR2@90", "--job-name=mgdarts"):
@@ -172,13 +182,13 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path, capsys):
         monkeypatch.setenv("PATH", str(tmp_path))
         executor("slurm")
     monkeypatch.setitem(sys.modules, "submitit", None)
-    assert main(["sweep", "--out", str(tmp_path / "s"), "--on", "slurm"]) == 2
+    assert main(["sweep", "--preset", "smoke", "--out", str(tmp_path / "s"), "--on", "slurm"]) == 2
     assert "pip install 'mgdarts[slurm]'" in capsys.readouterr().err
 
 
 def test_the_command_line(tmp_path):
     sets = [x for k, v in FAST.items() for x in ("--set", f"{k}={v}") if k != "rules.ops"]
-    order = ["sweep", "--preset", "smoke", *sets, "--seeds", "0,1", "--on", "slurm", "--cluster", "local", "--jobs", "1",
+    order = ["sweep", "--preset", "smoke", *sets, "--on", "slurm", "--cluster", "local", "--jobs", "1",
              "--time", "60", "--out", str(tmp_path / "sweep")]
     p = subprocess.run([sys.executable, "-m", "mgdarts", *order], capture_output=True, text=True)
     assert p.returncode == 0 and (tmp_path / "sweep/sweep.json").exists(), p.stderr
