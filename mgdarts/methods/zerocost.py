@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
+from ..base.batches import whole_batch
 from ..base.options import DECISIONS, STARTS, Method
 from ..base.ranks import average
 from .darts import TWO_LEVEL
@@ -73,7 +74,7 @@ class Perturbation(Trial):
         found, scores, todo, graph = trial["found"], trial["scores"], trial["todo"], search.spec.graph
         i, images = len(found), search.loaders["train"]
         def jacobian(ops, of):
-            def score(net): return jacobian_score(net.train(), images.whole(*of)[0].to(search.device))
+            def score(net): return jacobian_score(net.train(), whole_batch(images, *of)[0].to(search.device))
             return score_among(search.net, ops, score)
         if i == self.samples:
             of = ((1 + b // len(images), b % len(images)) for b in range(self.batches))
