@@ -142,7 +142,8 @@ def test_leaving_cancels_the_jobs_and_leaves_a_sweep_that_resumes(whole, tmp_pat
 
 
 def fake_slurm(folder, **scripts):
-    for name, text in {"srun": "exit 0", "sacct": "echo 'JobID|State|NodeList'", "scancel": "exit 0", **scripts}.items():
+    known = {"srun": "exit 0", "sacct": "echo 'JobID|State|NodeList'", "scancel": "exit 0"}
+    for name, text in {**known, **scripts}.items():
         (folder / name).write_text(f"#!/bin/sh\n{text}\n")
         (folder / name).chmod(0o755)
 
@@ -160,8 +161,8 @@ def test_what_slurm_is_told(tmp_path, monkeypatch):
         next(ends)
     (script,) = (tmp_path / "sweep/.submitit").glob("4711_*.sh")
     told = script.read_text()
-    for line in ("--partition=long", "--time=90", "--array=0-2%2", "--cpus-per-task=3", "--gpus-per-node=1", "--mem=12GB",
-                 "--signal=USR2@90", "--job-name=mgdarts"):
+    for line in ("--partition=long", "--time=90", "--array=0-2%2", "--cpus-per-task=3", "--gpus-per-node=1",
+                 "--mem=12GB", "--signal=USR2@90", "--job-name=mgdarts"):
         assert f"#SBATCH {line}" in told, told
     delayed = submitit.core.utils.DelayedSubmission.load(tmp_path / "sweep/.submitit/4711_0_submitted.pkl")
     assert delayed._timeout_countdown == 7
