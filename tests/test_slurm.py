@@ -1,4 +1,4 @@
-"submitit, on its cluster of this machine: runs that are preempted, lost, refused and cancelled; and what Slurm is told."
+"submitit, on its cluster of this machine: runs preempted, lost, refused and cancelled; and what Slurm is told."
 import contextlib
 import os
 import signal

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.options import InputError
-from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Preset, Retries,
-                                Sets, Timeouts, place, settings_in, show, table)
+from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Preset,
+                                Retries, Sets, Timeouts, place, settings_in, show, table)
 
 # %% auto #0
 __all__ = ['CLAIM', 'order', 'reproduce', 'claims']

@@ -38,8 +38,8 @@ Minutes = Annotated[Optional[int], typer.Option("--time", help="Slurm: minutes o
 Timeouts = Annotated[Optional[int], typer.Option(help="Slurm: how often a job may come to the end of its time.")]
 Cluster = Annotated[Optional[str], typer.Option(help="Slurm: slurm; local or debug try it out on this machine.")]
 Retries = Annotated[Optional[int], typer.Option(min=0, help="How often a run is tried again whose process was lost.")]
-Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a core, one on a GPU, or what a cluster has "
-                                        "room for; 1: in this process, one by one.")]
+Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a core, one on a GPU, or what a cluster "
+                                        "has room for; 1: in this process, one by one.")]
 
 # %% ../../nbs/cli/shared.ipynb #a1512274
 def place(on: str, **options)->str:

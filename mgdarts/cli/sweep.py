@@ -10,8 +10,8 @@ from typing import Annotated, Optional
 import typer
 from ..base.events import RunFailed
 from ..base.options import need
-from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Retries, Timeouts,
-                                place, settings_in, show, table)
+from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Retries,
+                                Timeouts, place, settings_in, show, table)
 
 # %% auto #0
 __all__ = ['SHOWN', 'listed', 'asked', 'target_of', 'add_to', 'reproduced', 'planned', 'resumed', 'told', 'sweep']
