@@ -70,6 +70,11 @@ def test_in_double_precision_they_are_the_same_steps(impl, n):
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
 
 
+def test_a_retraining_with_all_that_is_random_in_it():
+    one, two = (steps(n, "train", "fused", "float64", "4") for n in (1, 2))
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
