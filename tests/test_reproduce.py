@@ -18,27 +18,29 @@ from mgdarts.base.files import read_json, write_json
 from mgdarts.base.options import InputError, from_dict, to_dict
 from mgdarts.cli.main import main
 from mgdarts.methods.registry import preset
+from mgdarts.net.built import built, masked
 from mgdarts.net.count import counts
 from mgdarts.net.files import load
 from mgdarts.paper import data as paper
-from mgdarts.paper import running
 from mgdarts.paper import study as reproduce
 from mgdarts.paper.arms import Arm, job
 from mgdarts.paper.checks import CHECKS
 from mgdarts.paper.data import TARGETS
 from mgdarts.paper.measure import measure
-from mgdarts.paper.nets import built, masked
 from mgdarts.paper.noise import gap, more
 from mgdarts.paper.record import at, make_record, rebuild, scale_of
-from mgdarts.paper.running import do, run_arms
 from mgdarts.paper.study import Study, seeds_of
 from mgdarts.paper.verdicts import judge
 from mgdarts.space.darts import NetSpec
+from mgdarts.sweep import executors
+from mgdarts.sweep.executors import Local, run_jobs
+from mgdarts.sweep.work import do
 
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 100, "data.test_subset": 200, "search.stages": 1, "search.warmup": 0, "search.max_epochs": 2,
         "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
-WHOLE = {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "out", "runs_dir"}
+WHOLE = {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "on", "address", "out",
+         "runs_dir"}
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +58,7 @@ def done(tmp_path_factory):
     "Two seeds of an arm, finished, in a folder of runs."
     folder = tmp_path_factory.mktemp("repro")
     pair = [make(seed=s) for s in (0, 1)]
-    assert run_arms(pair, folder, workers=1) == {}
+    assert run_jobs(pair, folder, Local(1)) == {}
     return folder, pair
 
 
@@ -64,9 +66,9 @@ def test_a_finished_arm_is_not_run_again(done, monkeypatch):
     folder, pair = done
     assert all(j.finished(folder) for j in pair)
     def started(*_): pytest.fail("something was started")
-    monkeypatch.setattr(running.multiprocessing, "get_context", started)
+    monkeypatch.setattr(executors.multiprocessing, "get_context", started)
     wanted = [*pair, make("the same under another name")]
-    assert run_arms(wanted, folder) == run_arms(wanted, folder, workers=1, work=started) == {}
+    assert run_jobs(wanted, folder) == run_jobs(wanted, folder, Local(1), started) == {}
 
 
 def test_the_key_is_of_what_is_run():
@@ -85,7 +87,7 @@ def test_the_key_is_of_what_is_run():
 
 def test_a_killed_arm_goes_on_and_ends_the_same(done, tmp_path):
     folder, (one, _) = done
-    code = ("import json, sys; from mgdarts.paper.running import Job, do\n"
+    code = ("import json, sys; from mgdarts.sweep.work import Job, do\n"
             "do(Job(**json.loads(sys.argv[1])), sys.argv[2])")
     p = subprocess.Popen([sys.executable, "-c", code, json.dumps(vars(one)), str(tmp_path)])
     for _ in range(1200):
@@ -104,7 +106,7 @@ def test_one_arm_fails_and_the_others_end(done, capsys):
     folder, pair = done
     others = [make("no search", build={"filters": 0.5}), make("luck", random=True), make("half", keep=0.5)]
     bad = make("too large", how={"search.target_m": 9.0})
-    failed = run_arms([bad, *pair, *others], folder, workers=1)
+    failed = run_jobs([bad, *pair, *others], folder, Local(1))
     assert list(failed) == [0] and "target_m" in failed[0] and all(j.finished(folder) for j in others)
     assert "FAILED" in capsys.readouterr().out
     record = make_record("table05", [bad, *pair, *others], folder, {}, failed, 0.0)
@@ -139,8 +141,8 @@ def dies(job, folder):
 
 
 def test_processes_that_are_killed_are_noticed(tmp_path):
-    failed = run_arms([make(seed=s) for s in range(3)], tmp_path, 2, dies)
-    assert sorted(failed) == [0, 1, 2] and "ended with code -9" in failed[0] and "no process was left" in failed[2]
+    failed = run_jobs([make(seed=s) for s in range(3)], tmp_path, Local(2, retries=0), dies)
+    assert failed == dict.fromkeys(range(3), "its process ended with code -9")
 
 
 def stops(job, folder):
@@ -150,7 +152,7 @@ def stops(job, folder):
 
 def test_a_signal_ends_the_arms_of_this_process_and_an_error_does_not(tmp_path, capsys):
     threads = torch.get_num_threads()
-    with pytest.raises(Stopped): run_arms([make(seed=s) for s in range(3)], tmp_path, 1, stops)
+    with pytest.raises(Stopped): run_jobs([make(seed=s) for s in range(3)], tmp_path, Local(1), stops)
     assert "1 of 3 arms: one, seed 0 FAILED: ValueError: two lines" in capsys.readouterr().out
     assert torch.get_num_threads() == threads
 
@@ -161,12 +163,12 @@ def test_two_that_run_the_same_arm_take_turns(tmp_path):
     def work(job, folder):
         if seen: return seen.append("later")
         seen.append("first")
-        other = threading.Thread(target=run_arms, args=([make()], tmp_path, 1, work))
+        other = threading.Thread(target=run_jobs, args=([make()], tmp_path, Local(1), work))
         other.start()
         other.join(0.2)
         assert seen == ["first"] and other.is_alive()
         seen.append("done")
-    assert run_arms([make()], tmp_path, 1, work) == {}
+    assert run_jobs([make()], tmp_path, Local(1), work) == {}
     for _ in range(100):
         if len(seen) == 3: break
         time.sleep(0.05)
@@ -178,8 +180,9 @@ def test_an_interruption_keeps_what_is_finished(done, tmp_path):
     folder, (one, two) = done
     os.symlink(one.run(folder), one.run(tmp_path))
     code = ("import json, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-            "from mgdarts.paper.running import Job, run_arms\n"
-            "run_arms([Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])")
+            "from mgdarts.sweep.executors import run_jobs\n"
+            "from mgdarts.sweep.jobs import Job\n"
+            "run_jobs([Job(**j) for j in json.loads(sys.argv[1])], sys.argv[2])")
     given = json.dumps([vars(one), vars(two)]), str(tmp_path)
     p = subprocess.Popen([sys.executable, "-c", code, *given], stderr=subprocess.DEVNULL)
     for _ in range(1200):
@@ -188,7 +191,7 @@ def test_an_interruption_keeps_what_is_finished(done, tmp_path):
         time.sleep(0.05)
     p.send_signal(signal.SIGINT)
     assert p.wait(60) != 0 and one.finished(tmp_path)
-    assert run_arms([one, two], tmp_path, workers=1) == {} and two.finished(tmp_path)
+    assert run_jobs([one, two], tmp_path, Local(1)) == {} and two.finished(tmp_path)
 
 
 def test_weights_taken_away_and_networks_built():
@@ -217,7 +220,7 @@ def test_a_record_is_rebuilt_from_the_configurations_in_it(done):
         for f in sorted(j.run(folder).rglob("*"), reverse=True):
             f.unlink() if f.is_file() else f.rmdir()
         j.run(folder).rmdir()
-    new = rebuild(record, folder, workers=1)
+    new = rebuild(record, folder, Local(1))
     def clockless(rows): return [{k: v for k, v in r.items() if k not in ("search_s", "train_s")} for r in rows]
     assert clockless(new["rows"]) == clockless(record["rows"]) and new["arms"] == record["arms"]
     assert new["values"]["one"]["acc"] == record["values"]["one"]["acc"] and record["values"]["one"]["acc"]["n"] == 2
@@ -231,7 +234,7 @@ def test_a_record_is_rebuilt_from_the_configurations_in_it(done):
 def test_a_recorded_arm_is_not_run_again(done, tmp_path, monkeypatch):
     "Not even where the files of its run are gone: seeds add up from record to record."
     folder, pair = done
-    assert run_arms(pair, folder, workers=1) == {}
+    assert run_jobs(pair, folder, Local(1)) == {}
     old = make_record("table05", pair, folder, {}, {}, 0.0)
     (tmp_path / "table09").mkdir()
     write_json(tmp_path / "table09/record.json", {**old, "item": "table09"})
@@ -241,7 +244,7 @@ def test_a_recorded_arm_is_not_run_again(done, tmp_path, monkeypatch):
     def not_here(wanted, *_):
         started.extend(wanted)
         return dict.fromkeys(range(len(wanted)), "not here")
-    monkeypatch.setattr(reproduce, "run_arms", not_here)
+    monkeypatch.setattr(reproduce, "run_jobs", not_here)
     def study(seeds, **more):
         settings = ", ".join(f"{k}={v}" for k, v in {**FAST, "search.length": 6, "search.lambda_step": 4e-3}.items())
         s = Study("table05", seeds=seeds, out=str(tmp_path), runs_dir=str(tmp_path / "runs"), settings=settings)

@@ -4,14 +4,13 @@
 
 # %% ../../nbs/paper/arms.ipynb #393afcdc
 from __future__ import annotations
-import hashlib, json
 from dataclasses import dataclass, field
-from pathlib import Path
 from ..base.options import configure, from_dict, to_dict
 from ..methods.registry import preset as preset_config
+from ..sweep.jobs import Job
 
 # %% auto #0
-__all__ = ['YOUNGER', 'Arm', 'checksum', 'Job', 'job']
+__all__ = ['Arm', 'job']
 
 # %% ../../nbs/paper/arms.ipynb #5cf01d39
 @dataclass(frozen=True)
@@ -25,46 +24,6 @@ class Arm:
     transfer: dict|None = None # knobs for the retraining only: other data
     train: bool = True # retrain what was found
     random: bool = False # train a random architecture of the same size instead
-
-# %% ../../nbs/paper/arms.ipynb #de44fc35
-YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
-           "data": {"workers": -1}} # knobs, as runs before were
-
-def checksum(*parts)->str:
-    "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."
-    def old(name, part):
-        return {k: v for k, v in part.items() if YOUNGER[name].get(k) != v} if name in YOUNGER else part
-    def blank(c):
-        if not isinstance(c, dict) or "data" not in c: return c
-        return {name: old(name, part) for name, part in {**c, "data": {**c["data"], "dir": ""}}.items()}
-    return hashlib.sha256(json.dumps([blank(p) for p in parts], sort_keys=True).encode()).hexdigest()
-
-# %% ../../nbs/paper/arms.ipynb #00ddfdfe
-@dataclass
-class Job:
-    "An arm with a seed, complete. JSON-ready."
-    label: str
-    seed: int
-    search: dict|None # configuration of the search
-    train: dict|None # of the training
-    build: dict|None = None
-    keep: float|None = None
-    random: bool = False
-
-    def key(self)->str: # the same for what is the same run
-        "A checksum of what is searched, or built."
-        return checksum(self.search, self.build, self.build and self.train)[:16]
-    def run(self, folder: Path)->Path: return Path(folder) / self.key()
-    def training(self, folder: Path)->Path:
-        "The folder of the training: of the run itself, unless it is trained in another way than the run's own."
-        if self.build: return self.run(folder)
-        if self.random: return self.run(folder) / "random"
-        if self.train == self.search and self.keep is None: return self.run(folder) / "train"
-        return self.run(folder) / f"train-{checksum(self.train, self.keep)[:8]}"
-    def place(self, folder: Path = Path())->Path: # the same for what gives the same values
-        "The folder of its result."
-        return self.training(folder) if self.train else self.run(folder)
-    def finished(self, folder: Path)->bool: return (self.place(folder) / "result.json").exists()
 
 # %% ../../nbs/paper/arms.ipynb #731e170d
 def job(arm: Arm, preset: str, seed: int,

@@ -11,7 +11,7 @@ from ..base.options import InputError
 from ..net import files
 from ..net.architecture import Architecture
 from ..net.count import counts
-from .arms import Job
+from ..sweep.jobs import Job
 from ..runs.folder import read_record
 from ..runs.records import load_run
 from ..space.space import GRANULARITIES

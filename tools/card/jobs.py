@@ -1,6 +1,6 @@
 """Runs that are made on another machine, and brought home.
 
-What they are is a list, the images they need a pack. A list is a JSON list of the fields of `mgdarts.paper.arms.Job`.
+What they are is a list, the images they need a pack. A list is a JSON list of the fields of `mgdarts.sweep.jobs.Job`.
 What a run is called depends on these alone, not on where its images lie: a run folder made elsewhere and unpacked into
 runs/repro is found finished by `mgdarts reproduce`. A pack has the very images that the jobs' configurations and seeds
 choose, so the fingerprint of the data is that of a run at home.
@@ -22,10 +22,11 @@ from safetensors.torch import save_file
 from mgdarts.base.data import Split, Splits, fingerprint, load_data
 from mgdarts.base.files import read_json
 from mgdarts.base.options import InputError, configure, from_dict, to_dict
-from mgdarts.paper import running
-from mgdarts.paper.arms import Job
 from mgdarts.paper.record import jobs_in
 from mgdarts.runs import folder as folders, run as runs
+from mgdarts.sweep.executors import Local, run_jobs
+from mgdarts.sweep.jobs import Job
+from mgdarts.sweep.work import do
 
 PARTS = ("train", "val", "test")
 
@@ -129,9 +130,9 @@ def made_of(commit: str):
 
 
 def work(job: Job, folder, images: str, commit: str):
-    "What a process does with a job: `running.do`, with its images from a pack."
+    "What a process does with a job: `sweep.work.do`, with its images from a pack."
     if runs.environment.__module__ == "mgdarts.runs.folder": made_of(commit)
-    running.do(job, folder, load=Packed(Path(images)) if images else load_data)
+    do(job, folder, load=Packed(Path(images)) if images else load_data)
 
 
 class TimeUp(Exception): pass
@@ -144,8 +145,8 @@ def run(jobs: list, folder: Path, images: str = "", workers: int = 0, limit: flo
     start, failed, late = time.time(), {}, False
     before = signal.signal(signal.SIGALRM, up)
     if limit: signal.setitimer(signal.ITIMER_REAL, limit)
-    do = functools.partial(work, images=str(images or ""), commit=commit)
-    try: failed = running.run_arms(jobs, folder, workers, do)
+    with_images = functools.partial(work, images=str(images or ""), commit=commit)
+    try: failed = run_jobs(jobs, folder, Local(workers), with_images)
     except TimeUp: late = True
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
