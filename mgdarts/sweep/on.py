@@ -7,12 +7,13 @@ from __future__ import annotations
 from dataclasses import fields
 from ..base.options import InputError, closest
 from .executors import Local
+from .ray import Ray
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'executor']
 
 # %% ../../nbs/sweep/on.ipynb #9a70cbe2
-EXECUTORS = {"local": Local} # name -> class
+EXECUTORS = {"local": Local, "ray": Ray} # name -> class
 
 def executor(on: str, # one of `EXECUTORS`
              **options): # the executor
