@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..base.data import Split, Splits, load_data
+from ..base.events import evaluate
 from ..base.files import read_json
 from ..base.options import Config, InputError, configure, root
-from ..methods.registry import preset
+from ..methods.registry import parts_of, preset
 from ..net.count import counts
 from ..net.sample import random_architecture
 from ..runs.make import make_search, make_trainer
@@ -26,7 +27,7 @@ from ..space.spaces import space_of
 __all__ = ['PUBLISHED', 'FEW', 'ENOUGH', 'LAWS', 'Images', 'images_of', 'stand_in', 'Many', 'bare', 'walk', 'Lap', 'Pace',
            'laps_of', 'network', 'untimed', 'seconds_of', 'fitting', 'stepper', 'looked_at', 'timed_laps',
            'timed_training', 'measured', 'Card', 'card_of', 'effort', 'number_type', 'anchor', 'table4_laps',
-           'parts_prune', 'recorded']
+           'recorded', 'card_here']
 
 # %% ../../nbs/sweep/pace.ipynb #804bbc3f
 PUBLISHED = {"cifar10": (50000, 10000, 10, 32), "cifar100": (50000, 10000, 100, 32),
@@ -81,12 +82,14 @@ def bare(cfg: Config, images: Images)->Search:
 
 # %% ../../nbs/sweep/pace.ipynb #0b149aa4
 def walk(search: Search # not begun
-        ): # yields (stage, "open" or "close")
+        ): # yields (stage, "warm", "open" or "close")
     "Lead a search through its stages; each time, its net is what it would be then, more or less."
     g = torch.Generator().manual_seed(0)
     open_stage(search)
     while not search.finished:
-        if search.state.warmup: begin_joint(search)
+        if search.state.warmup:
+            yield search.stage_name, "warm"
+            begin_joint(search)
         yield search.stage_name, "open"
         if search.by_size:
             cells = len(search.net.cells)
@@ -104,6 +107,7 @@ class Lap:
     ops: tuple # operations
     params: tuple # of the sub-net
     step: tuple|None = None # seconds; None: nobody measured anything like it
+    warm: float|None = None # seconds of a step of the warm-up
     epoch: tuple|None = None # seconds of an epoch besides its steps: validation, counting
 
 @dataclass
@@ -121,7 +125,8 @@ class Pace:
 def laps_of(cfg: Config, images: Images)->list: # of `Lap`, without times
     "Count a search's sub-nets."
     search, seen = bare(cfg, images), {}
-    for name, _ in walk(search):
+    for name, at in walk(search):
+        if at == "warm": continue
         n = search.net.count()
         seen.setdefault(name, []).append((n.searched.macs_dense, n.ops, n.params))
     return [Lap(name, *zip(*(found if len(found) == 2 else found * 2))) for name, found in seen.items()]
@@ -160,7 +165,7 @@ def fitting(cfg: Config, name: str, # search.batch or train.batch
     few = make(configure(cfg, **{name: min(batch, FEW)}))
     if isinstance(few, Search):
         open_stage(few)
-        begin_joint(few)
+        if few.state.warmup: begin_joint(few)
     if few.device.type == "cpu" and seconds_of(stepper(few), few.device, 1) * batch / min(batch, FEW) > ENOUGH:
         return min(batch, FEW), make(configure(cfg, **{name: min(batch, FEW)}))
     return batch, make(cfg)
@@ -177,7 +182,6 @@ def looked_at(loop, name: str, # val or test
               whole: int, # images
               few: int = 4 * FEW)->float: # seconds
     "Time a look at all images of a split."
-    from mgdarts.base.events import evaluate
     x, y = next(iter(loop.loaders[name].eval()))
     part = x[:few], y[:few]
     taken = seconds_of(lambda: evaluate([loop.net], [part], loop.device), loop.device, 3)
@@ -194,14 +198,18 @@ def timed_laps(cfg: Config, images: Images, laps: list):
     def rest():
         search.snapshot()
         search.state_dict() # kept at the begin of each epoch
-    found = {}
-    for name, _ in walk(search):
+    found, warm = {}, {}
+    for name, at in walk(search):
         step = seconds_of(stepper(search), search.device) * cfg.search.batch / batch
+        if at == "warm":
+            warm[name] = step
+            continue
         epoch = looked_at(search, "val", images.val) + seconds_of(rest, search.device, 1)
         found.setdefault(name, []).append((step, epoch))
     for lap in laps:
         seen = found[lap.name]
         lap.step, lap.epoch = zip(*(seen if len(seen) == 2 else seen * 2))
+        lap.warm = warm.get(lap.name, lap.step[0])
 
 # %% ../../nbs/sweep/pace.ipynb #07f766a8
 def timed_training(cfg: Config, images: Images, pace: Pace):
@@ -219,7 +227,7 @@ def measured(cfg: Config, images: Images|None = None, # None: those of the confi
              parts: tuple = ("search", "train"))->Pace:
     "Time the steps of a run on this machine."
     images, threads = images or images_of(cfg), torch.get_num_threads()
-    cfg, pace = configure(cfg, **{"search.warmup": 0}), untimed(cfg, images)
+    pace = untimed(cfg, images)
     try:
         torch.set_num_threads(cfg.threads or 1)
         if "search" in parts: timed_laps(cfg, images, pace.laps)
@@ -282,7 +290,7 @@ def number_type(cfg: Config)->str: return "bf16" if cfg.compute.amp else "tf32" 
 def anchor(cfg: Config, card: Card)->tuple|None: # seconds by stage, laps of the net that was measured
     "Find the steps of a card that are most like a configuration's."
     stages, how = (cfg.search.stages if cfg.search.stages in (1, 3) else 3), number_type(cfg)
-    if not parts_prune(cfg): stages = 1 # the whole net, to the end
+    if not parts_of(cfg).decision.prunes: stages = 1 # the whole net, to the end
     same = [(stages, cfg.compute.recompute, how), (stages, "none", how), (stages, "none", "fp32")]
     found = next((k for k in same if k in card.search), None)
     return found and (card.search[found], table4_laps(stages))
@@ -292,11 +300,6 @@ def table4_laps(stages: int)->list: # of `Lap`
     "Count the super-net of Table IV."
     cfg = preset("small", **{"search.stages": stages})
     return laps_of(cfg, images_of(cfg))
-
-def parts_prune(cfg: Config)->bool:
-    "Whether a search ends at a size, and not by the clock."
-    from mgdarts.methods.registry import parts_of
-    return parts_of(cfg).decision.prunes
 
 # %% ../../nbs/sweep/pace.ipynb #33854da1
 def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "macs" # or ops
@@ -309,7 +312,7 @@ def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "ma
         seconds, known = found
         at = known[min(i, len(seconds) - 1)] # fine-tuning is of the last stage's kind
         each = seconds[at.name] / getattr(at, law)[0] * how * (part if law == "macs" else 1.)
-        lap.step = tuple(each * n for n in getattr(lap, law))
+        lap.step, lap.warm = tuple(each * n for n in getattr(lap, law)), each * getattr(lap, law)[0] / max(how, 1.)
         lap.epoch = tuple(s / 3 / cfg.search.batch * images.val for s in lap.step) # forward is a third
     if kind := next((h for h in (number_type(cfg), "tf32") if h in card.train), None):
         seconds, macs, batch = card.train[kind]
@@ -320,3 +323,15 @@ def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "ma
         pace.test = each * images.test
     pace.source = f"{card.source}; other nets than those by their " + ("multiply-adds" if law == "macs" else "operations")
     return pace
+
+# %% ../../nbs/sweep/pace.ipynb #a52970e5
+@lru_cache(None)
+def card_here()->Card:
+    "Time the super-net of Table IV and its retraining on this machine's CPU."
+    found = {}
+    for stages in (1, 3):
+        cfg = preset("small", **{"search.stages": stages, "device": "cpu"})
+        p = measured(cfg, parts=("search", "train") if stages == 1 else ("search",))
+        found[stages, "none", "fp32"] = {lap.name: lap.step[0] for lap in p.laps if lap.name != "fine-tune"}
+        if stages == 1: train = p.train_step, p.train_macs, cfg.train.batch
+    return Card(found, {"fp32": train, "tf32": train}, "measured here, on the net of Table IV")
