@@ -17,7 +17,8 @@ from faults.inputs import Row, refuse
 from faults.process import FAST, OFTEN, SETS
 from faults.rot import Kind, rot
 
-from mgdarts.base.files import Checkpoints, lock, pack_state, read_json, unpack_state, write_json
+from mgdarts.base.files import Checkpoints, pack_state, read_json, unpack_state, write_json
+from mgdarts.base.locks import lock
 from mgdarts.base.options import InputError
 from mgdarts.cli.main import main
 from mgdarts.methods.registry import preset

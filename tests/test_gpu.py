@@ -44,6 +44,8 @@ def test_every_part_measures_something(tmp_path, capsys):
     assert all(r["error_relative"] < 1e-5 for r in rows["layouts"])
     assert all(r["same_bits"] for r in rows["bits"]) and rows["bits"][1]["resume_equal"]
     assert all(r["ms"] > 0 for n in ("steps", "layouts", "real", "retraining") for r in rows[n])
+    assert rows["whole"][0]["finished"] and (tmp_path / "fig08.html").exists()
+    assert (tmp_path / "whole/result.json").exists() and not (tmp_path / "whole/checkpoint").exists()
 
 
 def test_parts_in_processes_of_their_own_have_a_time_limit(tmp_path):
@@ -53,7 +55,7 @@ def test_parts_in_processes_of_their_own_have_a_time_limit(tmp_path):
     assert list(record["parts"]) == ["crowd", "planned"]
     crowd, planned = (record["parts"][name]["rows"][0] for name in ("crowd", "planned"))
     assert crowd["ms"] > 0 and planned["planned_native_mib"] > 0
-    args = type("Args", (), {"device": "cpu", "toy": True, "inline": False})
+    args = type("Args", (), {"device": "cpu", "toy": True, "inline": False, "out": str(tmp_path), "images": ""})
     with open(tmp_path / "log", "w") as log: found = gpu.measured("no such part", args, tmp_path, log, 30)
     assert "code 1" in found["note"] and found["rows"] == []
     with open(tmp_path / "log", "w") as log: found = gpu.measured("losses", args, tmp_path, log, -11.5)

@@ -3,13 +3,14 @@
 Needs PyTorch and the package's other requirements; a report of a search needs plotly.
 
 usage: python tools/gpu.py [measure] [--device auto|cpu|cuda] [--toy] [--budget SECONDS] [--out FOLDER] [--parts a,b]
-                           [--inline]
-                                          record.json and log.txt, and a short table; with --toy in under a minute, on
-                                          any machine
+                           [--images PACK] [--inline]
+                                          record.json and log.txt, a short table, and a whole search with its Figure 8;
+                                          with --toy in under a minute, on any machine
        python tools/gpu.py list RECORD... [--seeds 0,1] [--set KEY=VALUE,...] [--arms LABEL] --out LIST.json
                                           the arms of some records as a list of jobs, with other seeds and settings
-       python tools/gpu.py pack LIST.json --out PACK.safetensors [--data-dir FOLDER]
-                                          the images that the jobs need, for a machine without them
+       python tools/gpu.py pack [LIST.json] --out PACK.safetensors [--data-dir FOLDER]
+                                          the images that the jobs need, or without a list the whole search of
+                                          `measure`, for a machine without them
        python tools/gpu.py jobs LIST.json --out FOLDER [--images PACK] [--runs FOLDER] [--workers N]
                            [--device cpu|cuda] [--limit SECONDS]
                                           run them side by side, one thread each, until the time is up; put the run
@@ -41,12 +42,13 @@ if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
 # name: (module, seconds it may take), by what they are worth
 PARTS = {"machine": ("machine", 40), "losses": ("search", 45), "steps": ("steps", 100), "layouts": ("layouts", 70),
          "retraining": ("training", 40), "real": ("search", 45), "bits": ("search", 45), "advice": ("search", 25),
-         "table4": ("steps", 45), "crowd": ("crowd", 60), "crowd_cpu": ("crowd", 45), "convolutions": ("layouts", 30)}
+         "table4": ("steps", 45), "crowd": ("crowd", 60), "whole": ("whole", 170), "crowd_cpu": ("crowd", 45),
+         "convolutions": ("layouts", 30)}
 # run beside the others, from the first or second on: they compile and count, and measure nothing
 BESIDE = {"compiled": ("machine", 0), "triton": ("layouts", 1), "planned": ("steps", 1)}
 
 
-def rows_of(part: str, device: str, toy: bool, seconds=None):
+def rows_of(part: str, args, seconds=None):
     """Measure a part here; a part that fails ends with a row that says so.
 
     seconds: it may take; None: they are read from stdin, once all is imported.
@@ -57,7 +59,8 @@ def rows_of(part: str, device: str, toy: bool, seconds=None):
     torch.set_num_threads(1)
     module = importlib.import_module(f"card.{(BESIDE.get(part) or PARTS[part])[0]}")
     if seconds is None: seconds = float(sys.stdin.readline() or 0)
-    try: yield from getattr(module, part)(Ground(device, toy, time.monotonic() + seconds))
+    ground = Ground(args.device, args.toy, time.monotonic() + seconds, args.out, args.images)
+    try: yield from getattr(module, part)(ground)
     except Exception as e: yield {"part_error": said(e)}
 
 
@@ -72,7 +75,8 @@ def start(part: str, folder: Path, log, args) -> subprocess.Popen:
     env = {**os.environ, "PYTHONPATH": python_path(), "OMP_WAIT_POLICY": "PASSIVE",
            "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     rows = str(folder / f"{part}.jsonl")
-    command = [sys.executable, __file__, "part", part, "--device", args.device, "--rows", rows] + ["--toy"] * args.toy
+    command = [sys.executable, __file__, "part", part, "--device", args.device, "--rows", rows, "--out", args.out,
+               "--images", args.images, *["--toy"] * args.toy]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env, text=True,
                             start_new_session=True)
 
@@ -111,7 +115,7 @@ def outlasted(process: subprocess.Popen, seconds: float) -> str:  # what went wr
 def measured(name: str, args, folder: Path, log, seconds: float, process=None) -> dict:  # process: started before
     "A part: its rows, how long it took, what went wrong."
     begun, note = time.monotonic(), ""
-    if args.inline: rows = [plain(r) for r in rows_of(name, args.device, args.toy, seconds)]
+    if args.inline: rows = [plain(r) for r in rows_of(name, args, seconds)]
     else:
         process = process or start(name, folder, log, args)
         go(process, seconds)
@@ -200,7 +204,7 @@ def jobs(args) -> dict:
 def part(args):
     "What a process of `start` does."
     with open(args.rows, "w", encoding="utf-8") as f:
-        for row in rows_of(args.paths[0], args.device, args.toy): print(json.dumps(plain(row)), file=f, flush=True)
+        for row in rows_of(args.paths[0], args): print(json.dumps(plain(row)), file=f, flush=True)
 
 
 def listed(args) -> list:
@@ -216,8 +220,9 @@ def listed(args) -> list:
 
 def packed(args) -> dict:
     from card.jobs import pack, read_list
+    from card.whole import job
 
-    return pack(read_list(args.paths[0]), Path(args.out), args.data_dir)
+    return pack(read_list(args.paths[0]) if args.paths else [job()], Path(args.out), args.data_dir)
 
 
 def unpacked(args) -> list:

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/base/batches.ipynb #3208195a
 from __future__ import annotations
+from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,11 +14,13 @@ from .augment import Augment, crop_flip, cutout, draw_places, normalise
 from .autoaugment import autoaugment, draw_changes, policy_of
 from .data import Split, Splits
 from .images import Files
+from .options import need
 from .randomness import stream
+from .ranks import HERE
 from .reading import ReadAhead, workers_for
 
 # %% auto #0
-__all__ = ['epoch_order', 'Drawn', 'Views', 'beside', 'train_batch', 'eval_batches', 'Loader']
+__all__ = ['epoch_order', 'Drawn', 'Views', 'beside', 'train_batch', 'shares', 'eval_batches', 'Loader']
 
 # %% ../../nbs/base/batches.ipynb #feea8618
 def epoch_order(n: int, # images
@@ -37,6 +40,16 @@ class Drawn:
     changes: Tensor # int64 [2, m] of `autoaugment`
     kinds: list # of `autoaugment`
     boxes: Tensor|None = None # float32 [n, 4]: for images that are cropped as they are read; stays on the CPU
+
+    def part(self, at: slice)->Drawn:
+        "What was drawn for some of these images."
+        first, last = at.start, at.stop
+        if last - first == self.numbers.shape[1]: return self
+        ours = (self.changes[0] >= first) & (self.changes[0] < last)
+        counts = [int(m.sum()) for m in ours.split([n for _, n in self.kinds])]
+        kinds = [(kind, n) for (kind, _), n in zip(self.kinds, counts) if n]
+        changes = self.changes[:, ours] - torch.tensor([[first], [0]])
+        return Drawn(self.numbers[:, at], changes, kinds, self.boxes if self.boxes is None else self.boxes[at])
 
 # %% ../../nbs/base/batches.ipynb #962baf43
 class Views:
@@ -92,18 +105,24 @@ def train_batch(split: Split,
     return views.batch(drawn, x)
 
 # %% ../../nbs/base/batches.ipynb #f1c3dc36
+def shares(parts: Iterable # of what belongs to the images of a batch
+          )->list:
+    "What of each batch is this process's."
+    return [p[HERE.share(len(p))] for p in parts]
+
 def eval_batches(split: Split, batch: int = 500,
                  workers: int = 0 # processes that read files ahead; 0: none
                 ):
-    "Iterate over (images, labels) in order, normalised, not augmented."
+    "Iterate over (images, labels) in order, normalised, not augmented; of each batch this process's share."
     images = split.images
+    labels = shares(split.labels.split(batch))
     if isinstance(images, Tensor):
-        for x, y in zip(images.split(batch), split.labels.split(batch)): yield normalise(x, split.mean, split.std), y
+        for x, y in zip(shares(images.split(batch)), labels): yield normalise(x, split.mean, split.std), y
         return
-    parts = torch.arange(len(split)).split(batch)
+    parts = shares(torch.arange(len(split)).split(batch))
     def files(n): return (images.pick(parts[n]).paths, None) if n < len(parts) else None
     with closing(ReadAhead(images, batch, workers, files)) as ahead:
-        for n, y in enumerate(split.labels.split(batch)):
+        for n, y in enumerate(labels):
             yield normalise(ahead.take(n).to(y.device), split.mean, split.std), y
 
 # %% ../../nbs/base/batches.ipynb #3bb1d7b2
@@ -123,6 +142,9 @@ class Loader:
         self._order: tuple = (None, []) # the epoch last asked for, and its batches
         self._drawn: dict = {} # (epoch, block) -> draws of its steps
         if augment: augment.at(splits.size) # known to be possible before the first batch
+        n = min(batch, len(self.split) or batch)
+        need(n % HERE.size == 0, f"{n} images a step cannot be shared equally by {HERE.size} processes: choose a batch "
+             "that is a multiple of them, of no more images than there are")
     @property
     def split(self)->Split: return getattr(self.splits, self.split_name)
     @cached_property
@@ -131,7 +153,8 @@ class Loader:
     def ahead(self)->ReadAhead:
         "What reads files; the first batch starts it."
         if self.views.files is None: raise TypeError("these images are in memory")
-        return ReadAhead(self.views.files, self.batch_size, workers_for(self.workers, self.views.device), self._files)
+        n, most = workers_for(self.workers, self.views.device), -(-self.batch_size // HERE.size)
+        return ReadAhead(self.views.files, most, n, self._files)
     def order(self, epoch: int)->list:
         "Index batches of an epoch."
         if self._order[0] != epoch:
@@ -142,23 +165,29 @@ class Loader:
         return max(1, n // self.batch_size) if self.drop_last else -(-n // self.batch_size)
 
     def drawn(self, epoch: int, step: int)->Drawn:
-        "What is random about a step, beside the labels."
+        "What is random about this process's share of a step, beside the labels."
         block, at = divmod(step, self.block)
         if (epoch, block) not in self._drawn:
             steps = enumerate(self.order(epoch)[step - at:step - at + self.block], step - at)
-            drawn = [self.views.draw(i, stream(self.seed, "augment", epoch, s)) for s, i in steps]
+            drawn = [self.views.draw(i, stream(self.seed, "augment", epoch, s)).part(HERE.share(len(i)))
+                     for s, i in steps]
             newest = [*self._drawn.items()][-1:]
             self._drawn = {**dict(newest), (epoch, block): beside(drawn, self.views.device)}
         return self._drawn[epoch, block][at]
     def _files(self, n: int)->tuple: # n: steps before this one, epochs included
         epoch, step = divmod(n, len(self))
-        return self.ahead.files.pick(self.order(epoch)[step]).paths, self.drawn(epoch, step).boxes
+        (mine,) = shares([self.order(epoch)[step]])
+        return self.ahead.files.pick(mine).paths, self.drawn(epoch, step).boxes
 
     def batch(self, epoch: int, step: int # from 0, below len(self)
              )->tuple:
-        "Images and labels of a training step."
+        "Images and labels of a training step; in one of many processes, its share of them."
         drawn, n = self.drawn(epoch, step), epoch * len(self) + step
         return self.views.batch(drawn, None if self.views.files is None else self.ahead.take(n, self.views.device))
+    def whole(self, epoch: int, step: int)->tuple:
+        "The whole batch of a step, whoever asks."
+        if not HERE.many: return self.batch(epoch, step)
+        return train_batch(self.split, self.order(epoch)[step], self.augment, self.seed, epoch, step)
     def eval(self, batch: int = 500):
         "All images in order, not augmented."
         return eval_batches(self.split, batch, workers_for(self.workers, self.split.labels.device))

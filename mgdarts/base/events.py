@@ -4,12 +4,13 @@
 
 # %% ../../nbs/base/events.ipynb #c780e957
 from __future__ import annotations
-import math
+import math, os
 from dataclasses import dataclass, field
 from typing import Any
 
 # %% auto #0
-__all__ = ['plain', 'Event', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'Stopped', 'evaluate']
+__all__ = ['AGAIN', 'JOBS', 'plain', 'Event', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'scheduled', 'end_code', 'Stopped',
+           'evaluate']
 
 # %% ../../nbs/base/events.ipynb #c19b9384
 def plain(value)->Any:
@@ -75,27 +76,49 @@ class RunFailed(RuntimeError):
     "A run ended early; the message says why and what to do, in one line."
     code = 1 # exit code of the command line
 
+# %% ../../nbs/base/events.ipynb #c3e9e80b
+AGAIN = 75 # exit code that asks to be started again: EX_TEMPFAIL of sysexits.h
+JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "SGE_TASK_ID", "FLUX_JOB_ID", "COBALT_JOBID", "OAR_JOB_ID",
+        "PJM_JOBID", "LOADL_STEP_ID", "_CONDOR_JOB_AD") # variables by which a job knows its scheduler
+
+def scheduled()->bool:
+    "Whether a scheduler started this process."
+    return any(os.environ.get(name) for name in JOBS)
+
+def end_code(number: int, name: str # of a signal
+            )->int:
+    "Return the exit code of a run that a signal ended."
+    return AGAIN if name in ("SIGUSR1", "SIGUSR2") or name == "SIGTERM" and scheduled() else 128 + number
+
+# %% ../../nbs/base/events.ipynb #ef88fff1
 class Stopped(RunFailed):
-    "A signal ended the run after its state had been saved."
-    def __init__(self, number: int, name: str # of the signal
+    "A signal ended the run."
+    def __init__(self, number: int, name: str, # of the signal
+                 saved: bool = True # the state of this moment, before it ended
                 ):
-        super().__init__(f"stopped by {name}; the state is saved: go on with --resume")
-        self.code = 128 + number
+        self.code = end_code(number, name)
+        super().__init__(f"stopped by {name}; {'the state is saved' if saved else 'what was saved before is there'}: "
+                         "go on with --resume" + (f"; {self.code} asks for a requeue, where the same command goes on "
+                                                  "if it has --requeue" if self.code == AGAIN else ""))
 
 # %% ../../nbs/base/events.ipynb #77421bac
 def evaluate(nets: list, # modules that give logits, or (logits, more); in evaluation mode afterwards
              batches, # of (images, labels), read once for all
-             device: Any = "cpu" # or a torch.device
+             device: Any = "cpu", # or a torch.device
+             total=lambda x: x # what adds a tensor up over all processes that have a share of the batches
             )->list: # of (accuracy in percent, mean cross-entropy); NaN when there is no batch
     "Accuracy and loss of several nets as they are."
     import torch, torch.nn.functional as F # not above: the command line answers before PyTorch is loaded
     for net in nets: net.eval()
-    sums, n = torch.zeros(len(nets), 2, dtype=torch.float64, device=device), 0
+    sums = torch.zeros(len(nets), 3, dtype=torch.float64, device=device) # hits, cross-entropy, images
     with torch.no_grad():
         for x, y in batches:
-            x, y, n = x.to(device, non_blocking=True), y.to(device, non_blocking=True), n + len(y)
+            if not len(y): continue # a share of a small batch
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             for i, net in enumerate(nets):
                 found = net(x)
                 logits = found[0] if isinstance(found, tuple) else found
-                sums[i] += torch.stack([(logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")])
-    return [(100 * hits / n, loss / n) for hits, loss in sums.tolist()] if n else [(math.nan, math.nan)] * len(nets)
+                found = (logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
+                sums[i, :2] += torch.stack(found)
+                sums[i, 2] += len(y)
+    return [(100 * hits / n, loss / n) if n else (math.nan, math.nan) for hits, loss, n in total(sums).tolist()]

@@ -272,6 +272,8 @@ class Compute:
     graph: str = knob("auto", "the forward and backward pass of a step as one CUDA graph, recorded after each commit; "
         "auto: on GPUs, where steps are alike", choices=("auto", "off"))
     deterministic: bool = knob(False, "the same bits from the same seed on the same GPU; a CPU gives them anyway")
+    sync_norms: bool = knob(True, "in several processes, batch norms over the images of all; off: over each one's own, "
+        "running statistics averaged after each epoch")
 
 # %% ../../nbs/base/options.ipynb #84e8309a
 @dataclass

@@ -4,17 +4,18 @@
 
 # %% ../../nbs/cli/main.ipynb #ca5eeb40
 from __future__ import annotations
-import json, os, sys
+import json, os, signal, sys, threading
+from contextlib import contextmanager
 from typing import Annotated
 import typer
 from .. import __version__
-from ..base.events import NonFiniteLoss, RunFailed, Stopped
+from ..base.events import NonFiniteLoss, RunFailed, Stopped, scheduled
 from ..base.options import InputError
 from . import arch, bench, look, nets, paper, search
-from .shared import Json
+from .shared import Json, speaks
 
 # %% auto #0
-__all__ = ['COMMANDS', 'GROUPS', 'application', 'main']
+__all__ = ['COMMANDS', 'GROUPS', 'application', 'ended_by_signals', 'main']
 
 # %% ../../nbs/cli/main.ipynb #8861b1be
 COMMANDS = (nets.count, search.search, search.train, nets.plan, look.runs, look.compare, look.replay, look.lab,
@@ -61,20 +62,35 @@ def _failure(e: Exception)->tuple: # (what to say, exit code); raises what nobod
     if type(e).__name__ == "Abort": return None, 130
     raise e
 
+# %% ../../nbs/cli/main.ipynb #c6d37c12
+@contextmanager
+def ended_by_signals():
+    "Raise `Stopped` for signals that only schedulers send; in the main thread only, for Python allows no other."
+    def end(number, frame): raise Stopped(number, signal.Signals(number).name, saved=False)
+    names = ("SIGUSR1", "SIGUSR2", *["SIGTERM"] * scheduled()) # Windows has the last one
+    known = [getattr(signal, n) for n in names if hasattr(signal, n)]
+    old = {n: signal.signal(n, end) for n in known if threading.current_thread() is threading.main_thread()}
+    try: yield
+    finally:
+        for n, handler in old.items(): signal.signal(n, handler)
+
 # %% ../../nbs/cli/main.ipynb #ab22dbbd
 def main(args: list|None = None # None: the process's own
         )->int: # exit code
     "Run a command: the entry point."
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # idle threads sleep; read when torch is loaded
-    def say(message): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
+    def say(message):
+        if speaks(): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
     stopped = False
     try:
-        code = typer.main.get_command(application()).main(args, prog_name="mgdarts", standalone_mode=False)
+        with ended_by_signals():
+            code = typer.main.get_command(application()).main(args, prog_name="mgdarts", standalone_mode=False)
         code = code if isinstance(code, int) else 0
     except Exception as e:
         message, code = _failure(e)
         stopped = isinstance(e, Stopped)
         if message is not None: say(message)
     if code == 130 and not stopped: say("interrupted; what was saved last is there: go on with --resume")
+    if code == 0 and (joined := sys.modules.get("mgdarts.base.ranks")): joined.leave()
     if args is None: sys.exit(code)
     return code

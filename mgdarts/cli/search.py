@@ -10,11 +10,11 @@ from typing import Annotated, Optional
 import typer
 from ..base.options import DECISIONS, Config, InputError, configure
 from ..base.presets import LONG
-from .shared import (DataDir, Dataset, Device, Json, Preset, SaveEvery, Seed, Sets, configuration, given,
-                                reported, show, table)
+from .shared import (DataDir, Dataset, Device, Elastic, Json, Preset, SaveEvery, Seed, Sets,
+                                configuration, given, reported, show, table)
 
 # %% auto #0
-__all__ = ['Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'train']
+__all__ = ['Requeue', 'Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'train']
 
 # %% ../../nbs/cli/search.ipynb #98f0790c
 def look(cfg: Config, out: Path|None, as_json: bool):
@@ -71,6 +71,8 @@ def told(result: dict # of a search
             ("seconds", result["wall_s"]), ("run", result["run"])]
 
 # %% ../../nbs/cli/search.ipynb #8a20535e
+Requeue = Annotated[bool, typer.Option(
+    "--requeue", help="Go on with it if it has begun, else begin it: for jobs that a scheduler starts again.")]
 Out = Annotated[Optional[Path], typer.Option(help="Run folder; a new one under runs/ if not given.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train a random architecture of the same size instead.")]
 
@@ -81,27 +83,32 @@ def search(preset: Preset = "smoke",
                ] = None,
            data_dir: DataDir = None, out: Out = None,
            resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-           seed: Seed = None, device: Device = None,
+           requeue: Requeue = False, elastic: Elastic = False, seed: Seed = None, device: Device = None,
            dry_run: Annotated[bool, typer.Option(
                "--dry-run", help="Only look: is the data there, does it fit into memory and on the disk, how long will "
                                  "it take?")] = False,
            save_every: SaveEvery = 60., sets: Sets = None, as_json: Json = False):
     "A whole search: prune, regrow, derive; writes a run folder."
     from mgdarts.runs import run as runs
-    from mgdarts.runs.folder import new_folder, read_config
+    from mgdarts.base.ranks import HERE, first
+    from mgdarts.runs.folder import begun, new_folder, read_config
     from mgdarts.runs.records import sizes_of
+    from mgdarts.runs.together import join_for
     options = {"method": method, "dataset": dataset, "data_dir": data_dir, "seed": seed, "device": device}
     cfg, splits = None, None
+    if requeue and (resume or not out): raise InputError("--requeue needs --out, and goes without --resume")
     if resume:
         if sets or any(v is not None for v in options.values()):
             raise InputError("--resume goes on with the run's own configuration: leave out the other options")
     else:
         cfg = configuration(preset, sets, **options)
-        if out: new_folder(out) # a name that is taken is better known before
+        join_for(cfg)
+        resume = requeue and first(lambda: begun(out, cfg))
+        if out and not resume: first(lambda: new_folder(out)) # a name that is taken is better known before
         if dry_run: return look(cfg, out, as_json)
-        if cfg.preset in LONG: splits = announced(cfg, out)
-    result = runs.search(cfg, out, resume, splits, as_json, (reported,), save_every=save_every)
-    if not result["reached"]:
+        if cfg.preset in LONG and not resume and not HERE.many: splits = announced(cfg, out)
+    result = runs.search(cfg, out, resume, splits, as_json, (reported,), save_every=save_every, elastic=elastic)
+    if HERE.leads and not result["reached"]:
         print(_missed(result, sizes_of(result), read_config(out or result["run"])), file=sys.stderr)
     show(result, as_json, table("search", ["", ""], told(result)))
 
@@ -125,13 +132,16 @@ def train(what: Annotated[Path, typer.Argument(
           out: Annotated[Optional[Path], typer.Option(help="Folder of this training; default: inside the run.")] = None,
           baseline: Baseline = False,
           resume: Annotated[bool, typer.Option("--resume", help="Go on with a training that was interrupted.")] = False,
+          requeue: Requeue = False, elastic: Elastic = False,
           seed: Seed = None, device: Device = None, save_every: SaveEvery = 60., sets: Sets = None,
           as_json: Json = False):
     "Retrain a derived architecture; the test images are read once, at the end."
     from mgdarts.net import files as architecture
     from mgdarts.net.sample import random_like
     from mgdarts.runs import run as runs
-    from mgdarts.runs.folder import read_config
+    from mgdarts.base.ranks import first
+    from mgdarts.runs.folder import begun, read_config
+    from mgdarts.runs.together import join_for
     if not what.exists(): raise InputError(f"{what} is not there: give a run folder or an architecture")
     is_run = (what / "config.json").exists() and (what / "events.jsonl").exists()
     if not is_run and preset is None:
@@ -139,11 +149,13 @@ def train(what: Annotated[Path, typer.Argument(
     options = {"dataset": dataset, "data_dir": data_dir, "seed": seed, "device": device}
     if preset is not None: cfg = configuration(preset, sets, **options)
     else: cfg = configure(read_config(what), **given(sets, **options))
-    how = {"resume": resume, "quiet": as_json, "save_every": save_every}
+    folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
+    join_for(cfg)
+    resume = resume or requeue and first(lambda: begun(folder, cfg))
+    how = {"resume": resume, "elastic": elastic, "quiet": as_json, "save_every": save_every}
     if is_run and out is None: result = runs.retrain(what, cfg, baseline, listeners=(reported,), **how)
     else:
         arch = architecture.load(what)
         if baseline: arch = random_like(arch, cfg.seed)
-        folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
         result = runs.train(cfg, arch, folder, **how)
     show(result, as_json, table("train", ["", ""], trained(result)))

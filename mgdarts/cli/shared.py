@@ -4,7 +4,7 @@
 
 # %% ../../nbs/cli/shared.ipynb #ffe97bb9
 from __future__ import annotations
-import json
+import json, os
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
@@ -12,8 +12,8 @@ from ..base.options import Config, InputError
 from ..base.presets import PRESETS
 
 # %% auto #0
-__all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'SaveEvery', 'settings_in', 'given', 'configuration',
-           'table', 'show', 'reported', 'page_to_write']
+__all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'settings_in', 'given',
+           'configuration', 'table', 'speaks', 'show', 'reported', 'page_to_write']
 
 # %% ../../nbs/cli/shared.ipynb #b546300c
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -24,6 +24,8 @@ Dataset = Annotated[Optional[str], typer.Option(help="Dataset.")]
 DataDir = Annotated[Optional[str], typer.Option(help="Folder of the datasets.")]
 Seed = Annotated[Optional[int], typer.Option(help="Seed of everything random.")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:N or auto.")]
+Elastic = Annotated[bool, typer.Option(
+    "--elastic", help="Go on with another number of processes than before, not to the same last bits.")]
 SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")]
 
 # %% ../../nbs/cli/shared.ipynb #5dde4eec
@@ -63,8 +65,14 @@ def table(title: str, columns: list, rows: list): # a Rich table
     for row in rows: t.add_row(*map(_text, row))
     return t
 
+def speaks()->bool:
+    "Whether this process is to say something: of many that `torchrun` has started, the first one."
+    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return not named or os.environ["RANK"] == "0"
+
 def show(value: dict, as_json: bool, shown): # shown: a table
-    "Print one JSON object, or a table for people."
+    "Print one JSON object, or a table for people; of many processes the first one does."
+    if not speaks(): return
     if as_json: print(json.dumps(value, allow_nan=False))
     else:
         from rich.console import Console

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..net.cell import Cell, FIRST
-from ..space.layers import EPS
+from ..space.norms import batch_norm
 from .moments import Call, GroupedPlan, Moment, Readers
 from .parts import even_odd
 from .vectors import CellVectors
@@ -94,12 +94,12 @@ class Norms:
     def __call__(self, i: int, z: Tensor)->Tensor: # [N, C, H, W]
         "Normalise the maps of call `i`."
         running = (None, None) if self.training else self.v.running[i]
-        y, *self.found[i] = torch.native_batch_norm(z, *self.v.affine[i], *running, self.training, 0., EPS)
+        y, *self.found[i] = batch_norm(z, *self.v.affine[i], *running, self.training)
         return y
     def pool(self, i: int, z: Tensor)->Tensor:
         "Normalise the pools of moment `i`, which have no scale."
         running = (None, None) if self.training else self.v.pools[i]
-        y, *found = torch.native_batch_norm(z, None, None, *running, self.training, 0., EPS)
+        y, *found = batch_norm(z, None, None, *running, self.training)
         self.pooled.append(found)
         return y
     def statistics(self)->list: # of tensors

@@ -6,9 +6,10 @@
 from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import Tensor
+from ..base.ranks import HERE
 from .compiled import compiled, run_norms
 from .layout import as_map, dense, native, rows
-from ..space.layers import EPS
+from ..space.norms import EPS, batch_norm, joined, sums
 
 # %% auto #0
 __all__ = ['spread_index', 'fold', 'moments', 'affine', 'norm_gradients', 'normalise', 'normalise_sum', 'weighted_sum']
@@ -39,7 +40,7 @@ def moments(zs: list, # matrices, a row a pixel
     m, v = zip(*(stats(z[..., None, None], None, None, 0.) for z in zs))
     mean, var = fold(m, index, n) / b, fold(v, index, n) / b
     if b > 1: var += fold([torch.cat(m).sub_(mean.index_select(0, index)).square_()], index, n) / b
-    return mean, var
+    return joined(mean, var)
 
 # %% ../../nbs/fast/norms.ipynb #e3f09cbd
 def affine(zs: list, a: list, s: list, base: Tensor|None, add: bool, relu: bool)->list:
@@ -62,9 +63,9 @@ def norm_gradients(gs: list, zs: list, # gradients of the results, matrices
     d_scale = d_scale.addcmul_(mean, d_shift, value=-1).mul_(inv)
     at = a.index_select(0, index).split(sizes)
     if not training: return d_scale, d_shift, [g * k for g, k in zip(spread, at)]
-    count = zs[0].shape[0] * b
-    k1 = (a * inv * d_scale).div_(-count)
-    k0 = (a * d_shift).div_(-count).addcmul_(k1, mean, value=-1)
+    count, (all_scale, all_shift) = zs[0].shape[0] * b * HERE.joined, sums(d_scale, d_shift)
+    k1 = (a * inv * all_scale).div_(-count)
+    k0 = (a * all_shift).div_(-count).addcmul_(k1, mean, value=-1)
     k1, k0 = (k.index_select(0, index).split(sizes) for k in (k1, k0))
     out = [torch.addcmul(c0, z, c1, out=z if reuse else None) for z, c1, c0 in zip(zs, k1, k0)]
     return d_scale, d_shift, [y.addcmul_(g, k) for y, g, k in zip(out, spread, at)]
@@ -138,10 +139,14 @@ def _native(maps, scale, shift, running, training)->tuple: # normalised maps, me
     sizes = [z.shape[1] for z in maps]
     stats = ((None,) * len(maps) if training else r.split(sizes) for r in running)
     parts = zip(maps, scale.split(sizes), shift.split(sizes), *stats)
-    ys, m, i = zip(*(torch.native_batch_norm(*p, training, 0., EPS) for p in parts))
+    ys, m, i = zip(*(batch_norm(*p, training) for p in parts))
     return (ys, torch.cat(m), torch.cat(i).pow(-2) - EPS) if training else (ys, *running)
 
 # %% ../../nbs/fast/norms.ipynb #a1d1ace7
+def _kind(maps: list, training: bool):
+    "What computes: the compiled functions know the images of this process only."
+    return _CompiledNormalise if compiled(maps[0]) and not (training and HERE.joined > 1) else _Normalise
+
 def normalise(maps: list, # [N/B, B F_i, H, W] each
               scale: Tensor, shift: Tensor, # [sum of F_i] gamma and beta
               running: tuple, # ([sum of F_i] means, [sum of F_i] variances), for evaluation
@@ -154,7 +159,7 @@ def normalise(maps: list, # [N/B, B F_i, H, W] each
     if native(maps[0]):
         ys, mean, var = _native(maps, scale, shift, running, training)
         return [F.relu(y) if relu else y for y in ys], mean, var
-    kind = _CompiledNormalise if compiled(maps[0]) else _Normalise
+    kind = _kind(maps, training)
     *ys, mean, var = kind.apply(scale, shift, None, running, index, b, False, relu, training, reuse, *maps)
     return ys, mean, var
 
@@ -166,8 +171,7 @@ def normalise_sum(maps: list, # [N/B, B F, H, W] each, at least one
                  )->tuple: # ([N/B, B F, H, W] sum of the normalised maps and `base`, means, variances)
     "Compute the sum of many batch norms."
     if not native(maps[0]):
-        kind = _CompiledNormalise if compiled(maps[0]) else _Normalise
-        return kind.apply(scale, shift, base, running, index, b, True, False, training, reuse, *maps)
+        return _kind(maps, training).apply(scale, shift, base, running, index, b, True, False, training, reuse, *maps)
     ys, mean, var = _native(maps, scale, shift, running, training)
     total = base
     for y in ys: total = y if total is None else total + y

@@ -8,6 +8,7 @@ from functools import singledispatch
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..space.layers import AuxHead, Classifier, ConvNorm, MobileHead, MobileStem, Stem, depthwise
+from ..space.norms import BatchNorm
 from .convolutions import mixed
 from .layout import every_second, from_pixels, narrow, native, pixels
 from .norms import normalise, normalise_sum, spread_index
@@ -25,14 +26,12 @@ def _together(norms, b): # what `normalise` takes
 def _track(norms, x, b, mean, var):
     if not norms[0].training: return
     n, sizes = x.numel() // x.shape[1] * b, [len(m.weight) for m in norms]
-    for m, mu, v in zip(norms, mean.split(sizes), (var * (n / max(n - 1, 1))).split(sizes)):
-        m.num_batches_tracked.add_(1)
-        m.running_mean.lerp_(mu, m.momentum)
-        m.running_var.lerp_(v, m.momentum)
+    for m, mu, v in zip(norms, mean.split(sizes), var.split(sizes)):
+        m.track(mu, v, n)
 
 # %% ../../nbs/fast/parts.ipynb #01217b59
 def normed(maps: list, # [N/B, B F_i, H, W] each
-           norms: list, # a `BatchNorm2d` of F_i channels for each
+           norms: list, # a `BatchNorm` of F_i channels for each
            b: int = 1, # images abreast
            relu: bool = False, # after each
            reuse: bool = False # as for `normalise`
@@ -101,7 +100,7 @@ def run(m: nn.Module, # of the net
 
 # %% ../../nbs/fast/parts.ipynb #7014cc79
 @run.register
-def _(m: nn.BatchNorm2d, x, b=1): return normed([narrow(x, b)], [m])[0]
+def _(m: BatchNorm, x, b=1): return normed([narrow(x, b)], [m])[0]
 @run.register
 def _(m: ConvNorm, x, b=1): return run(m.norm, F.conv2d(narrow(x, b), m.weight, None, m.stride, m.pad))
 @run.register

@@ -7,8 +7,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
+from ..base.ranks import HERE
 from ..net.discretise import discretise, strongest
-from ..space.layers import EPS
+from ..space.norms import EPS
 from .moments import Order
 
 # %% auto #0
@@ -137,14 +138,14 @@ def collected(plan: VectorPlan, found: list)->dict: # name -> tensors, of all ce
 
 @torch.no_grad()
 def track(plan: VectorPlan, found: list, # as for `collected`
-          n: int, # images of the batch
+          n: int, # images of the batch, of this process
           momentum: float = .1):
     "Move the running statistics of all cells towards those of a batch."
     values, olds, news = collected(plan, found), [], []
     for order, area, (mean, var) in zip((plan.norms, plan.pools), plan.areas, (STATISTICS[:2], STATISTICS[2:])):
         if not values[mean]: continue # no pools, or none that are normalised
         values[mean], values[var] = order.back(values[mean]), order.back(values[var]).pow(-2) - EPS
-        count = (area * n).to(values[var])
+        count = (area * (n * HERE.joined)).to(values[var])
         values[var] *= count / (count - 1).clamp(min=1)
         for name in (mean, var):
             own = [getattr(c, name) for c in plan.cells]

@@ -9,6 +9,7 @@ from itertools import islice
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..base.events import evaluate
+from ..base.ranks import total
 from ..base.options import DECISIONS, STRENGTHS, Method
 from .darts import TWO_LEVEL
 from ..net.relax import Relaxation, logits, softmax
@@ -91,7 +92,7 @@ class Sample(Trial):
             ops = by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]
         def accuracy(net):
             batches = islice(search.loaders["val"].eval(), self.batches)
-            return evaluate([net], batches, search.device)[0][0]
+            return evaluate([net], batches, search.device, total)[0][0]
         trial["found"].append(ops)
         trial["scores"].append(score_among(net, ops, accuracy))
 

@@ -9,6 +9,7 @@ import torch, torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 from ..base.options import SCHEDULES, Method
+from ..base.ranks import average
 from .darts import TWO_LEVEL, TwoLevel
 from ..search.step import fetch, groups, of_alpha
 
@@ -31,7 +32,9 @@ def unrolled(net: nn.Module,
         for k in of: values[k] = values[k].detach().requires_grad_()
         held = {k: b.clone() for k, b in net.named_buffers()}
         value = loss(lambda x: functional_call(net, {**values, **held}, (x,)), *data, regularised, values)
-        return dict(zip(of, torch.autograd.grad(value, [values[k] for k in of], allow_unused=True)))
+        found = torch.autograd.grad(value, [values[k] for k in of], allow_unused=True)
+        average(found)
+        return dict(zip(of, found))
     def zero(g, k): return torch.zeros_like(own[k]) if g is None else g
     w = {k: own[k] for k in weights}
     step = grads(w, train, weights, False)

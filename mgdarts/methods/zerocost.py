@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..base.options import DECISIONS, STARTS, Method
+from ..base.ranks import average
 from .darts import TWO_LEVEL
 from ..search.rules import Start
 from ..search.trial import Trial, score_among
@@ -72,7 +73,7 @@ class Perturbation(Trial):
         found, scores, todo, graph = trial["found"], trial["scores"], trial["todo"], search.spec.graph
         i, images = len(found), search.loaders["train"]
         def jacobian(ops, of):
-            def score(net): return jacobian_score(net.train(), images.batch(*of)[0].to(search.device))
+            def score(net): return jacobian_score(net.train(), images.whole(*of)[0].to(search.device))
             return score_among(search.net, ops, score)
         if i == self.samples:
             of = ((1 + b // len(images), b % len(images)) for b in range(self.batches))
@@ -113,6 +114,7 @@ class Saliency(Start):
         net.train()
         of = [net.alpha] + [c.beta for c in net.cells if net.rules.gates]
         grads = torch.autograd.grad(F.cross_entropy(net(x), y), of)
+        average(grads)
         new = slice(net.first, len(net.cells))
         def seen(g, p): return (g / (1 - torch.sigmoid(p))).abs() # sigma dL/dsigma
         with torch.no_grad():

@@ -8,11 +8,13 @@ import math
 from functools import reduce
 import torch, torch.nn.functional as F
 from torch import Tensor
+from ..base.ranks import HERE
 from .discretise import discretise, strongest, top
 from .channels import Layout
 from .stored import LiveOp, StoredCell
 from ..space.cell import Gate
-from ..space.layers import EPS, avg_pool, factorized_reduce, max_pool
+from ..space.layers import avg_pool, factorized_reduce, max_pool
+from ..space.norms import EPS, batch_norm
 
 # %% auto #0
 __all__ = ['FIRST', 'threshold_of', 'Pass', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations',
@@ -68,7 +70,7 @@ class Pass:
         cut, training = self.cut, self.cell.training
         affine = (cut["scale"][i], cut["shift"][i]) if i < len(self.cell.gate_sizes) else (None, None)
         running = (None, None) if training else (cut["mean"][i], cut["var"][i])
-        y, m, inv = torch.native_batch_norm(x, *affine, *running, training, 0., EPS)
+        y, m, inv = batch_norm(x, *affine, *running, training)
         self.statistics[i] = m, inv.pow(-2) - EPS
         return y
 
@@ -77,7 +79,8 @@ def drop_factors(x: Tensor, # [N, C, H, W]: what they are for
                  p: float, generator: torch.Generator
                 )->Tensor: # [N, C, H, W], 0 or 1/(1 - p)
     "Draw factors of drop-out, on the CPU image by image."
-    return (torch.rand(x.shape, generator=generator) >= p).to(x) / (1 - p)
+    whole = len(x) * HERE.size # images of all processes
+    return (torch.rand(whole, *x.shape[1:], generator=generator)[HERE.share(whole)] >= p).to(x) / (1 - p)
 
 # %% ../../nbs/net/cell.ipynb #72273d08
 class LiveParts:
@@ -220,11 +223,11 @@ class Cell(StoredCell):
 # %% ../../nbs/net/cell.ipynb #0f699cd9
 @torch.no_grad()
 def track(cell: StoredCell, mean: Tensor, var: Tensor, # [filters, then pooled channels], of a batch
-          n: int, # images of it
+          n: int, # images of it, of this process
           momentum: float, some: bool # whether NaN stands for what was not computed
          ):
     "Move the running statistics of a cell towards those of a batch."
-    count, sizes = (cell.area * n).to(var), [len(cell.mean), sum(cell.pool_sizes)]
+    count, sizes = (cell.area * (n * HERE.joined)).to(var), [len(cell.mean), sum(cell.pool_sizes)]
     unbiased = var * (count / (count - 1).clamp(min=1))
     news = zip(mean.split(sizes), unbiased.split(sizes)) # of filters, of pools
     for old, new in zip(cell.statistics, (v for pair in news for v in pair)):

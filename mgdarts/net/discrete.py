@@ -11,7 +11,8 @@ from .architecture import Architecture, operation, preprocessing, stride
 from .cell import FIRST
 from .engine import Engine
 from ..space.found import shapes
-from ..space.layers import AuxHead, EPS, factorized_reduce, init_conv
+from ..space.layers import AuxHead, factorized_reduce, init_conv
+from ..space.norms import BatchNorm
 from ..space.operation import Operation
 
 # %% auto #0
@@ -30,7 +31,7 @@ class OpModule(nn.Module):
             else: fresh = init_conv(shape, torch.Size(shape[1:]).numel(), generator)
             setattr(self, k.role, fresh)
         derived = op.derived_norms(stride)
-        self.norms = nn.ModuleList(nn.BatchNorm2d(widths[n.port], EPS) for n in derived)
+        self.norms = nn.ModuleList(BatchNorm(widths[n.port]) for n in derived)
         self.norm_at = {n.role: i for i, n in enumerate(derived)}
 
     @property

@@ -12,6 +12,7 @@ from ..base.data import Splits
 from ..base.files import read_json
 from ..base.options import Config, InputError, from_dict, root, to_dict
 from ..base.presets import LONG
+from ..base.ranks import HERE
 from ..fast.compiled import kernels_in_use
 from .bits import card, kernels, said, set_workspace
 
@@ -22,9 +23,10 @@ __all__ = ['planned_device', 'is_there', 'device_of', 'of_run', 'environment', '
 # %% ../../nbs/runs/folder.ipynb #a9cb7643
 def planned_device(cfg: Config)->torch.device:
     "Return the device that a configuration asks for, whether it is there or not. `InputError` when it is none."
-    if cfg.device == "auto": return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try: return torch.device(cfg.device)
+    name = "cuda" if torch.cuda.is_available() else "cpu"
+    try: device = torch.device(name if cfg.device == "auto" else cfg.device)
     except RuntimeError: raise InputError(f"device {cfg.device!r} is not one: use auto, cpu, cuda or cuda:N") from None
+    return torch.device("cuda", HERE.local) if HERE.many and device.type == "cuda" else device
 
 def is_there(device: torch.device)->bool:
     "Whether a device is there."
@@ -43,7 +45,8 @@ def device_of(cfg: Config)->torch.device:
 def of_run(cfg: Config, device: torch.device, discrete: bool = False # a retraining, not a search
           )->dict: # JSON-ready
     "Say how a run computes: with which kernels, in which numbers, and whether to the same bits each time."
-    return {"kernels": kernels(cfg, device, discrete), "bf16": cfg.compute.amp,
+    many = {"processes": HERE.size, "norms": "of all" if HERE.synced else "of each"} if HERE.many else {}
+    return {"kernels": kernels(cfg, device, discrete), "bf16": cfg.compute.amp, **many,
             "deterministic": device.type == "cpu" or cfg.compute.deterministic}
 
 # %% ../../nbs/runs/folder.ipynb #2d5613e4

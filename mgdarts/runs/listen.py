@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedCol
 from ..base.events import Event, Stopped
 from ..base.files import Checkpoints, Lines, read_bytes
 from ..base.options import InputError
+from ..base.ranks import HERE, agree
+from .together import of_all
 
 # %% auto #0
 __all__ = ['LARGEST', 'FIELDS', 'mark', 'Recorder', 'read_events', 'Signals', 'Clock', 'Saver', 'way_done', 'in_a_line',
@@ -74,17 +76,20 @@ def read_events(path: Path,
 
 # %% ../../nbs/runs/listen.ipynb #f02cca3b
 class Signals:
-    "Notes SIGINT and SIGTERM instead of dying of them; in the main thread only, for Python allows no other."
+    """Notes the signals that ask for an end instead of dying of them; in the main thread only, for Python allows no
+    other. A second SIGINT ends at once; schedulers send the others more than once."""
+    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") # Windows has the first two
     def __enter__(self):
         self.number, self._old = None, {}
         if threading.current_thread() is threading.main_thread():
-            for n in (signal.SIGINT, signal.SIGTERM): self._old[n] = signal.signal(n, self._note)
+            for name in self.NAMES:
+                if n := getattr(signal, name, None): self._old[n] = signal.signal(n, self._note)
         return self
     def __exit__(self, *_):
         for n, old in self._old.items(): signal.signal(n, old)
     def _note(self, number, frame):
-        if self.number is not None: raise KeyboardInterrupt
-        self.number = number
+        if self.number is None: self.number = number
+        elif number == signal.SIGINT: raise KeyboardInterrupt
 
 # %% ../../nbs/runs/listen.ipynb #bc2ce154
 class Clock:
@@ -100,25 +105,32 @@ class Clock:
 # %% ../../nbs/runs/listen.ipynb #4d376314
 class Saver:
     """Save a loop's state when it rests: after `every` seconds, after an event of the types in `after`, and when a
-    signal has come, which then ends the run; and at once when somebody emits `save`."""
+    signal has come, which then ends the run; and at once when somebody emits `save`. `guard` is called before: where
+    it raises an error, nothing is written."""
     def __init__(self, loop, recorder: Recorder, clock: Clock, folder: Path, every: float = 60., after: tuple = (),
-                 signals: Signals|None = None):
-        self.loop, self.recorder, self.clock, self.signals = loop, recorder, clock, signals
+                 signals: Signals|None = None, guard=lambda: None):
+        self.loop, self.recorder, self.clock, self.signals, self.guard = loop, recorder, clock, signals, guard
         self.checkpoints, self.every, self.last, self.due = Checkpoints(folder), every, time.monotonic(), False
         loop.events.listen(self._event, *after, "rest", "save")
 
     def _event(self, event: Event):
         if event.type == "save": self.save()
         elif event.type != "rest": self.due = True
-        elif self.signals and self.signals.number is not None:
+        elif (wish := agree(self._wish())):
             self.save()
-            raise Stopped(self.signals.number, signal.Signals(self.signals.number).name)
-        elif self.due or time.monotonic() - self.last >= self.every: self.save()
+            if wish > 1: raise Stopped(wish, signal.Signals(wish).name)
+    def _wish(self)->int: # 0: go on; 1: save; a signal: save and end
+        if self.signals and self.signals.number is not None: return self.signals.number
+        return int(self.due or time.monotonic() - self.last >= self.every)
 
     def save(self, state: dict|None = None # None: the loop's own
             ):
         "Save a state, with the mark of the events there have been and the seconds that were spent."
-        self.checkpoints.save((state or self.loop.state_dict()) | {"record": self.recorder.mark() | self.clock()})
+        self.guard()
+        more = {} if state else of_all(self.loop.net) # all processes take part in it
+        if HERE.leads:
+            record = {"record": self.recorder.mark() | self.clock()}
+            self.checkpoints.save((state or self.loop.state_dict()) | more | record)
         self.last, self.due = time.monotonic(), False
 
 # %% ../../nbs/runs/listen.ipynb #8d279181

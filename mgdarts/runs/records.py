@@ -12,7 +12,8 @@ from .folder import read_record
 from .listen import read_events
 
 # %% auto #0
-__all__ = ['SIZES', 'SHOWN', 'load_run', 'is_training', 'size_kind', 'sizes_of', 'status_of', 'run_row', 'list_runs']
+__all__ = ['SIZES', 'SHOWN', 'SWEEP_FILE', 'load_run', 'is_training', 'size_kind', 'sizes_of', 'status_of', 'run_row',
+           'list_runs', 'done_in']
 
 # %% ../../nbs/runs/records.ipynb #85744f2c
 def _part(folder: Path)->dict: # events and result; None: not finished
@@ -87,3 +88,14 @@ def list_runs(folder: str|Path|None = None # None: the project's runs/
         except (InputError, KeyError, AttributeError):
             out.append({"run": str(path.parent), **dict.fromkeys(SHOWN), "status": "damaged"})
     return out
+
+# %% ../../nbs/runs/records.ipynb #0cde4def
+SWEEP_FILE = "sweep.json" # in the folder of a sweep: a row for each of its runs
+
+def done_in(path: str|Path)->list: # of paths
+    "The finished runs of a sweep's folder; of anything else, itself. `InputError` when the rows are damaged."
+    path = Path(path)
+    if not (path / SWEEP_FILE).exists(): return [path]
+    rows = read_json(path / SWEEP_FILE, "a sweep").get("rows")
+    try: return [path / r["run"] for r in rows if r["status"] == "done"]
+    except (KeyError, TypeError): raise InputError(f"{path / SWEEP_FILE} has no rows of runs") from None

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from ..base.data import Splits, load_data
 from ..base.events import Event, NonFiniteLoss, RunFailed
-from ..base.files import Checkpoints, lock, read_bytes, read_json, refuse_links, write_json
+from ..base.files import Checkpoints, read_bytes, read_json, refuse_links, write_json
+from ..base.locks import lock
 from ..base.options import Config, InputError, from_dict, to_dict
+from ..base.ranks import HERE, first, wait
 from ..fast.compiled import kernels_in_use
 from ..net import files as architecture
 from ..net.architecture import Architecture
@@ -25,6 +27,7 @@ from .listen import LARGEST, Clock, Progress, Recorder, Saver, Signals, mark
 from .make import make_search, make_trainer, supernet_weights
 from .memory import step_memory
 from .records import load_run
+from .together import COMPARED, Compared, Silent, join_for, leads_in, refuse_other_count, take_own
 from ..search.loop import Search
 from ..search.prune import SLACK
 
@@ -74,21 +77,23 @@ def memory_advice(loop # a Search or Trainer
 
 # %% ../../nbs/runs/run.ipynb #c5deaab3
 def go_on(run: Path, now: dict, # the environment
-          epoch: int, step: int): # of the state, counted from the begin of the run
+          epoch: int, step: int, # of the state, counted from the begin of the run
+          elastic: bool = False): # another number of processes is no reason to stop
     "Note what a run goes on with, and warn, where last bits depend on it and it is not what the part before used."
     record = read_json(run / "config.json", "a run folder") # as it stands
     parts = [p for p in record.get("parts", []) if p["step"] < step]
     before = parts[-1]["environment"] if parts else record["environment"]
+    refuse_other_count(run, before, elastic)
     if "bf16" not in before: now = now | {"kernels": kernels_in_use(now["device"])} # it named them so, whoever computed
     changed = differences(before, now)
     if changed:
         warnings.warn(f"{run} {'went on' if parts else 'was begun'} with {'; '.join(changed)}: it goes on, but not to "
                       "the same last bits")
         parts.append({"epoch": epoch, "step": step, "environment": now})
-    if parts != record.get("parts", []): write_json(run / "config.json", {**record, "parts": parts})
+    if HERE.leads and parts != record.get("parts", []): write_json(run / "config.json", {**record, "parts": parts})
 
 # %% ../../nbs/runs/run.ipynb #502a9bca
-def restore(loop, run: Path, splits: Splits
+def restore(loop, run: Path, splits: Splits, elastic: bool = False # as for `go_on`
            )->dict|None: # mark of the events so far; None: there is no state yet
     "Bring a loop to its last state. `InputError` when the state or the data are not this run's."
     record = read_record(run)
@@ -99,6 +104,7 @@ def restore(loop, run: Path, splits: Splits
     if saved is None: return None
     try:
         loop.load_state_dict(saved)
+        take_own(loop.net, saved)
         kept = saved["record"]
         spent = {k: float(kept.get(k, 0)) for k in ("wall_s", "cpu_s")} # older states do not say what they cost
         out = {"bytes": int(kept["bytes"]), "sha256": str(kept["sha256"]), **spent}
@@ -107,7 +113,8 @@ def restore(loop, run: Path, splits: Splits
         raise InputError(f"the state in {run / 'checkpoint'} does not fit this run ({type(e).__name__}): "
                          "start a new run") from None
     search, cfg = isinstance(loop, Search), from_dict(record["config"])
-    go_on(run, environment(loop.device, cfg, not search), loop.epoch, loop.steps if search else loop.step_count)
+    at = loop.epoch, loop.steps if search else loop.step_count
+    go_on(run, environment(loop.device, cfg, not search), *at, elastic)
     return out
 
 # %% ../../nbs/runs/run.ipynb #7804a8ba
@@ -118,13 +125,15 @@ def carry_out(loop, out: Path, recorder: Recorder, clock: Clock,
               listeners: tuple, # each called with every event that is recorded
               types: tuple, # of events that are recorded
               after: tuple = (), # those after which a state is saved
-              save_every: float = 60. # seconds between two states
+              save_every: float = 60., # seconds between two states
+              guard=lambda *_: None # called before something is written; where it raises an error, nothing is
              ):
     "Run a loop to its end with a recorder and a saver, and end well whatever happens."
     with contextlib.ExitStack() as stack, Signals() as signals:
         for of in (recorder, *loop.loaders.values()): stack.enter_context(contextlib.closing(of))
-        for listener in (recorder, *listeners): loop.events.listen(listener, *types)
-        saver = Saver(loop, recorder, clock, out / "checkpoint", save_every, after, signals)
+        for listener in (guard, recorder, *listeners): loop.events.listen(listener, *types)
+        if HERE.many: loop.events.listen(Compared(loop), *COMPARED)
+        saver = Saver(loop, recorder, clock, out / "checkpoint", save_every, after, signals, guard)
         try: loop.run()
         except NonFiniteLoss as e:
             state, where = first_bad(loop, e)
@@ -136,14 +145,17 @@ def carry_out(loop, out: Path, recorder: Recorder, clock: Clock,
         saver.save()
 
 # %% ../../nbs/runs/run.ipynb #cf507bd4
-def _watched(out: Path, loop: Search, kept: dict|None, clock: Clock, quiet: bool, listeners: tuple, save_every: float):
+def _watched(out: Path, loop: Search, kept: dict|None, clock: Clock, quiet: bool, listeners: tuple, save_every: float,
+             guard):
     "Run a search with all that listens to it."
+    how = SEARCH_EVENTS, ("commit", "stage"), save_every
+    if not HERE.leads: return carry_out(loop, out, Silent(), clock, (), *how)
     recorder = Recorder(out / "events.jsonl", kept)
     frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count)
     with contextlib.closing(frames.lines), Progress(len(loop.stages), quiet) as bar:
         if kept: bar.stage, bar.start = loop.stage, loop.start
         heard = (bar, frames, *listeners)
-        carry_out(loop, out, recorder, clock, heard, SEARCH_EVENTS, ("commit", "stage"), save_every)
+        carry_out(loop, out, recorder, clock, heard, *how, guard)
 
 # %% ../../nbs/runs/run.ipynb #90cd4e74
 def derived(cfg: Config, loop: Search, dataset: str)->Architecture:
@@ -194,6 +206,20 @@ def _same(cfg: Config|None, out: Path)->Config:
     return found
 
 # %% ../../nbs/runs/run.ipynb #8ccca283
+def _about(cfg: Config|None, out, resume: bool)->tuple: # configuration, folder, its result if it has ended
+    "Find out which run a call is about."
+    if resume: cfg, out = _same(cfg, Path(out)), Path(out)
+    else: out = new_folder(out) if out else free_name(cfg)
+    return cfg, out, read_json(out / "result.json", "a result") if (out / "result.json").exists() else None
+
+@contextlib.contextmanager
+def _taken(out: Path, resume: bool): # yields what holds it
+    "Take a folder, for nobody else to work in."
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out) as hold:
+        if not resume: new_folder(out) # nobody was faster
+        yield hold
+
 def search(cfg: Config|None, # None: resume with the folder's own
            out: str|Path|None = None, # run folder; None: a new one under runs/
            resume: bool = False, # go on with `out`
@@ -201,58 +227,73 @@ def search(cfg: Config|None, # None: resume with the folder's own
            quiet: bool = True, # no progress bar
            listeners: tuple = (), # each called with every event that is recorded, and with `written` in the end
            prepare=None, # called with the search before it starts
-           save_every: float = 60. # seconds between two states; one is saved after each commit and stage, too
+           save_every: float = 60., # seconds between two states; one is saved after each commit and stage, too
+           elastic: bool = False # go on with another number of processes, not to the same last bits
           )->dict: # the run's result, JSON-ready
     "Search, derive, and write the run folder. `InputError` on bad input, `NonFiniteLoss` when the loss is lost."
     clock = Clock()
     if resume and out is None: raise InputError("--resume needs --out: say which run")
-    if resume: cfg, out = _same(cfg, Path(out)), Path(out)
-    else: out = new_folder(out) if out else free_name(cfg)
-    if (out / "result.json").exists():
-        _tell(out, listeners) # the run may have been killed before somebody heard of it
-        return read_json(out / "result.json", "a result")
-    with held(cfg.compute, device := device_of(cfg)):
+    join_for(cfg or read_config(out))
+    cfg, out, ended = first(lambda: _about(cfg, out, resume))
+    if ended:
+        if HERE.leads: _tell(out, listeners) # the run may have been killed before somebody heard of it
+        return ended
+    with held(cfg.compute, device := device_of(cfg)), contextlib.ExitStack() as stack:
         splits = splits or load_data(cfg.data, cfg.seed, device)
         loop = make_search(cfg, splits)
-        out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
-            kept = restore(loop, out, splits) if resume else None
-            if kept: clock = Clock(kept)
-            if not resume: write_json(out / "config.json", record_of(cfg, loop.device, splits))
-            if prepare: prepare(loop)
-            _watched(out, loop, kept, clock, quiet, listeners, save_every)
+        hold = leads_in(stack, lambda: _taken(out, resume))
+        kept = restore(loop, out, splits, elastic) if resume else None
+        wait() # all have read what there is: from here on the first process writes
+        if kept: clock = Clock(kept)
+        if HERE.leads and not resume: write_json(out / "config.json", record_of(cfg, loop.device, splits))
+        if prepare: prepare(loop)
+        _watched(out, loop, kept, clock, quiet, listeners, save_every, hold and hold.check)
+        def end():
             result = finish(cfg, out, loop, splits, clock)
             _tell(out, listeners)
-    return result
+            return result
+        return first(end)
 
 # %% ../../nbs/runs/run.ipynb #81dea95f
+def _about_training(cfg: Config, out: Path, resume: bool)->tuple: # whether it has begun; its result if it has ended
+    begun = resume and (out / "config.json").exists()
+    if begun: _same(cfg, out)
+    if not resume: new_folder(out)
+    return begun, read_json(out / "result.json", "a result") if (out / "result.json").exists() else None
+
+def _trained(cfg: Config, arch: Architecture, out: Path, loop, splits: Splits, clock: Clock, kept: dict|None,
+             quiet: bool, listeners: tuple, save_every: float, guard):
+    "Run a training, and write what comes of it."
+    if not kept: write_json(out / "config.json", record_of(cfg, loop.device, splits, discrete=True))
+    architecture.save(arch, out, overwrite=True)
+    recorder = Recorder(out / "events.jsonl", kept)
+    with Progress(cfg.train.epochs, quiet, "train") as bar:
+        carry_out(loop, out, recorder, clock, (bar, *listeners), TRAIN_EVENTS, (), save_every, guard)
+    whole = mark(read_bytes(out / "events.jsonl", LARGEST))
+    write_json(out / "result.json", loop.result | {"run": str(out), "name": arch.name, **clock(), "events": whole})
+
 def train(cfg: Config, arch: Architecture,
           out: str|Path, # folder of this training
           splits: Splits|None = None, init_state: dict|None = None, resume: bool = False, quiet: bool = True,
           listeners: tuple = (), # each called with every event that is recorded
-          save_every: float = 60. # seconds between two states
+          save_every: float = 60., # seconds between two states
+          elastic: bool = False # as for `search`
          )->dict: # the result, JSON-ready
     "Retrain an architecture and write its folder."
     clock, out = Clock(), Path(out)
-    if not resume: out = new_folder(out)
-    elif (out / "config.json").exists(): _same(cfg, out)
-    if (out / "result.json").exists(): return read_json(out / "result.json", "a result")
-    with held(cfg.compute, device := device_of(cfg)):
+    join_for(cfg)
+    begun, ended = first(lambda: _about_training(cfg, out, resume))
+    if ended: return ended
+    with held(cfg.compute, device := device_of(cfg)), contextlib.ExitStack() as stack:
         splits = splits or load_data(cfg.data, cfg.seed, device)
         loop = make_trainer(cfg, arch, splits, init_state)
-        out.mkdir(parents=True, exist_ok=True)
-        with lock(out):
-            kept = restore(loop, out, splits) if resume and (out / "config.json").exists() else None
-            if kept: clock = Clock(kept)
-            else: write_json(out / "config.json", record_of(cfg, loop.device, splits, discrete=True))
-            architecture.save(arch, out, overwrite=True)
-            recorder = Recorder(out / "events.jsonl", kept)
-            with Progress(cfg.train.epochs, quiet, "train") as bar:
-                carry_out(loop, out, recorder, clock, (bar, *listeners), TRAIN_EVENTS, save_every=save_every)
-            whole = mark(read_bytes(out / "events.jsonl", LARGEST))
-            result = loop.result | {"run": str(out), "name": arch.name, **clock(), "events": whole}
-            write_json(out / "result.json", result)
-    return result
+        hold = leads_in(stack, lambda: _taken(out, resume))
+        kept = restore(loop, out, splits, elastic) if begun else None
+        wait()
+        if kept: clock = Clock(kept)
+        if not HERE.leads: carry_out(loop, out, Silent(), clock, (), TRAIN_EVENTS, (), save_every)
+        else: _trained(cfg, arch, out, loop, splits, clock, kept, quiet, listeners, save_every, hold.check)
+        return first(lambda: read_json(out / "result.json", "a result"))
 
 # %% ../../nbs/runs/run.ipynb #bc3119a0
 def retrain(run: str|Path, # a finished run folder
@@ -260,7 +301,8 @@ def retrain(run: str|Path, # a finished run folder
             baseline: bool = False, # a random architecture of the same size instead
             splits: Splits|None = None, resume: bool = False, quiet: bool = True,
             listeners: tuple = (), # each called with every event that is recorded, and with `written` in the end
-            save_every: float = 60. # seconds between two states
+            save_every: float = 60., # seconds between two states
+            elastic: bool = False # as for `search`
            )->dict:
     "Retrain what a run found (into its `train` folder), or a random architecture of the same size (into `random`)."
     run = Path(run)
@@ -271,6 +313,6 @@ def retrain(run: str|Path, # a finished run folder
     if baseline: arch = random_like(arch, cfg.seed)
     elif cfg.train.weights == "supernet": state = supernet_weights(run, arch)
     out = run / ("random" if baseline else "train")
-    result = train(cfg, arch, out, splits, state, resume, quiet, listeners, save_every)
-    _tell(run, listeners)
+    result = train(cfg, arch, out, splits, state, resume, quiet, listeners, save_every, elastic)
+    if HERE.leads: _tell(run, listeners)
     return result

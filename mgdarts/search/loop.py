@@ -6,6 +6,7 @@
 from __future__ import annotations
 import torch
 from ..base.events import Emitter, Event, evaluate
+from ..base.ranks import total
 from ..net.engine import Engine
 from ..base.options import Rules, Search as Settings, need
 from ..net.supernet import SuperNet
@@ -14,7 +15,7 @@ from .rules import Clock, Parts
 from .stages import (SearchState, begin_joint, clock_is_up, close_stage, fresh_net, open_stage, plan,
                                    tally)
 from .state import load_state, save_state
-from .step import optimise
+from .step import optimise, settle
 from .thresholds import mean_thresholds
 
 # %% auto #0
@@ -103,7 +104,7 @@ def clock_of(search)->Clock:
 # %% ../../nbs/search/loop.ipynb #e01da049
 def validate(search)->tuple: # accuracy in percent, mean cross-entropy
     "The current sub-net on the validation split, with the masks as they are."
-    (found,) = evaluate([search.net], search.loaders["val"].eval(), search.device)
+    (found,) = evaluate([search.net], search.loaders["val"].eval(), search.device, total)
     search.net.train()
     return found
 
@@ -150,6 +151,7 @@ def end_epoch(search):
     s, (*means, hits, n) = search.state, search.sums.tolist()
     (ce, price, push, own), epoch, warm = (v / n for v in means), s.epoch, s.warmup
     lam = 0. if warm else search.lam.value
+    settle(search.net)
     acc, val_loss = search.validate()
     data = search.snapshot()
     search.sums.zero_()

@@ -9,13 +9,14 @@ import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from ..base.events import NonFiniteLoss
 from ..base.options import Search as Settings
+from ..base.ranks import HERE, average, total
 from ..net.supernet import SuperNet
 from .regrow import update_momentum
 from .rules import Turn
 
 # %% auto #0
 __all__ = ['groups', 'make_optimizer', 'make_adam', 'cosine', 'tell', 'fetch', 'of_alpha', 'loss_of', 'likeness', 'gradient',
-           'update', 'optimise', 'check_finite']
+           'update', 'settle', 'of_all', 'optimise', 'check_finite']
 
 # %% ../../nbs/search/step.ipynb #5139fb00
 def groups(net: SuperNet)->dict: # name -> parameters
@@ -97,7 +98,7 @@ def likeness(search, turn: Turn, alone: bool # as for `gradient`
     "What a gradient depends on besides the batch and the net's tensors; None where every step is another one."
     s, net, parts = search.state, search.net, search.parts
     apart = any(p.draws for p in parts.preparing) or any(p.timed for p in parts.pressures)
-    if apart or search.events.wants("forward"): return None
+    if apart or HERE.joined > 1 or search.events.wants("forward"): return None
     moment = net.stage, net.first, net.discretising, net.paths, net.sparse, net.tau, net.skip_dropout
     return turn, alone, s.warmup, s.warmup or search.lam.value, search.fine_tuning, moment
 
@@ -136,6 +137,15 @@ def update(search, turn: Turn):
     tell(search, "update", images=turn.images, groups=turn.groups)
 
 # %% ../../nbs/search/step.ipynb #5fffda05
+def settle(net: nn.Module):
+    "Average running statistics, where each process has had its own."
+    if HERE.apart: average(b for b in net.buffers() if b.is_floating_point())
+
+def of_all(loss: Tensor, seen: Tensor)->tuple: # as `loss_of` gives them
+    "Put what the processes have seen together: the mean of their losses, the sums of the rest."
+    summed = total(torch.cat([loss.detach().double().view(1), seen]))
+    return summed[0] / HERE.size, summed[1:]
+
 def optimise(search):
     "One optimisation step."
     s, net, parts = search.state, search.net, search.parts
@@ -146,9 +156,11 @@ def optimise(search):
     for i, turn in enumerate(turns):
         if parts.prepare(net, clock, turn.images): net.noise = net._generator(7, s.epoch, s.epoch_step, i)
         if not parts.schedule.gradient(search, turn): loss, seen = gradient(search, turn, len(turns) > 1)
+        average(p.grad for p in net.parameters())
         tell(search, "backward", images=turn.images)
         if len(turns) > 1: net.requires_grad_()
         update(search, turn)
+    if HERE.many: loss, seen = of_all(loss, seen)
     search.sums += seen
     s.epoch_step += 1
     s.steps += 1
@@ -158,6 +170,7 @@ def optimise(search):
 # %% ../../nbs/search/step.ipynb #66058285
 def check_finite(search):
     "`NonFiniteLoss` if the epoch's sums, or running statistics (which may overflow before), are not finite."
-    seen = [search.sums[:3], *(v for c in search.net.cells for v in c.statistics)]
+    seen = [search.sums[:3]]
+    if not HERE.apart: seen += [v for c in search.net.cells for v in c.statistics] # else the others would not know
     if not bool(torch.stack([v.isfinite().all() for v in seen]).all()):
         raise NonFiniteLoss(search.state.epoch, search.state.epoch_step - 1)

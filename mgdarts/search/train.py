@@ -16,7 +16,9 @@ from ..net.architecture import Architecture
 from ..net.count import counts
 from ..net.files import fingerprint
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
+from ..base.ranks import HERE, average, total
 from .state import on_host
+from .step import of_all, settle
 
 # %% auto #0
 __all__ = ['KEPT', 'BLOCK', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'Trainer',
@@ -167,7 +169,8 @@ def paths_of(trainer: Trainer, n: int # images of the batch
     first = t.epoch_step - t.epoch_step % BLOCK
     if t.paths[0] != (t.epoch, first, n):
         steps = range(first, min(first + BLOCK, len(t.loaders["train"])))
-        drawn = [net.draw_paths(n, drop_path_noise(t.seed, t.epoch, k)) for k in steps]
+        whole, at = n * HERE.size, HERE.share(n * HERE.size)
+        drawn = [net.draw_paths(whole, drop_path_noise(t.seed, t.epoch, k))[:, at] for k in steps]
         t.paths = (t.epoch, first, n), torch.stack(drawn).to(t.device, non_blocking=True)
     return t.paths[1][t.epoch_step - first].to(torch.float32) / (1 - p),
 
@@ -204,12 +207,15 @@ def optimise(trainer: Trainer):
     x, y = (v.to(t.device, non_blocking=True) for v in t.loaders["train"].batch(epoch, t.epoch_step))
     tell("batch", images="train", x=x, y=y)
     inputs = x, y, *paths_of(t, len(x))
-    key = None if t.events.wants("forward") else len(inputs) # all steps are alike but for what goes in
+    apart = HERE.joined > 1 or t.events.wants("forward")
+    key = None if apart else len(inputs) # all steps are alike but for what goes in
     loss, seen = net.engine.repeated(net, partial(both_ways, t), inputs, key)
+    average(p.grad for p in net.parameters())
     tell("backward", images="train")
     if cfg.clip: nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
     t.optimizer.step()
     tell("update", images="train", groups=("weights",))
+    if HERE.many: loss, seen = of_all(loss, seen)
     t.sums += seen
     t.epoch_step += 1
     if t.epoch_step == len(t.loaders["train"]) or t.epoch_step % t.check_every == 0: check_finite(t)
@@ -218,9 +224,10 @@ def optimise(trainer: Trainer):
 # %% ../../nbs/search/train.ipynb #0fb6759f
 def end_epoch(trainer: Trainer):
     "Validate, if there are images for it, keep the best weights, go on to the next epoch or to the end."
+    settle(trainer.net)
     t, cfg, epoch, (loss, hits, n), found = trainer, trainer.cfg, trainer.epoch, trainer.sums.tolist(), {}
     if "val" in t.parts:
-        ((acc, val_loss),) = evaluate([t.net], t.loaders["val"].eval(), t.device)
+        ((acc, val_loss),) = evaluate([t.net], t.loaders["val"].eval(), t.device, total)
         found = {"val_acc": acc, "val_loss": val_loss}
         if acc > t.best["val_acc"]: t.best = {"epoch": epoch, "val_acc": acc, "net": on_host(dict(t.net.state_dict()))}
     row = {"train_acc": 100 * hits / n, **found, "lr": learning_rate(cfg, epoch), "drop_path": drop_path(cfg, epoch)}
@@ -237,7 +244,7 @@ def finish(trainer: Trainer):
         best = DerivedNet(t.arch, t.cfg.aux_weight > 0, t.seed, t.net.engine)
         best.load_state_dict(t.best["net"])
         nets.append(best.to(t.device).to(memory_format=torch.channels_last))
-    tests, last, size = evaluate(nets, t.loaders["test"].eval(), t.device), t.history[-1], counts(t.arch)
+    tests, last, size = evaluate(nets, t.loaders["test"].eval(), t.device, total), t.history[-1], counts(t.arch)
     validated = {"test_acc_best_val": tests[-1][0], "val_acc_final": last.get("val_acc"),
                  "val_acc_best": t.best["val_acc"], "best_val_epoch": t.best["epoch"]}
     sizes = ("params_total", "params_deployable", "params_nonzero", "macs")

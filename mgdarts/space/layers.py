@@ -6,11 +6,10 @@
 from __future__ import annotations
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
-
-EPS = 1e-5 # of every batch norm
+from .norms import BatchNorm
 
 # %% auto #0
-__all__ = ['EPS', 'reset_uniform', 'init_conv', 'depthwise', 'factorized_reduce', 'avg_pool', 'max_pool', 'ConvNorm', 'Head',
+__all__ = ['reset_uniform', 'init_conv', 'depthwise', 'factorized_reduce', 'avg_pool', 'max_pool', 'ConvNorm', 'Head',
            'Classifier', 'Stem', 'AuxHead', 'MobileStem', 'MobileHead']
 
 # %% ../../nbs/space/layers.ipynb #8e1abf53
@@ -73,7 +72,7 @@ class ConvNorm(nn.Module):
                 ):
         super().__init__()
         self.stride, self.pad = stride, pad
-        self.weight, self.norm = init_conv((cout, cin, k, k), cin * k * k, generator), nn.BatchNorm2d(cout, EPS)
+        self.weight, self.norm = init_conv((cout, cin, k, k), cin * k * k, generator), BatchNorm(cout)
     def forward(self, x): return self.norm(F.conv2d(x, self.weight, None, self.stride, self.pad))
 
 # %% ../../nbs/space/layers.ipynb #f45b95f4
@@ -140,7 +139,7 @@ class MobileStem(nn.Module):
         super().__init__()
         C = spec.channels
         self.first = ConvNorm(spec.in_channels, C, 3, generator, 1 if spec.stem_kind == "cifar" else 2, 1)
-        self.depth, self.norm = init_conv((C, 1, 3, 3), 9, generator), nn.BatchNorm2d(C, EPS)
+        self.depth, self.norm = init_conv((C, 1, 3, 3), 9, generator), BatchNorm(C)
         self.last = ConvNorm(C, C, 1, generator)
     def forward(self, x):
         x = F.hardswish(self.first(x))

@@ -13,7 +13,8 @@ from ..base.options import Config, to_dict
 __all__ = ['YOUNGER', 'checksum', 'Job', 'job_of']
 
 # %% ../../nbs/sweep/jobs.ipynb #c52c5fc6
-YOUNGER = {"compute": {"deterministic": False, "graph": "auto"}, "data": {"workers": -1}} # knobs, as runs before were
+YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
+           "data": {"workers": -1}} # knobs, as runs before were
 
 def checksum(*parts)->str:
     "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."

@@ -6,11 +6,12 @@
 from __future__ import annotations
 from dataclasses import fields
 from ..base.options import InputError, closest
+from ..methods.registry import pairs
 from .executors import Local
 from .ray import Ray
 
 # %% auto #0
-__all__ = ['EXECUTORS', 'executor']
+__all__ = ['EXECUTORS', 'KINDS', 'executor', 'executor_in']
 
 # %% ../../nbs/sweep/on.ipynb #9a70cbe2
 EXECUTORS = {"local": Local, "ray": Ray} # name -> class
@@ -23,3 +24,18 @@ def executor(on: str, # one of `EXECUTORS`
     for name in options:
         if name not in known: raise InputError(f"--{name} is no option of --on {on}: that has " + ", ".join(known))
     return EXECUTORS[on](**options)
+
+# %% ../../nbs/sweep/on.ipynb #62e4aa52
+KINDS = {"int": int, "float": float, "float|None": float} # of options; others are text
+
+def executor_in(words: str, # the name, then options as NAME=VALUE
+                **more # options besides
+               ): # the executor
+    "Make an executor from what is typed. `InputError` where it cannot be."
+    name, _, rest = words.strip().partition(" ")
+    options = pairs(",".join(rest.replace(",", " ").split()))
+    for f in fields(EXECUTORS.get(name, Local)):
+        if f.name not in options: continue
+        try: options[f.name] = KINDS.get(f.type, str)(options[f.name])
+        except ValueError: raise InputError(f"option {f.name}={options[f.name]} of {name} is no number") from None
+    return executor(name, **{**more, **options})

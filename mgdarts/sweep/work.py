@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from ..base.data import load_data
 from ..base.events import RunFailed, Stopped
-from ..base.files import read_json, turn, write_json
+from ..base.files import read_json, write_json
+from ..base.locks import turn
 from ..base.options import InputError, from_dict
 from ..net import files
 from ..net.built import built, masked

@@ -6,7 +6,8 @@
 from __future__ import annotations
 from pathlib import Path
 import torch
-from ..base.files import Checkpoints, lock, read_bytes, write_json
+from ..base.files import Checkpoints, read_bytes, write_json
+from ..base.locks import lock
 from ..base.options import InputError
 from ..runs.folder import environment, new_folder, read_config, read_record
 from ..runs.frames import REPLAY_FILE, FrameRecorder

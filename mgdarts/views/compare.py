@@ -14,7 +14,7 @@ from ..net import files as arch_files
 from ..net.architecture import Architecture
 from ..net.count import counts
 from ..runs.folder import read_record
-from ..runs.records import is_training, load_run, run_row
+from ..runs.records import done_in, is_training, load_run, run_row
 from .difference import difference, difference_figure, difference_table
 from .figures import epochs_of, linked, millions, of, series
 from .page import report
@@ -48,11 +48,11 @@ def _without_search(path: Path, data: dict|None # records of a training; None: t
     return Entry(arch.name, path, [], arch, row)
 
 # %% ../../nbs/views/compare.ipynb #f9db0ed2
-def entries(paths: list # run folders, architectures
+def entries(paths: list # run folders, architectures, folders of sweeps
            )->list: # of Entry
-    "Read what is to be compared. `InputError` on what is neither a run nor an architecture."
+    "Read what is to be compared; of a sweep, its finished runs. `InputError` on what is neither."
     out = []
-    for path in map(Path, paths):
+    for path in (p for given in paths for p in done_in(given)):
         if not path.exists(): raise InputError(f"{path} is not there: give run folders or architectures")
         data = load_run(path) if (path / "config.json").exists() else None
         if data is None or is_training(data): e = _without_search(path, data)

@@ -252,7 +252,7 @@ def tree(folder: Path) -> dict:
         for n in there + names:
             p = Path(path) / n
             s = os.lstat(p)
-            if n == ".lock" or n.startswith(".mgdarts-"): continue
+            if n.startswith((".lock", ".mgdarts-")) or ".lock.rw" in path: continue
             out[str(p)] = (s.st_mode, s.st_ino, *(() if stat.S_ISDIR(s.st_mode) else (s.st_size, s.st_mtime_ns)))
     return out
 

@@ -102,8 +102,8 @@ def _link(t: Table, name: str):
 def records(t: Table):
     "What is wrong with events and results, and with what lies in their places."
     def lock(run):
-        (run / ".lock").unlink(missing_ok=True)
-        (run / ".lock").symlink_to(t.hacked)
+        shutil.rmtree(run / ".lock.rw", ignore_errors=True)
+        (run / ".lock.rw").symlink_to(t.hacked)
 
     def pipe(run):
         (run / EVENTS).unlink()

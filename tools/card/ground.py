@@ -18,10 +18,11 @@ from mgdarts.base.randomness import stream
 
 
 class Ground:
-    "A device, and how much time there is."
+    "A device, how much time there is, and where what is more than rows goes to."
 
-    def __init__(self, device: str, toy: bool, ends: float = math.inf):  # ends: of `time.monotonic`
-        self.device, self.toy, self.ends = torch.device(device), toy, ends
+    def __init__(self, device: str, toy: bool, ends: float = math.inf,  # of `time.monotonic`
+                 out: str = "", images: str = ""):  # folder of the record; pack of images that came along
+        self.device, self.toy, self.ends, self.out, self.images = torch.device(device), toy, ends, out, images
         self.gpu = self.device.type == "cuda"
 
     def left(self) -> float: return self.ends - time.monotonic()

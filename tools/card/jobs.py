@@ -168,7 +168,7 @@ class Load:
     def keep(self, info):  # None: it stays
         "Its files, without states where its jobs are finished."
         path = Path(info.name)
-        unwanted = path.name in ("plotly.min.js", ".lock") or not self.late and "checkpoint" in path.parts
+        unwanted = path.name in ("plotly.min.js", ".lock", ".lock.rw") or not self.late and "checkpoint" in path.parts
         return None if unwanted else info
 
     def into(self, tar): tar.add(self.folder / self.key, self.key, filter=self.keep)

@@ -149,7 +149,8 @@ def resumed(g: Ground) -> dict:
         runs.search(None, b, resume=True)
         events = [timeless(run) for run in (a, b)]
         same = [x == y for x, y in zip(*events)]
-        warned = {str(x.message)[:120] for x in w if "was begun with" in str(x.message)}
+        elsewhere = "was begun with", "went on with"  # what is said of the first and of later parts of a run
+        warned = {text[:120] for text in (str(x.message) for x in w) if any(words in text for words in elsewhere)}
         return out | {"resume_equal": events[0] == events[1], "events": len(events[0]),
                       "first_different": same.index(False) if False in same else None,
                       "resume_warnings": sorted(warned)}
