@@ -172,8 +172,9 @@ def fitting(cfg: Config, name: str, # search.batch or train.batch
 
 def stepper(loop): # a function that makes one optimisation step of a Search or Trainer
     "Return what makes a step, and never ends an epoch."
+    at = min(1, len(loop.loaders["train"]) - 1) # at 0 a state is kept
     def step():
-        (loop.state if isinstance(loop, Search) else loop).epoch_step = 1 # at 0 a state is kept
+        (loop.state if isinstance(loop, Search) else loop).epoch_step = at
         loop.optimise()
     return step
 
