@@ -39,7 +39,7 @@ from mgdarts.sweep.work import do
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 100, "data.test_subset": 200, "search.stages": 1, "search.warmup": 0, "search.max_epochs": 2,
         "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
-WHOLE = {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "out", "runs_dir"}
+WHOLE = {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "on", "address", "out", "runs_dir"}
 
 
 @pytest.fixture(autouse=True)
@@ -219,7 +219,7 @@ def test_a_record_is_rebuilt_from_the_configurations_in_it(done):
         for f in sorted(j.run(folder).rglob("*"), reverse=True):
             f.unlink() if f.is_file() else f.rmdir()
         j.run(folder).rmdir()
-    new = rebuild(record, folder, workers=1)
+    new = rebuild(record, folder, Local(1))
     def clockless(rows): return [{k: v for k, v in r.items() if k not in ("search_s", "train_s")} for r in rows]
     assert clockless(new["rows"]) == clockless(record["rows"]) and new["arms"] == record["arms"]
     assert new["values"]["one"]["acc"] == record["values"]["one"]["acc"] and record["values"]["one"]["acc"]["n"] == 2

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.options import InputError
-from .shared import Json, Preset, Sets, settings_in, show, table
+from .shared import (Address, Cpus, Gpus, Jobs, Json, Memory, On, Preset, Retries, Sets, place, settings_in,
+                                show, table)
 
 # %% auto #0
 __all__ = ['CLAIM', 'order', 'reproduce', 'claims']
@@ -21,7 +22,7 @@ def order(what: str, arms: str, given: dict)->list: # of what `reproduce` says o
     names = list(study.TARGETS) if what == "all" else [study.target(what)]
     if what == "all" and arms not in ("", "all"):
         raise InputError(f"--arms {arms!r} are those of one table or figure: name that instead of all")
-    checked = {k: given[k] for k in ("preset", "seeds", "dataset", "data_dir", "device", "arms", "jobs", "settings")}
+    checked = {k: v for k, v in given.items() if k not in ("out", "runs_dir")}
     first = study.Study(names[0], **checked) # what is wrong is better known before
     if given["dataset"] or given["data_dir"]:
         from mgdarts.base.sources import open_source
@@ -47,17 +48,19 @@ def reproduce(what: Annotated[str, typer.Argument(
               out: Annotated[Optional[Path], typer.Option(
                   help="Folder of records and figures; default: the project's figures/, at preset smoke "
                        "figures/smoke/.")] = None,
-              jobs: Annotated[int, typer.Option(help="Arms side by side; 0: one a core, one on a GPU.")] = 0,
-              sets: Sets = None, as_json: Json = False):
+              jobs: Jobs = 0, on: On = "local", address: Address = None, cpus: Cpus = None, gpus: Gpus = None,
+              memory: Memory = None, retries: Retries = None, sets: Sets = None, as_json: Json = False):
     "Reproduce a table or figure of the paper, or all."
+    where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries)
     if what.endswith(".json"):
         from mgdarts.paper import study
-        done = [study.remake(Path(what), jobs, data_dir)]
+        from mgdarts.sweep.on import executor_in
+        done = [study.remake(Path(what), executor_in(where, jobs=jobs), data_dir)]
     else:
         settings = ", ".join(f"{k}={v}" for k, v in settings_in(sets).items())
         done = order(what, arms, {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir,
                                   "device": device, "settings": settings, "arms": arms, "jobs": jobs,
-                                  "out": str(out.absolute()) if out else ""})
+                                  "on": where, "out": str(out.absolute()) if out else ""})
     rows = [(n["item"], n["arms"], len(n["failed"]), n["scale"], n["wall_s"],
              n["record"] and os.path.relpath(n["record"])) for n in done]
     show({"targets": done}, as_json,

@@ -12,8 +12,9 @@ from ..base.options import Config, InputError
 from ..base.presets import PRESETS
 
 # %% auto #0
-__all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'settings_in', 'given',
-           'configuration', 'table', 'speaks', 'show', 'reported', 'page_to_write']
+__all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'On', 'Address', 'Cpus',
+           'Gpus', 'Memory', 'Retries', 'Jobs', 'place', 'settings_in', 'given', 'configuration', 'table', 'speaks',
+           'show', 'reported', 'page_to_write']
 
 # %% ../../nbs/cli/shared.ipynb #b546300c
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -27,6 +28,19 @@ Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:N or auto."
 Elastic = Annotated[bool, typer.Option(
     "--elastic", help="Go on with another number of processes than before, not to the same last bits.")]
 SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")]
+On = Annotated[str, typer.Option(help="Where runs are computed: local, ray.")]
+Address = Annotated[Optional[str], typer.Option(help="Ray cluster: auto, HOST:PORT, or local: of this machine.")]
+Cpus = Annotated[Optional[float], typer.Option(help="Cores that a run takes of a cluster.")]
+Gpus = Annotated[Optional[float], typer.Option(help="GPUs that a run takes of a cluster; .5: two share one.")]
+Memory = Annotated[Optional[float], typer.Option(help="GB that a run takes of a cluster.")]
+Retries = Annotated[Optional[int], typer.Option(min=0, help="How often a run is tried again whose process was lost.")]
+Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a core, one on a GPU, or what a cluster has "
+                                        "room for; 1: in this process, one by one.")]
+
+# %% ../../nbs/cli/shared.ipynb #a1512274
+def place(on: str, **options)->str:
+    "Say in words where runs are computed: an executor, and those of its options that were given."
+    return " ".join([on, *(f"{k}={v}" for k, v in options.items() if v is not None)])
 
 # %% ../../nbs/cli/shared.ipynb #5dde4eec
 def settings_in(pairs: list|None # of texts KEY=VALUE

@@ -18,7 +18,7 @@ from ..net.sample import weaknas
 from ..sweep.jobs import Job
 from .data import TARGETS, paper_rows, table, target
 from .measure import measure, shape_of
-from ..sweep.executors import Local, run_jobs
+from ..sweep.executors import run_jobs
 from ..runs.folder import device_of, environment
 from ..runs.memory import memory_plan
 from ..space.darts import NetSpec
@@ -179,7 +179,7 @@ def recorded(folder: str|Path # of records
 # %% ../../nbs/paper/record.ipynb #247f11b4
 def rebuild(record: dict|str|Path, # or the file
             folder: str|Path|None = None, # of all runs; None: the project's runs/repro
-            workers: int = 0, # see `Local`
+            executor=None, # as for `run_jobs`
             data_dir: str = "" # folder of the datasets; empty: the project's data/
            )->dict: # the new record
     "Make a record again from the configurations inside it."
@@ -187,5 +187,5 @@ def rebuild(record: dict|str|Path, # or the file
     folder, start = Path(folder) if folder else root() / "runs/repro", time.time()
     if not (jobs := [at(j, data_dir) for j in jobs_in(record)]):
         raise InputError("the record has no arms: run its notebook instead")
-    failed, given = run_jobs(jobs, folder, Local(workers)), record.get("parameters", {})
+    failed, given = run_jobs(jobs, folder, executor), record.get("parameters", {})
     return make_record(target(record.get("item", "")), jobs, folder, given, failed, time.time() - start)

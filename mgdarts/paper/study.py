@@ -15,7 +15,8 @@ from ..net.architecture import Architecture
 from .arms import Arm, job
 from .data import TARGETS, paper_rows, target
 from .record import make_record, rebuild, recorded
-from ..sweep.executors import Local, run_jobs
+from ..sweep.executors import run_jobs
+from ..sweep.on import executor_in
 from .show import Results, beside, beside_paper, draw, markdown, scatter, signed
 from .verdicts import home, verdicts
 from ..runs.estimate import estimate, in_words
@@ -49,15 +50,18 @@ class Asked:
                  runs_dir: str = "", # folder of all runs; empty: the project's runs/repro
                  jobs: int = 0, # arms side by side; 0: one a core, one on a GPU; 1: one by one, in this process
                  settings: str = "", # more knobs for all arms
+                 on: str = "local", # where runs are computed, as `executor_in` reads it
+                 address: str = "", # of a cluster
                  **more # further parameters, for the record
                 ):
         texts = {"preset": preset, "dataset": dataset, "data_dir": data_dir, "device": device, "arms": arms, "out": out,
-                 "runs_dir": runs_dir, "settings": settings}
+                 "runs_dir": runs_dir, "settings": settings, "on": on, "address": address}
         for name, value in texts.items():
             if not isinstance(value, str): raise InputError(f"parameter {name}={value!r} must be text")
         if not isinstance(jobs, int) or isinstance(jobs, bool) or jobs < 0:
             raise InputError(f"parameter jobs={jobs!r} must be a whole number from 0")
-        self.item, self.preset, self.seeds, self.workers = target(item), preset, seeds_of(seeds), jobs
+        self.item, self.preset, self.seeds = target(item), preset, seeds_of(seeds)
+        self.executor = executor_in(on, jobs=jobs, **({"address": address} if address else {}))
         self.chosen = [a.strip() for a in arms.split(",") if a.strip()]
         self.folder = Path(runs_dir) if runs_dir else root() / "runs/repro"
         self.out = (Path(out) if out else home(preset)) / item
@@ -89,7 +93,7 @@ def run_wanting(asked: Asked, todo: list, # of Job
     before = "".join(f", {n} of them {what} before" for what, n in said.items() if n)
     print(f"{len(todo)} runs of {len(todo) // len(asked.seeds)} arms{before}")
     if asked.preset in LONG and wanting: print(f"each: {in_words(estimate(asked.base, asked.folder))}", flush=True)
-    failed = run_jobs([todo[i] for i in wanting], asked.folder, Local(asked.workers))
+    failed = run_jobs([todo[i] for i in wanting], asked.folder, asked.executor)
     return {wanting[i]: why for i, why in failed.items()}
 
 # %% ../../nbs/paper/study.ipynb #60d9e329
@@ -194,7 +198,7 @@ def adaptive_and_fixed(study: Study, sizes: list # millions of parameters
 
 # %% ../../nbs/paper/study.ipynb #070e4431
 def run_notebook(name: str, parameters: dict,
-                 folder: str|Path|None = None # of the executed copy; None: the project's runs/repro
+                 folder: str|Path|None = None # of the executed copy; None: where the runs are
                 )->Path: # the executed notebook
     "Run a target's notebook with papermill. `InputError` and `RunFailed` with the notebook's own message."
     source = root() / "nbs/paper" / f"{target(name)}.ipynb"
@@ -202,7 +206,7 @@ def run_notebook(name: str, parameters: dict,
         raise InputError(f"{source} is not there: work in the project's folder, or set MGDARTS_ROOT to it")
     try: import papermill
     except ImportError: raise InputError("mgdarts reproduce needs papermill: pip install 'mgdarts[lab]'") from None
-    folder = Path(folder) if folder else root() / "runs/repro"
+    folder = Path(folder or parameters.get("runs_dir") or root() / "runs/repro")
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{name}.ipynb"
     quiet = {"progress_bar": False, "stdout_file": sys.stderr, "stderr_file": sys.stderr,
@@ -250,10 +254,10 @@ def reproduce_all(names: list|None, # of targets; None: all
     return out
 
 # %% ../../nbs/paper/study.ipynb #2c5bf352
-def remake(path: Path, workers: int = 0, data_dir: str = "",
+def remake(path: Path, executor=None, data_dir: str = "",
            folder: str|Path|None = None # of all runs; None: the project's runs/repro
           )->dict: # JSON-ready
     "Make a record again, in its place."
     start = time.time()
-    write_json(path, rebuild(path, folder, workers, data_dir))
+    write_json(path, rebuild(path, folder, executor, data_dir))
     return outcome(path, notebook=None, wall_s=round(time.time() - start, 1))

@@ -97,5 +97,5 @@ def done_in(path: str|Path)->list: # of paths
     path = Path(path)
     if not (path / SWEEP_FILE).exists(): return [path]
     rows = read_json(path / SWEEP_FILE, "a sweep").get("rows")
-    try: return [path / r["run"] for r in rows if r["status"] == "done"]
+    try: return list(dict.fromkeys(path / r["run"] for r in rows if r["status"] == "done"))
     except (KeyError, TypeError): raise InputError(f"{path / SWEEP_FILE} has no rows of runs") from None

@@ -106,7 +106,7 @@ class Board:
         "Note what an executor says."
         with self.lock:
             if not why: self.spent.append(seconds)
-            else: self.failed[run.name] = {"status": "failed", "why": why, "seconds": round(seconds, 1)}
+            else: self.failed[run.place()] = {"status": "failed", "why": why, "seconds": round(seconds, 1)}
             self.look()
 
     def row(self, run: Run)->dict: # JSON-ready
@@ -114,10 +114,10 @@ class Board:
         cfg = run.search or run.train
         row = {"run": run.name, "label": run.label, "method": cfg["method"], "preset": cfg["preset"], "seed": run.seed,
                "set": run.set, "status": "waiting", "why": None, "seconds": None, **dict.fromkeys(FACTS)}
-        if run.name in self.failed: return row | self.failed[run.name]
-        try: facts = self.done.get(run.name) or facts_of(run, self.folder)
+        if run.place() in self.failed: return row | self.failed[run.place()]
+        try: facts = self.done.get(run.place()) or facts_of(run, self.folder)
         except (InputError, KeyError) as e: return row | {"status": "failed", "why": str(e)}
-        if facts: return row | self.done.setdefault(run.name, facts) | {"status": "done"}
+        if facts: return row | self.done.setdefault(run.place(), facts) | {"status": "done"}
         going = self.since is not None and touched(run, self.folder) >= self.since
         return row | {"status": "running" if going else "waiting"}
 
