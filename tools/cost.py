@@ -56,8 +56,7 @@ def rest_of_a_search(folder: Path, stages: int, epochs: int) -> float:
 def rest_of_a_training(folder: Path, epochs: int) -> float:
     cfg = preset("smoke", **{"data.subset": 96, "train.epochs": epochs, "train.batch": 40})  # two steps an epoch
     p, images = pace.measured(cfg, parts=("train",)), pace.images_of(cfg)
-    arch = pace.network(cfg, images)
-    return spent(lambda: train(cfg, arch, folder / f"t-{epochs}")) - cost.train_seconds(cfg, p, images)
+    return spent(lambda: train(cfg, p.arch, folder / f"t-{epochs}")) - cost.train_seconds(cfg, p, images)
 
 
 def overhead(folder: Path) -> dict:

@@ -14,12 +14,12 @@ from ..base.options import Config, InputError, from_dict, need, root
 from ..base.presets import LONG
 from ..methods.registry import parts_of
 from .jobs import Job
-from .pace import Images, Pace, card_here, card_of, images_of, measured, recorded
+from .pace import Images, Pace, card_here, card_of, images_of, measured, recorded, untimed
 
 # %% auto #0
-__all__ = ['OF_A_STEP', 'Epochs', 'stage_epochs', 'share_of', 'shares', 'expected', 'Overhead', 'overhead_of', 'Ranks',
-           'search_seconds', 'train_seconds', 'Paces', 'here', 'Cost', 'cost_of', 'costs_of', 'schedule', 'on_devices',
-           'total']
+__all__ = ['OF_A_NET', 'OF_A_STEP', 'Epochs', 'stage_epochs', 'share_of', 'shares', 'expected', 'Overhead', 'overhead_of',
+           'Ranks', 'search_seconds', 'train_seconds', 'Paces', 'alike', 'here', 'Cost', 'cost_of', 'costs_of',
+           'schedule', 'on_devices', 'total']
 
 # %% ../../nbs/sweep/cost.ipynb #0b508d8a
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def train_seconds(cfg: Config, pace: Pace, images: Images, extra: Overhead = Ove
     return cfg.train.epochs * (steps * step + pace.train_epoch + extra.train_epoch) + pace.test + extra.train
 
 # %% ../../nbs/sweep/cost.ipynb #bf3e7085
-OF_A_STEP = ("stages", "stage_keep", "regrow", "granularities", "batch", "optimisation", "adam")
+OF_A_NET = ("stages", "stage_keep", "regrow")
+OF_A_STEP = (*OF_A_NET, "granularities", "batch", "optimisation", "adam")
 
 @dataclass
 class Paces:
@@ -143,22 +144,30 @@ class Paces:
     device: str # cpu or cuda
     law: str = "macs" # how other nets than those measured are worked out: macs, or ops
     found: dict = field(default_factory=dict)
+    counted: dict = field(default_factory=dict) # nets; may be shared between laws
 
     def __call__(self, cfg: Config)->Pace:
         "Return the pace of a run."
-        d, s, t = asdict(cfg), cfg.search, cfg.train
-        alike = {k: d[k] for k in ("space", "data", "compute", "rules", "threads")} | {k: d["search"][k] for k in OF_A_STEP}
-        sizes = (f"{s.target_m:.1g}", t.batch, t.aux_weight > 0, t.drop_path > 0, t.images, t.autoaugment, t.cutout)
-        key = json.dumps([alike, sizes, cfg.preset in LONG], sort_keys=True)
+        key = alike(cfg, OF_A_STEP, ("space", "data", "compute", "rules", "threads"))
         if key not in self.found: self.found[key] = self.new(cfg)
         return self.found[key]
     def new(self, cfg: Config)->Pace:
         "Time a run, or work out its pace."
-        if self.device == "cpu" and cfg.preset in LONG: return recorded(cfg, card_here(), law=self.law)
-        if self.device == "cpu" or torch.cuda.is_available(): return measured(here(cfg, self.device))
-        card = card_of()
+        known = self.device == "cpu" and cfg.preset not in LONG or self.device != "cpu" and torch.cuda.is_available()
+        if known: return measured(here(cfg, self.device))
+        card = card_here() if self.device == "cpu" else card_of()
         need(card, "nobody measured a GPU: there is no record in figures/gpu; plan for --device cpu, or where there is one")
-        return recorded(cfg, card, law=self.law)
+        key, images = alike(cfg, OF_A_NET, ("space", "rules")), images_of(cfg)
+        if key not in self.counted: self.counted[key] = untimed(cfg, images)
+        return recorded(cfg, card, images, self.law, self.counted[key])
+
+def alike(cfg: Config, knobs: tuple, parts: tuple)->str:
+    "Return what is the same for runs whose steps cost the same."
+    d, t = asdict(cfg), cfg.train
+    found = {k: d[k] for k in parts} | {k: d["search"][k] for k in knobs}
+    found |= {"target": f"{cfg.search.target_m:.1g}", "long": cfg.preset in LONG, "data": cfg.data.name, "size": cfg.data.size}
+    if "data" in parts: found |= {"data": d["data"], "train": [t.batch, t.images, t.autoaugment, t.cutout, t.aux_weight > 0]}
+    return json.dumps(found, sort_keys=True)
 
 def here(cfg: Config, device: str)->Config:
     "Return a configuration for another device."

@@ -5,6 +5,7 @@
 # %% ../../nbs/sweep/pace.ipynb #97739bb8
 from __future__ import annotations
 import time
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -15,19 +16,20 @@ from ..base.events import evaluate
 from ..base.files import read_json
 from ..base.options import Config, InputError, configure, root
 from ..methods.registry import parts_of, preset
+from ..net.architecture import Architecture
 from ..net.count import counts
-from ..net.sample import random_architecture
 from ..runs.make import make_search, make_trainer
+from ..runs.run import derived
 from ..search.loop import Search
 from ..search.stages import begin_joint, close_stage, open_stage, prune_to
+from ..search.step import make_adam, make_optimizer
 from ..space.space import Space
 from ..space.spaces import space_of
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'FEW', 'ENOUGH', 'LAWS', 'Images', 'images_of', 'stand_in', 'Many', 'bare', 'walk', 'Lap', 'Pace',
-           'laps_of', 'network', 'untimed', 'seconds_of', 'fitting', 'stepper', 'looked_at', 'timed_laps',
-           'timed_training', 'measured', 'Card', 'card_of', 'effort', 'number_type', 'anchor', 'table4_laps',
-           'recorded', 'card_here']
+__all__ = ['PUBLISHED', 'FILTERS', 'FEW', 'ENOUGH', 'LAWS', 'Images', 'images_of', 'stand_in', 'Many', 'bare', 'thin', 'walk',
+           'Lap', 'Pace', 'untimed', 'seconds_of', 'fitting', 'stepper', 'looked_at', 'timed_laps', 'timed_training',
+           'measured', 'Card', 'card_of', 'effort', 'number_type', 'anchor', 'table4_laps', 'recorded', 'card_here']
 
 # %% ../../nbs/sweep/pace.ipynb #804bbc3f
 PUBLISHED = {"cifar10": (50000, 10000, 10, 32), "cifar100": (50000, 10000, 100, 32),
@@ -80,7 +82,21 @@ def bare(cfg: Config, images: Images)->Search:
     rules = replace(cfg.rules, init="zero") # it would look at images
     return Search(spec, loaders, cfg.search, cfg.space.aux_size, 0, rules=rules)
 
-# %% ../../nbs/sweep/pace.ipynb #0b149aa4
+# %% ../../nbs/sweep/pace.ipynb #74e3cb80
+FILTERS = 7 # of ten that stay
+
+def thin(search: Search, g: torch.Generator):
+    "Bring a search's net to its target, or to what its method decides on, whatever goes."
+    net, cells = search.net, len(search.net.cells)
+    drawn = torch.rand(net.op_live[:cells].shape, generator=g)
+    if search.spec.constraint != 3: drawn = drawn[:2][[int(c.reduction) for c in search.spec.cell[:cells]]] # alike
+    drawn = drawn * net.op_live[:cells]
+    if search.by_size and "filter" in search.cfg.granularities and search.rules.gates:
+        def some(gates): return gates & (torch.arange(len(gates)) * 3 % 10 < FILTERS)
+        net.rebuild(net.op_live[:cells].clone(), [some(net.full_gates(c)) for c in range(cells)])
+        search.optimizer, search.adam = make_optimizer(net, search.cfg), make_adam(net, search.cfg)
+    prune_to(search, drawn)
+
 def walk(search: Search # not begun
         ): # yields (stage, "warm", "open" or "close")
     "Lead a search through its stages; each time, its net is what it would be then, more or less."
@@ -91,11 +107,10 @@ def walk(search: Search # not begun
             yield search.stage_name, "warm"
             begin_joint(search)
         yield search.stage_name, "open"
-        if search.by_size:
-            cells = len(search.net.cells)
-            prune_to(search, torch.rand(search.net.op_live[:cells].shape, generator=g))
-            yield search.stage_name, "close"
-        if search.state.stage == len(search.stages) - 1: return
+        last = search.state.stage == len(search.stages) - 1
+        if last or search.by_size: thin(search, g)
+        if search.by_size: yield search.stage_name, "close"
+        if last: return
         close_stage(search, "reached")
 
 # %% ../../nbs/sweep/pace.ipynb #d81e92fe
@@ -114,35 +129,29 @@ class Lap:
 class Pace:
     "How fast a run goes. Seconds, None where nobody measured anything like it."
     laps: list # of `Lap`
+    arch: Architecture # as large as the one that the search is to find
     train_macs: int # multiply-adds of the network that is trained, an image, forward
+    train_ops: int
     train_params: int
     train_step: float|None = None
     train_epoch: float|None = None # seconds of an epoch besides its steps
     test: float|None = None # seconds of the test in the end
     source: str = "nobody measured" # of the times
 
-# %% ../../nbs/sweep/pace.ipynb #2a802540
-def laps_of(cfg: Config, images: Images)->list: # of `Lap`, without times
-    "Count a search's sub-nets."
+# %% ../../nbs/sweep/pace.ipynb #2b1e19c8
+def untimed(cfg: Config, images: Images)->Pace:
+    "What can be counted of a run's pace: its sub-nets, and the network that is derived."
     search, seen = bare(cfg, images), {}
     for name, at in walk(search):
-        if at == "warm": continue
         n = search.net.count()
-        seen.setdefault(name, []).append((n.searched.macs_dense, n.ops, n.params))
-    return [Lap(name, *zip(*(found if len(found) == 2 else found * 2))) for name, found in seen.items()]
-
-def network(cfg: Config, images: Images): # an Architecture
-    "Draw a network as large as the one that the search is to find."
-    return random_architecture(space_of(cfg, images.classes, images.size, images.channels),
-                               int(1e6 * cfg.search.target_m))
-
-def untimed(cfg: Config, images: Images)->Pace:
-    "What can be counted of a run's pace."
-    found = counts(network(cfg, images))
-    return Pace(laps_of(cfg, images), found["macs"], found["params_deployable"])
+        if at != "warm": seen.setdefault(name, []).append((n.searched.macs_dense, n.ops, n.params))
+    laps = [Lap(name, *zip(*(found if len(found) == 2 else found * 2))) for name, found in seen.items()]
+    arch = derived(cfg, search, "")
+    found = counts(arch)
+    return Pace(laps, arch, found["macs"], found["ops"], found["params_deployable"])
 
 # %% ../../nbs/sweep/pace.ipynb #7f9199e1
-FEW, ENOUGH = 8, 1. # images of a step that would take longer than so many seconds
+FEW, ENOUGH = 8, .5 # images of a step, where so many take longer than so many seconds
 
 def seconds_of(f, device: torch.device,
                count: int = 5)->float: # the median, after one more
@@ -166,7 +175,7 @@ def fitting(cfg: Config, name: str, # search.batch or train.batch
     if isinstance(few, Search):
         open_stage(few)
         if few.state.warmup: begin_joint(few)
-    if few.device.type == "cpu" and seconds_of(stepper(few), few.device, 1) * batch / min(batch, FEW) > ENOUGH:
+    if few.device.type == "cpu" and seconds_of(stepper(few), few.device, 1) > ENOUGH:
         return min(batch, FEW), make(configure(cfg, **{name: min(batch, FEW)}))
     return batch, make(cfg)
 
@@ -186,7 +195,7 @@ def looked_at(loop, name: str, # val or test
     x, y = next(iter(loop.loaders[name].eval()))
     part = x[:few], y[:few]
     taken = seconds_of(lambda: evaluate([loop.net], [part], loop.device), loop.device, 3)
-    if taken * len(x) / few < ENOUGH and len(x) > few:
+    if taken * len(x) / few < 2 * ENOUGH and len(x) > few:
         part = x, y
         taken = seconds_of(lambda: evaluate([loop.net], [part], loop.device), loop.device, 3)
     loop.net.train()
@@ -215,7 +224,7 @@ def timed_laps(cfg: Config, images: Images, laps: list):
 # %% ../../nbs/sweep/pace.ipynb #07f766a8
 def timed_training(cfg: Config, images: Images, pace: Pace):
     "Time a step of the retraining, and the rest of its epochs."
-    arch = network(cfg, images)
+    arch = pace.arch
     batch, trainer = fitting(cfg, "train.batch", lambda c: make_trainer(c, arch, stand_in(images, 4096)))
     pace.train_step = seconds_of(stepper(trainer), trainer.device) * cfg.train.batch / batch
     kept = seconds_of(trainer.state_dict, trainer.device, 1)
@@ -300,14 +309,15 @@ def anchor(cfg: Config, card: Card)->tuple|None: # seconds by stage, laps of the
 def table4_laps(stages: int)->list: # of `Lap`
     "Count the super-net of Table IV."
     cfg = preset("small", **{"search.stages": stages})
-    return laps_of(cfg, images_of(cfg))
+    return untimed(cfg, images_of(cfg)).laps
 
 # %% ../../nbs/sweep/pace.ipynb #33854da1
-def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "macs" # or ops
+def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "macs", # or ops
+             counted: Pace|None = None # of `untimed`, where that is known
             )->Pace:
     "Work out the steps of a run on a card from those in its records."
     images = images or images_of(cfg)
-    pace, found = untimed(cfg, images), anchor(cfg, card)
+    pace, found = deepcopy(counted) if counted else untimed(cfg, images), anchor(cfg, card)
     part, how = cfg.search.batch / 96, effort(cfg)
     for i, lap in enumerate(pace.laps if found else ()):
         seconds, known = found
