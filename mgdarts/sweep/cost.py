@@ -19,7 +19,7 @@ from .pace import Images, Pace, card_here, card_of, images_of, measured, recorde
 # %% auto #0
 __all__ = ['OF_A_NET', 'OF_A_STEP', 'Epochs', 'stage_epochs', 'share_of', 'shares', 'expected', 'Overhead', 'overhead_of',
            'Ranks', 'search_seconds', 'train_seconds', 'Paces', 'alike', 'here', 'Cost', 'cost_of', 'costs_of',
-           'schedule', 'on_devices', 'total']
+           'schedule', 'on_devices', 'total', 'Plan', 'plan_of']
 
 # %% ../../nbs/sweep/cost.ipynb #0b508d8a
 @dataclass(frozen=True)
@@ -151,6 +151,9 @@ class Paces:
         key = alike(cfg, OF_A_STEP, ("space", "data", "compute", "rules", "threads"))
         if key not in self.found: self.found[key] = self.new(cfg)
         return self.found[key]
+    def timed(self)->dict:
+        "Those that were timed, and not worked out."
+        return {k: p for k, p in self.found.items() if p.source == "measured here"}
     def new(self, cfg: Config)->Pace:
         "Time a run, or work out its pace."
         known = self.device == "cpu" and cfg.preset not in LONG or self.device != "cpu" and torch.cuda.is_available()
@@ -242,3 +245,30 @@ def total(costs: list, # of `Cost`
     if ranks.count > 1: notes.append(f"gradients at {ranks.bandwidth:g} GB/s, as was said; what messages wait is not counted")
     return out | {"sources": sorted({c.source for c in costs}), "epochs": sorted({c.epochs for c in costs}),
                   "overhead": extra.source, "notes": notes}
+
+# %% ../../nbs/sweep/cost.ipynb #3f04aefb
+@dataclass
+class Plan:
+    "What many runs cost. JSON-ready by `asdict`."
+    whole: dict # of `total`
+    by_operations: dict|None # the same, if operations decide; None: all was measured
+    parts: list # rows: name, searches, hours of one device, typical and at most
+
+def plan_of(parts: dict, # name -> list of Job; a search that an earlier part has is counted there
+            device: str = "cpu", devices: tuple = (1,), ranks: Ranks = Ranks())->Plan:
+    "Say what some tables, or the arms of a sweep, cost. Nothing is run, but steps may be timed."
+    extra, paces, jobs = overhead_of(), Paces(device), [j for part in parts.values() for j in part]
+    need(jobs, "there is nothing to run in this")
+    where = {}
+    for name, part in parts.items():
+        for j in part: where.setdefault(j.key(), name)
+    costs, rows = costs_of(jobs, paces, extra=extra, ranks=ranks), []
+    for name in parts:
+        mine = [c for c, of in zip(costs, where.values()) if of == name]
+        def hours(which): return sum(getattr(c, which) or 0. for c in mine) * ranks.count / 3600
+        rows.append({"name": name, "searches": len(mine), "typical_hours": hours("typical"), "most_hours": hours("most")})
+    whole, other = total(costs, devices, ranks, extra, device), None
+    if paces.counted:
+        few = Paces(device, "ops", counted=paces.counted, found=paces.timed())
+        other = total(costs_of(jobs, few, extra=extra, ranks=ranks), devices, ranks, extra, device)
+    return Plan(whole, other, rows)

@@ -18,6 +18,7 @@ from ..base.options import Config, InputError, configure, root
 from ..methods.registry import parts_of, preset
 from ..net.architecture import Architecture
 from ..net.count import counts
+from ..net.sample import random_architecture
 from ..runs.make import make_search, make_trainer
 from ..runs.run import derived
 from ..search.loop import Search
@@ -29,7 +30,8 @@ from ..space.spaces import space_of
 # %% auto #0
 __all__ = ['PUBLISHED', 'FILTERS', 'FEW', 'ENOUGH', 'LAWS', 'Images', 'images_of', 'stand_in', 'Many', 'bare', 'thin', 'walk',
            'Lap', 'Pace', 'untimed', 'seconds_of', 'fitting', 'stepper', 'looked_at', 'timed_laps', 'timed_training',
-           'measured', 'Card', 'card_of', 'effort', 'number_type', 'anchor', 'table4_laps', 'recorded', 'card_here']
+           'measured', 'Card', 'retrained_ops', 'card_of', 'effort', 'number_type', 'anchor', 'table4_laps', 'recorded',
+           'card_here']
 
 # %% ../../nbs/sweep/pace.ipynb #804bbc3f
 PUBLISHED = {"cifar10": (50000, 10000, 10, 32), "cifar100": (50000, 10000, 100, 32),
@@ -82,7 +84,7 @@ def bare(cfg: Config, images: Images)->Search:
     rules = replace(cfg.rules, init="zero") # it would look at images
     return Search(spec, loaders, cfg.search, cfg.space.aux_size, 0, rules=rules)
 
-# %% ../../nbs/sweep/pace.ipynb #74e3cb80
+# %% ../../nbs/sweep/pace.ipynb #55e1f9ef
 FILTERS = 7 # of ten that stay
 
 def thin(search: Search, g: torch.Generator):
@@ -138,7 +140,7 @@ class Pace:
     test: float|None = None # seconds of the test in the end
     source: str = "nobody measured" # of the times
 
-# %% ../../nbs/sweep/pace.ipynb #2b1e19c8
+# %% ../../nbs/sweep/pace.ipynb #d3c80fa2
 def untimed(cfg: Config, images: Images)->Pace:
     "What can be counted of a run's pace: its sub-nets, and the network that is derived."
     search, seen = bare(cfg, images), {}
@@ -253,8 +255,14 @@ LAWS = ("macs", "ops")
 class Card:
     "What a card's record says of steps."
     search: dict # (3 or 1 stages, recompute, number type) -> {stage: seconds}
-    train: dict # number type -> (seconds, multiply-adds an image, images a step)
+    train: dict # number type -> (seconds, multiply-adds an image, images a step, operations)
     source: str
+
+@lru_cache(None)
+def retrained_ops()->int:
+    "Count the operations of the net that a card retrains: a random one of the small net's size."
+    spec = space_of(small := preset("small"), 10, 32, 3)
+    return counts(random_architecture(spec, int(1e6 * small.search.target_m)))["ops"]
 
 def card_of(folder: Path|None = None # of records; None: the project's
            )->Card|None:
@@ -268,7 +276,7 @@ def card_of(folder: Path|None = None # of records; None: the project's
             if "step_ms" not in r: continue
             search.setdefault((r["stages"], r["recompute"], r["how"]), {})[r["stage"]] = r["step_ms"] / 1e3
         for r in parts.get("retraining", {}).get("rows", []):
-            if "ms" in r: train[r["how"]] = r["ms"] / 1e3, r["macs"], r["batch"]
+            if "ms" in r: train[r["how"]] = r["ms"] / 1e3, r["macs"], r["batch"], retrained_ops()
         if len(search) + len(train) > before:
             sources.append(f"{record['environment']['device_name']}, {path.parent.name} record")
     return Card(search, train, " and ".join(sources) + ", not measured here") if sources else None
@@ -326,9 +334,9 @@ def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "ma
         lap.step, lap.warm = tuple(each * n for n in getattr(lap, law)), each * getattr(lap, law)[0] / max(how, 1.)
         lap.epoch = tuple(s / 3 / cfg.search.batch * images.val for s in lap.step) # forward is a third
     if kind := next((h for h in (number_type(cfg), "tf32") if h in card.train), None):
-        seconds, macs, batch = card.train[kind]
-        more = pace.train_macs / macs * cfg.train.batch / batch
-        pace.train_step = seconds * (more if law == "macs" else max(1., cfg.space.cells / 8))
+        seconds, macs, batch, ops = card.train[kind]
+        more = pace.train_macs / macs * cfg.train.batch / batch if law == "macs" else pace.train_ops / ops
+        pace.train_step = seconds * more
         each = pace.train_step / 3 / cfg.train.batch
         pace.train_epoch = each * (images.val if cfg.train.images == "train" else 0)
         pace.test = each * images.test
@@ -344,5 +352,5 @@ def card_here()->Card:
         cfg = preset("small", **{"search.stages": stages, "device": "cpu"})
         p = measured(cfg, parts=("search", "train") if stages == 1 else ("search",))
         found[stages, "none", "fp32"] = {lap.name: lap.step[0] for lap in p.laps if lap.name != "fine-tune"}
-        if stages == 1: train = p.train_step, p.train_macs, cfg.train.batch
+        if stages == 1: train = p.train_step, p.train_macs, cfg.train.batch, p.train_ops
     return Card(found, {"fp32": train, "tf32": train}, "measured here, on the net of Table IV")
