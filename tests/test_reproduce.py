@@ -39,7 +39,8 @@ from mgdarts.sweep.work import do
 ROOT = Path(__file__).resolve().parent.parent
 FAST = {"data.subset": 100, "data.test_subset": 200, "search.stages": 1, "search.warmup": 0, "search.max_epochs": 2,
         "search.prune_every": 1, "search.batch": 50, "train.epochs": 1}
-WHOLE = {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "on", "address", "out", "runs_dir"}
+WHOLE = {"preset", "seeds", "dataset", "data_dir", "device", "settings", "arms", "jobs", "on", "address", "out",
+         "runs_dir"}
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ Elastic = Annotated[bool, typer.Option(
     "--elastic", help="Go on with another number of processes than before, not to the same last bits.")]
 SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")]
 On = Annotated[str, typer.Option(help="Where runs are computed: local, ray.")]
-Address = Annotated[Optional[str], typer.Option(help="Ray cluster: auto, HOST:PORT, or local: of this machine.")]
+Address = Annotated[Optional[str], typer.Option(help="Ray cluster: auto, HOST:PORT, or local: its own.")]
 Cpus = Annotated[Optional[float], typer.Option(help="Cores that a run takes of a cluster.")]
 Gpus = Annotated[Optional[float], typer.Option(help="GPUs that a run takes of a cluster; .5: two share one.")]
 Memory = Annotated[Optional[float], typer.Option(help="GB that a run takes of a cluster.")]

@@ -109,7 +109,7 @@ def resumed(out: Path|None)->dict|list: # of `target_of`; of Run
     return plan if "target" in plan else read_plan(out)
 
 # %% ../../nbs/cli/sweep.ipynb #2d65cc9d
-SHOWN = ("label", "seed", "status", "params", "ops", "test_acc", "seconds") # of each row
+SHOWN = ("status", "params", "ops", "test_acc", "seconds") # of each row
 
 def told(rows: list, out: Path|None, as_json: bool):
     "Show the rows of a sweep, and say what failed. Exit code 1 where anything did."

@@ -86,7 +86,8 @@ def value_of(run: Run, knob: str # full name
 def run_of(label: str, preset: str, method: str, seed, train: bool, set: dict)->Run: # its name is still missing
     "A run from what a grid says of it. `InputError` where that is no configuration."
     need(isinstance(method, str), f"method {method!r} in a sweep must be text"[:200])
-    cfg = to_dict(preset_config(preset, method, **set, seed=seed))
+    try: cfg = to_dict(preset_config(preset, method, **set, seed=seed))
+    except InputError as e: raise InputError(f"{e} (in a run of {method}, seed {seed})") from None
     run = Run(label, cfg["seed"], cfg, cfg if train else None)
     return dataclasses.replace(run, set={k: value_of(run, k) for k in set})
 
