@@ -155,20 +155,21 @@ def ask(trials: list, # of Trial, so far
 # %% ../../nbs/sweep/suggest.ipynb #ecaf5182
 TRIALS = "trials.json" # file of a sweep's folder
 
-def write_trials(folder: Path, wanted: Wanted, trials: list):
+def write_trials(folder: Path, wanted: Wanted, trials: list, count: int # that there are to be
+                ):
     "Write down what is looked for and what was asked for."
-    write_json(folder / TRIALS, {"wanted": asdict(wanted), "trials": [asdict(t) for t in trials]})
+    write_json(folder / TRIALS, {"wanted": asdict(wanted), "count": count, "trials": [asdict(t) for t in trials]})
 
-def read_trials(folder: str|Path)->tuple: # (Wanted, list of Trial)
+def read_trials(folder: str|Path)->tuple: # (Wanted, list of Trial, how many there are to be)
     "The inverse. `InputError` where nothing was asked for."
     found = read_json(Path(folder) / TRIALS, "a sweep that asks for its settings")
-    try: return Wanted(**found["wanted"]), [Trial(**t) for t in found["trials"]]
+    try: return Wanted(**found["wanted"]), [Trial(**t) for t in found["trials"]], int(found["count"])
     except (KeyError, TypeError): raise InputError(f"{folder} holds trials that this program does not know") from None
 
 def known_trials(folder: Path, wanted: Wanted)->list: # of Trial
     "The trials of a folder. `InputError` where they were for something else."
     if not (folder / TRIALS).exists(): return []
-    before, trials = read_trials(folder)
+    before, trials, _ = read_trials(folder)
     need(before == wanted, f"{folder} holds trials that look for something else: choose another --out")
     return trials
 
@@ -204,13 +205,12 @@ def do_round(trials: list, wanted: Wanted, board: Board, executor, quiet: bool, 
 # %% ../../nbs/sweep/suggest.ipynb #d9b5fe1e
 def rounds(wanted: Wanted, count: int, folder: Path, executor, quiet: bool, work)->list: # of Trial
     "Ask, run and tell until there are so many trials."
-    trials, size = known_trials(folder, wanted), 1
+    trials = known_trials(folder, wanted)
     while len(trials) < count or any(t.state == "running" for t in trials):
         if not any(t.state == "running" for t in trials):
             left = [[(i, wanted.run(Trial(i, {})))] for i in range(count - len(trials))]
-            size = executor.at_once(left)
-            trials += ask(trials, wanted, min(size, len(left)))
-            write_trials(folder, wanted, trials)
+            trials += ask(trials, wanted, min(executor.at_once(left), len(left)))
+            write_trials(folder, wanted, trials, count)
         board = Board(folder, [wanted.run(t) for t in trials], time.time())
         board.failed = {t.name(): {"status": "failed", "why": t.why} for t in trials if t.state == "failed"}
         write_plan(folder, board.runs)
@@ -218,7 +218,7 @@ def rounds(wanted: Wanted, count: int, folder: Path, executor, quiet: bool, work
         finally:
             board.since = None
             board.look()
-        write_trials(folder, wanted, trials)
+        write_trials(folder, wanted, trials, count)
     return trials
 
 # %% ../../nbs/sweep/suggest.ipynb #1d2292aa
