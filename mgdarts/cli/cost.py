@@ -43,15 +43,15 @@ def devices_in(text: str)->tuple:
     need(found and all(isinstance(n, int) and n > 0 for n in found), f"--devices {text!r}: write for example 1,8,64")
     return tuple(found)
 
-def plan_sweep(what: str, devices: str, ranks: int, bandwidth: float, seeds: str|None, device: str, as_json: bool):
+def plan_sweep(what: str, devices: str, ranks: int, bandwidth: float|None, seeds: str|None, device: str, as_json: bool):
     "Say what many runs cost."
     from mgdarts.base.options import Config, configure
     from mgdarts.runs.folder import planned_device
     from mgdarts.runs.memory import kind_of
-    from mgdarts.sweep.cost import Ranks, plan_of
-    need(ranks >= 1 and bandwidth > 0, "--devices-a-run is at least 1, --bandwidth above 0")
+    from mgdarts.sweep.cost import plan_of, ranks_of
+    need(ranks >= 1 and (bandwidth is None or bandwidth > 0), "--devices-a-run is at least 1, --bandwidth above 0")
     counts, kind = devices_in(devices), kind_of(planned_device(configure(Config(), device=device)))
-    plan = plan_of(parts_in(what, seeds), kind, counts, Ranks(ranks, bandwidth))
+    plan = plan_of(parts_in(what, seeds), kind, counts, ranks_of(ranks, bandwidth, kind))
     rows = [(p["name"], p["searches"], p["typical_hours"], p["most_hours"]) for p in plan.parts]
     answers = [("", plan.whole)] + [(", if operations decide", plan.by_operations)] * (plan.by_operations is not None)
     for said, answer in answers:

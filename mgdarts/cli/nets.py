@@ -134,7 +134,8 @@ def plan(channels: Channels = 24, cells: Cells = None, space: Space = "darts", w
          seeds: Annotated[Optional[str], typer.Option(help="With --sweep: seeds, comma-separated.")] = None,
          devices: Annotated[str, typer.Option(help="With --sweep: how many devices there are.")] = "1,8,64",
          devices_a_run: Annotated[int, typer.Option(help="With --sweep: devices that share a run.")] = 1,
-         bandwidth: Annotated[float, typer.Option(help="Between those, in 10^9 bytes a second.")] = 10.,
+         bandwidth: Annotated[Optional[float], typer.Option(
+             help="Between those, in 10^9 bytes a second; default: as two processes of a CPU had, 10 on GPUs.")] = None,
          as_json: Json = False):
     "Peak training memory of every stage, predicted without allocating it; with --sweep, hours of many runs."
     if sweep: return plan_sweep(sweep, devices, devices_a_run, bandwidth, seeds, device, as_json)

@@ -18,8 +18,8 @@ from .pace import Images, Pace, card_here, card_of, images_of, measured, recorde
 
 # %% auto #0
 __all__ = ['OF_A_NET', 'OF_A_STEP', 'Epochs', 'stage_epochs', 'share_of', 'shares', 'expected', 'Overhead', 'overhead_of',
-           'Ranks', 'search_seconds', 'train_seconds', 'Paces', 'alike', 'here', 'Cost', 'cost_of', 'costs_of',
-           'schedule', 'on_devices', 'total', 'Plan', 'plan_of']
+           'Ranks', 'ranks_of', 'search_seconds', 'train_seconds', 'Paces', 'alike', 'here', 'Cost', 'cost_of',
+           'costs_of', 'schedule', 'on_devices', 'total', 'Plan', 'plan_of']
 
 # %% ../../nbs/sweep/cost.ipynb #0b508d8a
 @dataclass(frozen=True)
@@ -98,17 +98,35 @@ def overhead_of(path: Path|None = None # of the record; None: the project's
     try: return Overhead(**read_json(path, "a record")["overhead"]) if path.exists() else Overhead()
     except (InputError, KeyError, TypeError): return Overhead()
 
-# %% ../../nbs/sweep/cost.ipynb #f58cdbfd
+# %% ../../nbs/sweep/cost.ipynb #03e74cc6
 @dataclass(frozen=True)
 class Ranks:
     "How many devices a run has, and what joins them."
     count: int = 1
     bandwidth: float = 10. # 10^9 bytes a second
+    exchange: float = 0. # seconds that an exchange of norms takes
+    a_cell: float = 0. # exchanges of a cell, in a step
+    source: str = "bandwidth as it was said; exchanges of norms are not counted: nobody measured one"
     def __call__(self, step: float|None, # seconds on one device
-                 params: int)->float|None:
+                 params: int, cells: int = 0, sync: bool = True # norms are synchronised
+                )->float|None:
         "Say how long a step takes that all share."
         if step is None or self.count == 1: return step
-        return step / self.count + 2 * (self.count - 1) / self.count * 4 * params / self.bandwidth / 1e9
+        ring = 2 * (self.count - 1) / self.count * 4 * params / self.bandwidth / 1e9
+        return step / self.count + ring + sync * cells * self.a_cell * self.exchange
+
+def ranks_of(count: int, bandwidth: float|None = None, # 10^9 bytes a second; None: as measured, or 10
+             device: str = "cpu", path: Path|None = None # of the record of two processes; None: the project's
+            )->Ranks:
+    "Say what joins devices. On a CPU as measured with two processes."
+    path = path or root() / "figures/scale/together.json"
+    if device != "cpu" or not path.exists(): return Ranks(count, bandwidth or 10.)
+    record = read_json(path, "a record")
+    one, both, own = (record["rows"][i] for i in range(3)) # half the batch; two processes; norms of each
+    n = both["exchanges"] - own["exchanges"]
+    measured = own["gradient_bytes"] / 1e9 / (own["wall_s"] - one["wall_s"]) # half there, half back
+    return Ranks(count, bandwidth or measured, (both["wall_s"] - own["wall_s"]) / n, n / int(record["settings"]["space.cells"]),
+                 "exchanges as two processes of a CPU took them: figures/scale/together.json")
 
 # %% ../../nbs/sweep/cost.ipynb #4bea3c58
 def search_seconds(cfg: Config, pace: Pace, images: Images, share: float = 1., # see `stage_epochs`
@@ -121,8 +139,8 @@ def search_seconds(cfg: Config, pace: Pace, images: Images, share: float = 1., #
         if lap.step is None: return None
         n, falls = stage_epochs(cfg, len(pace.laps), share), share < 1
         def mean(pair): return statistics.fmean(pair) if falls else pair[0]
-        step = ranks(mean(lap.step), lap.params[0])
-        total += steps * (n.warm * ranks(lap.warm, lap.params[0]) + n.joint * step) + extra.stage
+        of = lap.params[0], lap.cells[0], cfg.compute.sync_norms
+        total += steps * (n.warm * ranks(lap.warm, *of) + n.joint * ranks(mean(lap.step), *of)) + extra.stage
         total += n.warm * lap.epoch[0] + n.joint * mean(lap.epoch) + (n.warm + n.joint) * extra.epoch
     return total
 
@@ -131,7 +149,8 @@ def train_seconds(cfg: Config, pace: Pace, images: Images, extra: Overhead = Ove
     "Say how long a retraining takes."
     if pace.train_step is None: return None
     n = images.train + (images.val if cfg.train.images == "train+val" else 0)
-    step, steps = ranks(pace.train_step, pace.train_params), max(1, n // cfg.train.batch)
+    step = ranks(pace.train_step, pace.train_params, cfg.space.cells, cfg.compute.sync_norms)
+    steps = max(1, n // cfg.train.batch)
     return cfg.train.epochs * (steps * step + pace.train_epoch + extra.train_epoch) + pace.test + extra.train
 
 # %% ../../nbs/sweep/cost.ipynb #bf3e7085
@@ -242,7 +261,7 @@ def total(costs: list, # of `Cost`
         there = [v for c in costs if (v := getattr(c, name)) is not None]
         out[name] = [on_devices(there, n, ranks, extra) for n in devices]
     notes = [f"{lacking} runs are left out: nobody measured anything like their steps"] * bool(lacking)
-    if ranks.count > 1: notes.append(f"gradients at {ranks.bandwidth:g} GB/s, as was said; what messages wait is not counted")
+    if ranks.count > 1: notes.append(f"gradients at {ranks.bandwidth:.3g} GB/s; {ranks.source}")
     return out | {"sources": sorted({c.source for c in costs}), "epochs": sorted({c.epochs for c in costs}),
                   "overhead": extra.source, "notes": notes}
 

@@ -123,6 +123,7 @@ class Lap:
     macs: tuple # multiply-adds of an image, forward, at both times
     ops: tuple # operations
     params: tuple # of the sub-net
+    cells: tuple # of the sub-net, at both times
     step: tuple|None = None # seconds; None: nobody measured anything like it
     warm: float|None = None # seconds of a step of the warm-up
     epoch: tuple|None = None # seconds of an epoch besides its steps: validation, counting
@@ -146,7 +147,7 @@ def untimed(cfg: Config, images: Images)->Pace:
     search, seen = bare(cfg, images), {}
     for name, at in walk(search):
         n = search.net.count()
-        if at != "warm": seen.setdefault(name, []).append((n.searched.macs_dense, n.ops, n.params))
+        if at != "warm": seen.setdefault(name, []).append((n.searched.macs_dense, n.ops, n.params, len(search.net.cells)))
     laps = [Lap(name, *zip(*(found if len(found) == 2 else found * 2))) for name, found in seen.items()]
     arch = derived(cfg, search, "")
     found = counts(arch)
