@@ -1,11 +1,14 @@
 """Measure what runs take besides their steps, and check the cost model against runs, in one process and in two.
 
-usage: python tools/cost.py [--out figures/scale/cost.json] [--runs FOLDER]
+usage: python tools/cost.py [check] [--out figures/scale/cost.json] [--runs FOLDER]
+       python tools/cost.py paper [--out figures/scale/paper.json]
+                                          what the paper's whole evidence costs on 1, 8 and 64 GPUs
 
-Writes the record that `mgdarts plan --sweep` reads. All seconds are CPU seconds of one thread: what others do on the
+`check` writes the record that `mgdarts plan --sweep` reads. All seconds are CPU seconds of one thread: what others do on the
 same cores makes a run slower by the clock, and by its caches a little here too.
 """
 import argparse
+import os
 import shlex
 import statistics
 import subprocess
@@ -18,14 +21,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
-
-import os
-
 import torch
 
 from mgdarts.base.files import read_json, write_json
-from mgdarts.base.options import configure, from_dict
+from mgdarts.base.options import from_dict
 from mgdarts.methods.registry import preset
+from mgdarts.paper.evidence import evidence
 from mgdarts.runs.folder import environment
 from mgdarts.runs.run import train
 from mgdarts.sweep import cost, pace
@@ -116,7 +117,7 @@ def checked(folder: Path, extra: cost.Overhead) -> dict:
     carried_out(first, folder, 1)
     before = [row(j, folder, None, paces, extra) for j in first]
     known = {}
-    for *key, share in cost._shares_in(record_of(first, before)): known.setdefault(tuple(key), []).append(share)
+    for *key, share in cost.shares_in(record_of(first, before)): known.setdefault(tuple(key), []).append(share)
     found = {id(j): cost.costs_of([j], paces, own(known, j, before), extra)[0] for j in then}
     then.sort(key=lambda j: -found[id(j)].typical)  # the longest first
     plan = cost.on_devices([found[id(j)].typical for j in then], 2, extra=extra)
@@ -138,11 +139,24 @@ def own(known: dict, job, before: list) -> dict:
     return {(cfg.preset, cfg.method, cfg.search.stages): [cost.share_of(cfg, 4, r["epochs"])]}
 
 
+def paper(out: Path):
+    "What the paper's evidence costs on cards like the one that was measured."
+    plan = asdict(cost.plan_of(evidence(), "cuda", (1, 8, 64)))
+    other = {"whole": plan.pop("by_operations"), "parts": plan.pop("parts_by_operations")}
+    write_json(out, {"item": "paper", "title": "the paper's evidence on 1, 8 and 64 GPUs",
+                     "environment": environment(torch.device("cpu")), "command": shlex.join(["python", *sys.argv]),
+                     "by_multiply_adds": plan, "by_operations": other})
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=ROOT / "figures/scale/cost.json")
+    parser.add_argument("what", nargs="?", choices=("check", "paper"), default="check")
+    parser.add_argument("--out", type=Path)
     parser.add_argument("--runs", type=Path, help="folder of the runs; a new one if not given")
     given = parser.parse_args()
+    given.out = given.out or ROOT / f"figures/scale/{'cost' if given.what == 'check' else 'paper'}.json"
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    if given.what == "paper": return paper(given.out)
     start = time.time()
     folder = given.runs or Path(tempfile.mkdtemp(prefix="cost-"))
     folder.mkdir(parents=True, exist_ok=True)
@@ -150,7 +164,6 @@ def main():
     print(found, flush=True)
     result = checked(folder / "runs", cost.Overhead(**found))
     ratios = [r["measured_s"] / r["epochs_known_s"] for r in result["rows"]]
-    given.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(given.out, {"item": "cost", "title": "the cost model against runs", "scale": "scaled down",
                            "dataset": "digits", "environment": environment(torch.device("cpu")),
                            "command": shlex.join(["python", *sys.argv]), "wall_s": round(time.time() - start, 1),

@@ -5,7 +5,7 @@
 # %% ../../nbs/sweep/cost.ipynb #267bcca1
 from __future__ import annotations
 import heapq, json, statistics
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 import torch
@@ -17,9 +17,9 @@ from .jobs import Job
 from .pace import Images, Pace, card_here, card_of, images_of, measured, recorded, untimed
 
 # %% auto #0
-__all__ = ['OF_A_NET', 'OF_A_STEP', 'Epochs', 'stage_epochs', 'share_of', 'shares', 'expected', 'Overhead', 'overhead_of',
-           'Ranks', 'ranks_of', 'search_seconds', 'train_seconds', 'Paces', 'alike', 'here', 'Cost', 'cost_of',
-           'costs_of', 'schedule', 'on_devices', 'total', 'Plan', 'plan_of']
+__all__ = ['OF_A_NET', 'OF_A_STEP', 'Epochs', 'stage_epochs', 'share_of', 'shares_in', 'shares', 'expected', 'Overhead',
+           'overhead_of', 'Ranks', 'ranks_of', 'search_seconds', 'train_seconds', 'Paces', 'alike', 'here', 'Cost',
+           'cost_of', 'costs_of', 'schedule', 'on_devices', 'total', 'Plan', 'rows_of', 'plan_of']
 
 # %% ../../nbs/sweep/cost.ipynb #0b508d8a
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def share_of(cfg: Config, stages: int, # all, with fine-tuning
     return max(epochs - stages * cfg.search.warmup, 0) / (stages * cfg.search.max_epochs)
 
 # %% ../../nbs/sweep/cost.ipynb #3f19659b
-def _shares_in(record: dict): # yields (preset, method, stages, share)
+def shares_in(record: dict): # yields (preset, method, stages, share)
     "What a record of the project says of the epochs that searches took."
     rows = {(r["label"], r["seed"]): r for r in record.get("rows", ()) if "label" in r}
     for arm in record.get("arms", ()):
@@ -62,7 +62,7 @@ def shares(folder: Path|None = None # of records; None: the project's
     for path in [*sorted(folder.glob("*/record.json")), folder / "scale/cost.json"]:
         try:
             if path.exists():
-                for *key, share in _shares_in(read_json(path, "a record")): out.setdefault(tuple(key), []).append(share)
+                for *key, share in shares_in(read_json(path, "a record")): out.setdefault(tuple(key), []).append(share)
         except (InputError, KeyError, TypeError): continue
     return out
 
@@ -98,7 +98,7 @@ def overhead_of(path: Path|None = None # of the record; None: the project's
     try: return Overhead(**read_json(path, "a record")["overhead"]) if path.exists() else Overhead()
     except (InputError, KeyError, TypeError): return Overhead()
 
-# %% ../../nbs/sweep/cost.ipynb #03e74cc6
+# %% ../../nbs/sweep/cost.ipynb #f0855884
 @dataclass(frozen=True)
 class Ranks:
     "How many devices a run has, and what joins them."
@@ -265,29 +265,35 @@ def total(costs: list, # of `Cost`
     return out | {"sources": sorted({c.source for c in costs}), "epochs": sorted({c.epochs for c in costs}),
                   "overhead": extra.source, "notes": notes}
 
-# %% ../../nbs/sweep/cost.ipynb #3f04aefb
+# %% ../../nbs/sweep/cost.ipynb #6395addd
 @dataclass
 class Plan:
     "What many runs cost. JSON-ready by `asdict`."
     whole: dict # of `total`
-    by_operations: dict|None # the same, if operations decide; None: all was measured
     parts: list # rows: name, searches, hours of one device, typical and at most
+    by_operations: dict|None = None # the same, if operations decide; None: all was measured
+    parts_by_operations: list|None = None
 
-def plan_of(parts: dict, # name -> list of Job; a search that an earlier part has is counted there
-            device: str = "cpu", devices: tuple = (1,), ranks: Ranks = Ranks())->Plan:
-    "Say what some tables, or the arms of a sweep, cost. Nothing is run, but steps may be timed."
-    extra, paces, jobs = overhead_of(), Paces(device), [j for part in parts.values() for j in part]
-    need(jobs, "there is nothing to run in this")
-    where = {}
+def rows_of(parts: dict, costs: list, ranks: Ranks)->list: # rows of a `Plan`
+    "Add up what each part costs; a search that an earlier part has is counted there."
+    where, rows = {}, []
     for name, part in parts.items():
         for j in part: where.setdefault(j.key(), name)
-    costs, rows = costs_of(jobs, paces, extra=extra, ranks=ranks), []
     for name in parts:
         mine = [c for c, of in zip(costs, where.values()) if of == name]
         def hours(which): return sum(getattr(c, which) or 0. for c in mine) * ranks.count / 3600
         rows.append({"name": name, "searches": len(mine), "typical_hours": hours("typical"), "most_hours": hours("most")})
-    whole, other = total(costs, devices, ranks, extra, device), None
-    if paces.counted:
-        few = Paces(device, "ops", counted=paces.counted, found=paces.timed())
-        other = total(costs_of(jobs, few, extra=extra, ranks=ranks), devices, ranks, extra, device)
-    return Plan(whole, other, rows)
+    return rows
+
+def plan_of(parts: dict, # name -> list of Job
+            device: str = "cpu", devices: tuple = (1,), ranks: Ranks = Ranks())->Plan:
+    "Say what some tables, or the arms of a sweep, cost. Nothing is run, but steps may be timed."
+    extra, paces, jobs = overhead_of(), Paces(device), [j for part in parts.values() for j in part]
+    need(jobs, "there is nothing to run in this")
+    def answer(paces):
+        costs = costs_of(jobs, paces, extra=extra, ranks=ranks)
+        return total(costs, devices, ranks, extra, device), rows_of(parts, costs, ranks)
+    plan = Plan(*answer(paces))
+    if not paces.counted: return plan
+    return replace(plan, **dict(zip(("by_operations", "parts_by_operations"),
+                                    answer(Paces(device, "ops", paces.timed(), paces.counted)))))
