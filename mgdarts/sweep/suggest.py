@@ -212,7 +212,8 @@ def rounds(wanted: Wanted, count: int, folder: Path, executor, quiet: bool, work
             trials += ask(trials, wanted, min(executor.at_once(left), len(left)))
             write_trials(folder, wanted, trials, count)
         board = Board(folder, [wanted.run(t) for t in trials], time.time())
-        board.failed = {t.name(): {"status": "failed", "why": t.why} for t in trials if t.state == "failed"}
+        over = ((t, r) for t, r in zip(trials, board.runs) if t.state == "failed")
+        board.failed = {r.place(): {"status": "failed", "why": t.why} for t, r in over}
         write_plan(folder, board.runs)
         try: trials = do_round(trials, wanted, board, executor, quiet, work)
         finally:
