@@ -1,11 +1,12 @@
 """Measure what runs take besides their steps, and check the cost model against runs, in one process and in two.
 
-usage: python tools/cost.py [check] [--out figures/scale/cost.json] [--runs FOLDER]
+usage: python tools/cost.py [check] [--out figures/scale/cost.json] [--runs FOLDER] [--again]
+                                          again: predict the runs that are in FOLDER, as the record says their rest
        python tools/cost.py paper [--out figures/scale/paper.json]
                                           what the paper's whole evidence costs on 1, 8 and 64 GPUs
 
-`check` writes the record that `mgdarts plan --sweep` reads. All seconds are CPU seconds of one thread: what others do on the
-same cores makes a run slower by the clock, and by its caches a little here too.
+`check` writes the record that `mgdarts plan --sweep` reads. All seconds are CPU seconds of
+one thread: what others do on the same cores makes a run slower by the clock, and by its caches a little here too.
 """
 import argparse
 import os
@@ -91,7 +92,8 @@ def carried_out(jobs: list, folder: Path, workers: int):
 
 
 def jobs_of(seeds: tuple) -> list:
-    return [job_of(label, preset("smoke", method, **more, seed=s)) for label, (method, more) in KINDS.items() for s in seeds]
+    kinds = KINDS.items()
+    return [job_of(label, preset("smoke", method, **more, seed=s)) for label, (method, more) in kinds for s in seeds]
 
 
 def row(job, folder: Path, costs, paces, extra) -> dict:
@@ -153,6 +155,7 @@ def main():
     parser.add_argument("what", nargs="?", choices=("check", "paper"), default="check")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--runs", type=Path, help="folder of the runs; a new one if not given")
+    parser.add_argument("--again", action="store_true", help="predict runs that are there")
     given = parser.parse_args()
     given.out = given.out or ROOT / f"figures/scale/{'cost' if given.what == 'check' else 'paper'}.json"
     given.out.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +163,7 @@ def main():
     start = time.time()
     folder = given.runs or Path(tempfile.mkdtemp(prefix="cost-"))
     folder.mkdir(parents=True, exist_ok=True)
-    found = overhead(folder)
+    found = read_json(given.out, "a record")["overhead"] if given.again else overhead(folder)
     print(found, flush=True)
     result = checked(folder / "runs", cost.Overhead(**found))
     ratios = [r["measured_s"] / r["epochs_known_s"] for r in result["rows"]]

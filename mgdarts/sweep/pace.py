@@ -4,7 +4,7 @@
 
 # %% ../../nbs/sweep/pace.ipynb #97739bb8
 from __future__ import annotations
-import time
+import statistics, time
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -157,16 +157,17 @@ def untimed(cfg: Config, images: Images)->Pace:
 FEW, ENOUGH = 8, .5 # images of a step, where so many take longer than so many seconds
 
 def seconds_of(f, device: torch.device,
-               count: int = 5)->float: # the median, after one more
+               count: int = 5, # times, or more: for so many seconds, as long as it takes others to come and go
+               least: float = .6)->float: # the median, after one more
     "Time a function: CPU seconds on a CPU, seconds by the clock on a GPU."
     here, seen = device.type == "cpu", []
     clock = time.process_time if here and torch.get_num_threads() == 1 else time.perf_counter
-    for _ in range(count + 1):
+    while len(seen) <= count or sum(seen) < least and count > 1:
         start = clock()
         f()
         if not here: torch.cuda.synchronize(device)
         seen.append(clock() - start)
-    return sorted(seen[1:])[(count - 1) // 2]
+    return statistics.median(seen[1:])
 
 # %% ../../nbs/sweep/pace.ipynb #ba849edf
 def fitting(cfg: Config, name: str, # search.batch or train.batch
