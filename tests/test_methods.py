@@ -98,7 +98,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
                               "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random",
-                              "shapley-nas", "csc-darts")
+                              "shapley-nas", "csc-darts", "l-darts")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
     assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"}
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample"}
@@ -125,6 +125,7 @@ def test_the_registry_and_the_knobs_agree():
     ({"method": "dass", "rules.superpose": "kernels"}, "rules.keep=1"),
     ({"method": "darts-v2", "rules.aux": 0.4}, "rules.aux=0"),
     ({"method": "shapley-nas", "rules.relaxation": "gumbel"}, "without a draw"),
+    ({"method": "l-darts", "rules.relaxation": "gumbel"}, "without a draw"),
     ({"method": "shapley-nas", "space.kind": "mobilenet"}, "space.kind=darts"),
 ])
 def test_rules_that_do_not_go_together(settings, says):

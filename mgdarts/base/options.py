@@ -154,8 +154,8 @@ class Search:
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
-        "(Table IX); alpha on other images than the weights, to first or second order, or by what operations contribute; "
-        "or nothing", choices=SCHEDULES)
+        "(Table IX); alpha on other images than the weights, to first or second order, or by what operations "
+        "contribute; or nothing", choices=SCHEDULES)
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
         choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
@@ -228,6 +228,8 @@ class Rules:
         choices=SHAPES)
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
+    normalise: str = knob("none", "a weighted normalisation of what an edge gives: of each candidate, or of their mix "
+        "(our reading of l-DARTS)", choices=("none", "each", "mix"))
     ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
     init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, "
         "before any training", choices=STARTS)
