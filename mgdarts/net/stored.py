@@ -154,7 +154,7 @@ def edges_of(lay: Layout)->list: # of numbers
     "List the edges that there are."
     return lay.ops.any(1).nonzero().flatten().tolist()
 
-def pool_slots(lay: Layout, pools: list, edges: list = [] # from `edges_of`, where their sums are normalised
+def pool_slots(lay: Layout, pools: list, edges: list|tuple = () # from `edges_of`, where their sums are normalised
               )->Tensor: # int64, ascending
     "List the pooled channels that are stored, by state, pool and channel; then those of edges."
     C, graph, out = lay.spec.width, lay.spec.graph, [torch.zeros(0, dtype=torch.long)]
@@ -273,10 +273,9 @@ class StoredCell(nn.Module):
         super().__init__()
         self.spec, self.index, self.layout = lay.spec, CellIndex(lay.spec), nothing_of(lay)
         self.gated, self.scored, self.normalise = gated, scored, normalise
-        self.pool_norm, each = pool_norm or normalise != "none", normalise == "each" # norms without filters
-        self.normed = normed_of(self.index, pool_norm, each) # operations that have them
-        self.pool_slots = torch.zeros(0, dtype=torch.long)
-        for name in ("pool_mean", "pool_var") * self.pool_norm + ("mean", "var"): self.register_buffer(name, torch.zeros(0))
+        self.pool_norm = without = pool_norm or normalise != "none" # whether there are norms without filters
+        self.normed, self.pool_slots = normed_of(self.index, pool_norm, normalise == "each"), torch.zeros(0).long()
+        for name in ("pool_mean", "pool_var") * without + ("mean", "var"): self.register_buffer(name, torch.zeros(0))
         for name in ("omega", "plain", "scale", "shift", "beta") + ("score",) * scored:
             setattr(self, name, nn.Parameter(torch.zeros(0)))
         self.register_buffer("omega_live", torch.zeros(0, dtype=torch.bool))
