@@ -128,8 +128,9 @@ def eval_batches(split: Split, batch: int = 500,
             yield normalise(ahead.take(n).to(y.device), split.mean, split.std), y
 
 # %% ../../nbs/base/batches.ipynb #b069406b
-def refuse_unequal(n: int): # images a step
-    "`InputError` where a batch cannot be shared equally by the processes of this run."
+def refuse_unequal(batch: int, images: int): # of a step, in all
+    "`InputError` where the batches of a training cannot be shared equally by the processes of this run."
+    n = min(batch, images or batch)
     need(n % HERE.size == 0, f"{n} images a step cannot be shared equally by {HERE.size} processes: choose a batch "
          "that is a multiple of them, of no more images than there are")
 
@@ -150,7 +151,6 @@ class Loader:
         self._order: tuple = (None, []) # the epoch last asked for, and its batches
         self._drawn: dict = {} # (epoch, block) -> draws of its steps
         if augment: augment.at(splits.size) # known to be possible before the first batch
-        refuse_unequal(min(batch, len(self.split) or batch))
     @property
     def split(self)->Split: return getattr(self.splits, self.split_name)
     @cached_property
