@@ -255,6 +255,9 @@ class Rules:
         0.0, 1.0)
     samples: int = knob(10, "candidates: random nets, or rounds of trial and error", 1, 10000)
     batches: int = knob(10, "batches that choose among candidates", 1, 10000)
+    judge: str = knob("shared", "who judges a candidate: the super-net, whose weights all share, or a short training "
+        "from scratch", choices=("shared", "training"))
+    judge_epochs: int = knob(5, "epochs of such a training", 1, 10000)
     fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, "
         "by the share that is kept")
 
