@@ -14,7 +14,7 @@ from ..search.candidates import Judged, judged, random_candidate
 from ..search.trial import conclude_with_best
 
 # %% auto #0
-__all__ = ['GDAS', 'PROXYLESS', 'RANDOM', 'drawn', 'only', 'Gumbel', 'Binary', 'Uniform', 'Sample']
+__all__ = ['GDAS', 'PROXYLESS', 'SHARED', 'RANDOM', 'drawn', 'only', 'Gumbel', 'Binary', 'Uniform', 'Sample']
 
 # %% ../../nbs/methods/sampled.ipynb #ececd44c
 def drawn(shape, noise: torch.Generator, like: Tensor)->Tensor:
@@ -94,8 +94,8 @@ PROXYLESS = Method("proxylessnas", "one path, drawn by binary gates", "Cai, Zhu,
                     "search.length": 160, "search.batch": 256, "search.label_smoothing": .1, "search.clip": 0.,
                     "search.nesterov": True, "search.weight_decay": 4e-5, "search.lr_end": 0.,
                     "search.lr_arch": 1e-3, "search.adam_beta": 0., "search.arch_decay": 0.})
+SHARED = {**TWO_LEVEL, "rules.relaxation": "uniform", "rules.zero": False, "rules.init": "zero",
+          "search.optimisation": "joint", "rules.weights_only": 1., "search.length": 100, "search.clip": .25}
 RANDOM = Method("random", "random architectures of the target's size, judged with shared weights",
                 "Li, Talwalkar: Random search and reproducibility, UAI 2019",
-                {**TWO_LEVEL, "rules.relaxation": "uniform", "rules.zero": False, "rules.init": "zero",
-                 "search.optimisation": "joint", "rules.weights_only": 1., "rules.discretiser": "sample",
-                 "search.length": 100, "search.clip": .25, "rules.samples": 1000, "rules.batches": 10})
+                {**SHARED, "rules.discretiser": "sample", "rules.samples": 1000, "rules.batches": 10})

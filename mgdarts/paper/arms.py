@@ -28,7 +28,9 @@ class Arm:
 
 # %% ../../nbs/paper/arms.ipynb #de44fc35
 YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
-           "data": {"workers": -1}} # knobs, as runs before were
+           "data": {"workers": -1},
+           "rules": {"judge": "shared", "judge_epochs": 5, "rounds": 10, "draw": 100, "top": 1000, "pool": 10000,
+                     "predictor": "mlp", "hidden": 1000}} # knobs, as runs before were
 
 def checksum(*parts)->str:
     "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."
