@@ -76,21 +76,20 @@ def test_judged_by_short_training_and_killed(tmp_path):
     "Killed in the middle of a candidate's training it goes on to the same table and the same network."
     sets = [f"--set={k}={v}" for k, v in {**SMALL, "search.length": 0, "rules.judge": "training",
                                           "rules.judge_epochs": 4}.items()]
-    def command(out, *more): return [sys.executable, "-m", "mgdarts.cli.main", "search", "--preset", "smoke",
-                                     "--method", "weaknas", "--out", str(out), *sets, *more]
-    main = [sys.executable, "-c", "from mgdarts.cli.main import main; main()"]
+    main = [sys.executable, "-c", "from mgdarts.cli.main import main; main()", "search"]
+    new = [*main, "--preset", "smoke", "--method", "weaknas", *sets, "--out"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    subprocess.run(main + command(tmp_path / "whole")[3:], check=True, **quiet)
+    subprocess.run([*new, tmp_path / "whole"], check=True, **quiet)
     table = read_json(tmp_path / "whole/candidates.json", "a table")
     assert len(table["candidates"]) == 6 == len({row["code"] for row in table["candidates"]})
-    child = subprocess.Popen(main + command(tmp_path / "cut")[3:], **quiet)
+    child = subprocess.Popen([*new, tmp_path / "cut"], **quiet)
     begun = time.monotonic()
     while not (tmp_path / "cut/events.jsonl").exists() and time.monotonic() < begun + 120: time.sleep(.02)
     time.sleep(.3)
     child.send_signal(signal.SIGTERM)
     child.wait()
     assert not (tmp_path / "cut/result.json").exists()
-    subprocess.run(main + ["search", "--out", str(tmp_path / "cut"), "--resume"], check=True, **quiet)
+    subprocess.run([*main, "--out", tmp_path / "cut", "--resume"], check=True, **quiet)
     assert read_json(tmp_path / "cut/candidates.json", "a table") == table
     a, b = (json.loads((tmp_path / run / "architecture.json").read_text()) for run in ("whole", "cut"))
     assert a["cells"] == b["cells"] and os.path.exists(tmp_path / "cut/result.json")

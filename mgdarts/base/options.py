@@ -265,6 +265,12 @@ class Rules:
     pool: int = knob(10000, "WeakNAS: candidates there are", 1, 1000000)
     predictor: str = knob("mlp", "WeakNAS: a perceptron, or ridge regression", choices=("mlp", "ridge"))
     hidden: int = knob(1000, "WeakNAS: width of the perceptron's four layers", 1, 100000)
+    labelled: int = knob(423, "CTNAS: candidates that are judged", 8, 100000)
+    comparator_epochs: int = knob(1000, "CTNAS: epochs in which the comparator learns from them", 1, 1000000)
+    policy_steps: int = knob(10000, "CTNAS: steps of the policy", 1, 10000000)
+    own_every: int = knob(100, "CTNAS: steps between two times that the comparator labels pairs itself", 1, 1000000)
+    base_every: int = knob(500, "CTNAS: steps between two baselines", 1, 1000000)
+    antisymmetric: bool = knob(False, "CTNAS: comparisons made fair, so that P(a, b) + P(b, a) = 1")
     fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, "
         "by the share that is kept")
 
