@@ -144,7 +144,7 @@ def carry_out(loop, out: Path, recorder: Recorder, clock: Clock,
             raise RunFailed(memory_advice(loop)) from None
         saver.save()
 
-# %% ../../nbs/runs/run.ipynb #f034d59a
+# %% ../../nbs/runs/run.ipynb #ac4e6ea9
 def keep_table(loop: Search, path: Path, guard):
     "Write the table of candidates that a method decides by, once it has decided: before anything is pruned for it."
     def write(event: Event):
