@@ -16,6 +16,7 @@ from mgdarts.base.options import (DECISIONS, PRESSURES, REGISTRIES, InputError, 
 from mgdarts.base.data import load_data
 from mgdarts.methods.registry import METHODS, add_method, parts_of, preset
 from mgdarts.methods.dass import Scores
+from mgdarts.methods.proxies import SCORES
 from mgdarts.methods.unroll import ahead
 from mgdarts.search.decide import final_strength
 from mgdarts.search.rules import Final, Pressure
@@ -104,7 +105,8 @@ def test_the_registry_and_the_knobs_agree():
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample",
                                            "predictor", "comparator"}
     assert set(choices["superpose"]) == {"none", "kernels", "kernels+filters"}
-    assert set(choices["init"]) == {"zero", "normal", "saliency"}
+    assert set(choices["init"]) == {"zero", "normal", "saliency", "synflow", "grasp", "fisher", "jacobian", "naswot"}
+    assert set(choices["score"]) == set(SCORES)
     assert set(choices["regulariser"]) == {"size+threshold", "size", "none"}
     optimisation = Search.__dataclass_fields__["optimisation"].metadata["choices"]
     assert set(optimisation) == {"joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order",

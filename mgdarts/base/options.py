@@ -232,7 +232,7 @@ class Rules:
         "(our reading of l-DARTS)", choices=("none", "each", "mix"))
     ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
     init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, "
-        "before any training", choices=STARTS)
+        "before any training: its saliency (SNIP), or another score", choices=STARTS)
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
         choices=PRESSURES)
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
@@ -267,6 +267,8 @@ class Rules:
     judge: str = knob("shared", "who judges a candidate: the super-net, whose weights all share, or a short training "
         "from scratch", choices=("shared", "training"))
     judge_epochs: int = knob(5, "epochs of such a training", 1, 10000)
+    score: str = knob("naswot", "Zero-Cost-PT: what an untrained net is judged by",
+        choices=("synflow", "snip", "grasp", "fisher", "jacobian", "naswot"))
     rounds: int = knob(10, "WeakNAS: rounds of judging, each followed by a new predictor", 1, 10000)
     draw: int = knob(100, "WeakNAS: candidates judged in a round", 1, 10000)
     top: int = knob(1000, "WeakNAS: among how many that the predictor likes best they are drawn", 1, 1000000)

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch, torch.nn.functional as F
 from torch import nn, Tensor
 from torch.overrides import TorchFunctionMode
+from ..base.options import InputError, need
+from ..base.ranks import HERE
 from ..net.architecture import Architecture
 from ..net.discrete import DerivedNet
 from ..net.engine import Engine
@@ -29,16 +31,20 @@ def kernels_of(net: nn.Module)->list: # of parameters
             if name.endswith(("omega", "plain")) or p.dim() > 1 and name.split(".")[0] in places]
 
 @contextmanager
-def looked_at(net: nn.Module, training: bool):
+def looked_at(net: nn.Module, training: bool,
+              of: list|tuple = ()): # parameters that gradients are asked of
     "A network in training or evaluation mode, computed by the reference, for a while."
     engine, mode, before = net.engine, net.training, [(b, b.clone()) for b in net.buffers()]
+    asked = [p.requires_grad for p in of]
     net.engine = Engine()
     net.train(training)
+    for p in of: p.requires_grad_()
     try: yield
     finally:
         net.engine = engine
         net.train(mode)
         for buffer, was in before: buffer.copy_(was)
+        for p, was in zip(of, asked): p.requires_grad_(was)
 
 class Seen(TorchFunctionMode):
     "Hands what some functions read and give, called wherever, to `take`."
@@ -53,29 +59,35 @@ class Seen(TorchFunctionMode):
 # %% ../../nbs/methods/proxies.ipynb #8dce07cc
 def slopes(net: nn.Module, x: Tensor, y: Tensor, of: list, **how)->tuple: # of tensors like `of`; 0 where unused
     "The gradient of the cross-entropy."
+    need(HERE.joined == 1 or not how, "GraSP differentiates twice, which batch norms over several processes cannot: "
+         "set compute.sync_norms=false, or choose another score")
     return torch.autograd.grad(F.cross_entropy(logits_of(net, x), y), of, allow_unused=True, materialize_grads=True,
                                **how)
 
 def snip(net: nn.Module, x: Tensor, y: Tensor)->float: # images, labels
-    with looked_at(net, True):
-        of = kernels_of(net)
-        return float(sum((p * g).abs().sum() for p, g in zip(of, slopes(net, x, y, of))))
+    of = kernels_of(net)
+    with looked_at(net, True, of):
+        return float(sum((p * g).detach().abs().sum() for p, g in zip(of, slopes(net, x, y, of))))
 
 # %% ../../nbs/methods/proxies.ipynb #7e8c4d51
 def hessian_gradient(net: nn.Module, x: Tensor, y: Tensor, of: list)->tuple: # like `of`
-    "The product of the Hessian and the gradient."
+    "The product of the Hessian and the gradient. `InputError` where something cannot be differentiated twice."
     g = slopes(net, x, y, of, create_graph=True)
-    return torch.autograd.grad(sum((v.detach() * v).sum() for v in g), of, allow_unused=True, materialize_grads=True)
+    along = sum((v.detach() * v).sum() for v in g)
+    try: return torch.autograd.grad(along, of, allow_unused=True, materialize_grads=True)
+    except RuntimeError as e:
+        if "not implemented" not in str(e): raise
+        raise InputError("GraSP differentiates twice, which squeezing blocks cannot: choose another score") from None
 
 def grasp(net: nn.Module, x: Tensor, y: Tensor)->float:
-    with looked_at(net, True):
-        of = kernels_of(net)
-        return -float(sum((p * h).sum() for p, h in zip(of, hessian_gradient(net, x, y, of))))
+    of = kernels_of(net)
+    with looked_at(net, True, of):
+        return -float(sum((p * h).detach().sum() for p, h in zip(of, hessian_gradient(net, x, y, of))))
 
 # %% ../../nbs/methods/proxies.ipynb #c467e7dd
 def fisher(net: nn.Module, x: Tensor, y: Tensor)->float:
     maps = []
-    with looked_at(net, True), Seen(lambda _, out: maps.append(out), "conv2d", "linear"):
+    with looked_at(net, True, kernels_of(net)), Seen(lambda _, out: maps.append(out), "conv2d", "linear"):
         loss = F.cross_entropy(logits_of(net, x), y)
         maps = [m for m in maps if m.requires_grad]
         slope = torch.autograd.grad(loss, maps, allow_unused=True, materialize_grads=True)
@@ -96,8 +108,8 @@ def flow(net: nn.Module, x: Tensor, of: list)->tuple: # the gradient of R by `of
             for p, s in zip(weights, signs): p.mul_(s)
 
 def synflow(net: nn.Module, x: Tensor, y: Tensor|None = None)->float:
-    with looked_at(net, False):
-        of = kernels_of(net)
+    of = kernels_of(net)
+    with looked_at(net, False, of):
         return float(sum((p.detach().abs() * g).double().sum() for p, g in zip(of, flow(net, x, of))))
 
 # %% ../../nbs/methods/proxies.ipynb #d31d71eb
@@ -132,8 +144,13 @@ def jacobian(net: nn.Module, x: Tensor, y: Tensor|None = None)->float:
 SCORES = {"synflow": synflow, "snip": snip, "grasp": grasp, "fisher": fisher, "jacobian": jacobian, "naswot": naswot}
 
 def scores_of(arch: Architecture, x: Tensor, y: Tensor, # images, labels
-              names: tuple = tuple(SCORES), seed: int = 0 # of the weights
+              names: tuple = (), # of scores; none: all that it has
+              seed: int = 0 # of the weights
              )->dict: # name -> number
-    "Score an architecture, untrained."
-    net = DerivedNet(arch, seed=seed).to(x.device)
-    return {name: SCORES[name](net, x, y) for name in names}
+    "Score an architecture, untrained. `InputError` where it has not what is asked for."
+    net, out = DerivedNet(arch, seed=seed).to(x.device), {}
+    for name in names or SCORES:
+        try: out[name] = SCORES[name](net, x, y)
+        except InputError:
+            if names: raise
+    return out
