@@ -56,7 +56,7 @@ def predictions(net: nn.Module, # super-net, or network
     seen = dict.fromkeys(watched(net.spec))
     found = net(x, seen=seen)
     logits = found[0] if isinstance(found, tuple) else found
-    said = [*(head(y.float()) for head, y in zip(heads, seen.values())), logits]
+    said = [*(head(y.to(logits.dtype)) for head, y in zip(heads, seen.values())), logits]
     return logits, torch.cat(said) / len(said)
 
 # %% ../../nbs/methods/cdarts.ipynb #58dbc719
