@@ -15,7 +15,8 @@ from mgdarts.runs.make import make_search
 from mgdarts.search.rules import Clock
 from mgdarts.space.darts import NetSpec
 
-TINY = {"data.subset": 100, "search.batch": 20, "search.length": 4, "search.lr_weights": .05, "rules.lr_evaluation": .05}
+TINY = {"data.subset": 100, "search.batch": 20, "search.length": 4, "search.lr_weights": .05,
+        "rules.lr_evaluation": .05}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +191,8 @@ def test_an_older_state_goes_on_without_anything_along(splits):
 
 def test_what_it_does_not_go_with():
     for more, says in (({"space.constraint": 3}, "constraint=1"), ({"rules.aux": .4}, "rules.aux=0"),
-                       ({"space.kind": "mobilenet"}, "space.kind=darts"), ({"rules.depth": 16, "space.cells": 8}, "64")):
+                       ({"space.kind": "mobilenet"}, "space.kind=darts"),
+                       ({"rules.depth": 16, "space.cells": 8}, "64")):
         with pytest.raises(InputError, match=says): preset("smoke", "cdarts", **more)
 
 
