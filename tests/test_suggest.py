@@ -61,8 +61,8 @@ def test_trials_are_runs_and_one_that_fails_stops_no_other(tmp_path):
 
 
 def test_a_sweep_that_is_killed_goes_on_with_the_same_trials(tmp_path):
-    args = ["sweep", "--methods", "darts-v1", "--set", "search.length=2", "--set", "data.subset=128", "--suggest", "optuna",
-            "--trials", "4", "--space", "lr_arch=0.1..10:log", "--jobs", "2", "--json"]
+    args = ["sweep", "--methods", "darts-v1", "--set", "search.length=2", "--set", "data.subset=128", "--suggest",
+            "optuna", "--trials", "4", "--space", "lr_arch=0.1..10:log", "--jobs", "2", "--json"]
     def command(out): return [sys.executable, "-m", "mgdarts", *args, "--out", str(out)]
     whole = json.loads(subprocess.run(command(tmp_path / "a"), capture_output=True, check=True, text=True).stdout)
     process = subprocess.Popen(command(tmp_path / "b"), stdout=subprocess.DEVNULL, start_new_session=True)
@@ -70,8 +70,8 @@ def test_a_sweep_that_is_killed_goes_on_with_the_same_trials(tmp_path):
     while not list((tmp_path / "b").glob("trial-0002/events.jsonl")) and time.time() < until: time.sleep(.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    done = subprocess.run([sys.executable, "-m", "mgdarts", "sweep", "--resume", "--out", str(tmp_path / "b"), "--jobs", "2",
-                           "--json"], capture_output=True, text=True)
+    again = ["sweep", "--resume", "--out", str(tmp_path / "b"), "--jobs", "2", "--json"]
+    done = subprocess.run([sys.executable, "-m", "mgdarts", *again], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trials"] == whole["trials"]
 

@@ -240,7 +240,8 @@ class Rules:
         "no head (GOLD-NAS: 0.4)", 0.0, 10.0)
     discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against "
         "a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and "
-        "error with a zero-cost score; the best of some random nets", choices=DECISIONS)
+        "error with a zero-cost score; the best of some random nets; what a predictor of their accuracy likes best; "
+        "what a policy finds that a comparator rewards", choices=DECISIONS)
     share_min: float = knob(0.01, "share of a node at which an operation is pruned", 0.0, 1.0)
     share_max: float = knob(0.05, "share under which the weakest operations may be pruned", 0.0, 1.0)
     share_n: int = knob(4, "how many of those at once", 0, 1000)
@@ -272,6 +273,21 @@ class Rules:
         0.0, 1.0)
     samples: int = knob(10, "candidates: random nets, or rounds of trial and error; orders of removal", 1, 10000)
     batches: int = knob(10, "batches that choose among candidates, or that an order of removal is judged by", 1, 10000)
+    judge: str = knob("shared", "who judges a candidate: the super-net, whose weights all share, or a short training "
+        "from scratch", choices=("shared", "training"))
+    judge_epochs: int = knob(5, "epochs of such a training", 1, 10000)
+    rounds: int = knob(10, "WeakNAS: rounds of judging, each followed by a new predictor", 1, 10000)
+    draw: int = knob(100, "WeakNAS: candidates judged in a round", 1, 10000)
+    top: int = knob(1000, "WeakNAS: among how many that the predictor likes best they are drawn", 1, 1000000)
+    pool: int = knob(10000, "WeakNAS: candidates there are", 1, 1000000)
+    predictor: str = knob("mlp", "WeakNAS: a perceptron, or ridge regression", choices=("mlp", "ridge"))
+    hidden: int = knob(1000, "WeakNAS: width of the perceptron's four layers", 1, 100000)
+    labelled: int = knob(423, "CTNAS: candidates that are judged", 8, 100000)
+    comparator_epochs: int = knob(1000, "CTNAS: epochs in which the comparator learns from them", 1, 1000000)
+    policy_steps: int = knob(10000, "CTNAS: steps of the policy", 1, 10000000)
+    own_every: int = knob(100, "CTNAS: steps between two times that the comparator labels pairs itself", 1, 1000000)
+    base_every: int = knob(500, "CTNAS: steps between two baselines", 1, 1000000)
+    antisymmetric: bool = knob(False, "CTNAS: comparisons made fair, so that P(a, b) + P(b, a) = 1")
     fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, "
         "by the share that is kept")
 
@@ -468,6 +484,7 @@ class Method:
     source: str # where it was published
     settings: dict # knob -> value
     standing: str = "as published" # but for what its chapter names; or "from its abstract", or "a reading"
+    scaled: dict = field(default_factory=dict) # preset -> settings of its own at that scale
 
 # %% ../../nbs/base/options.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`

@@ -17,7 +17,7 @@ from ..net.sample import even_cells
 from ..net.supernet import SuperNet, part_generator
 from ..search.decide import final_strength, strongest_two
 from ..search.rules import Clock
-from ..search.step import fetch, groups, of_alpha
+from ..search.step import fetch, groups, of_alpha, tell
 from ..search.trial import kinds_of
 from ..space.layers import Classifier, ConvNorm
 from ..space.space import Space
@@ -185,6 +185,7 @@ class Cyclic(TwoLevel):
         # its images are in another order than in any epoch of the search
         epoch = search.length + (along.built - 1) * self.cycle_warmup + epochs
         x, y = (t.to(search.device, non_blocking=True) for t in loader.batch(epoch, step))
+        tell(search, "batch", images="train", x=x, y=y)
         along.descend(F.cross_entropy(along.net.train()(x)[0], y))
         along.warmed += 1
         return True

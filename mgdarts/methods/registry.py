@@ -9,6 +9,7 @@ from ..base.presets import MOBILE, PRESETS
 from .bounds import FIXED_RATE, GOLD_NAS
 from .cdarts import CDARTS
 from .csc_darts import CSC_DARTS
+from .ctnas import CTNAS
 from .darts import BETA_DARTS, DARTS_V1
 from .dass import DASS
 from .l_darts import L_DARTS
@@ -19,6 +20,7 @@ from .sampled import GDAS, PROXYLESS, RANDOM
 from .shapley import SHAPLEY_NAS
 from .tanglenas import TANGLENAS
 from .unroll import DARTS_V2
+from .weaknas import WEAKNAS
 from .zerocost import ZERO_COST_PT
 from ..search.rules import Parts
 
@@ -28,7 +30,7 @@ __all__ = ['METHODS', 'add_method', 'preset', 'parts_of', 'pairs', 'settings_of'
 # %% ../../nbs/methods/registry.ipynb #2f5dca97
 METHODS = {m.name: m for m in (MG_DARTS, DARTS_V1, DARTS_V2, PC_DARTS, GDAS, P_DARTS, GOLD_NAS, BETA_DARTS, DASS,
                                TANGLENAS, PROXYLESS, ZERO_COST_PT, FIXED_RATE, RANDOM,
-                               SHAPLEY_NAS, CSC_DARTS, L_DARTS, CDARTS)}
+                               SHAPLEY_NAS, CSC_DARTS, L_DARTS, CTNAS, WEAKNAS, CDARTS)}
 
 def add_method(method: Method)->Method: # the same
     "Let a method be known by its name. `ValueError` where the name is taken by another."
@@ -47,7 +49,8 @@ def preset(name: str, # one of `mgdarts.base.presets.PRESETS`
     def full(given): return {resolve(Config(), k): v for k, v in given.items()} # the last one to say a name wins
     settings = full(settings)
     scale = PRESETS[name] | (MOBILE.get(name, {}) if settings.get("space.kind") == "mobilenet" else {})
-    merged = full(METHODS[method].settings) | full(scale) | settings
+    own = METHODS[method]
+    merged = full(own.settings) | full(scale) | full(own.scaled.get(name, {})) | settings
     return configure(Config(), preset=name, method=method, **merged)
 
 # %% ../../nbs/methods/registry.ipynb #2acbe395

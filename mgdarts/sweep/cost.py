@@ -6,14 +6,12 @@
 from __future__ import annotations
 import heapq, json, statistics
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 import torch
 from ..base.files import read_json
 from ..base.options import Config, InputError, from_dict, need, root
 from ..base.presets import LONG
 from ..methods.registry import parts_of
-from .jobs import Job
 from .pace import Images, Pace, card_here, card_of, images_of, measured, recorded, untimed
 
 # %% auto #0

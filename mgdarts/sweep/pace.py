@@ -24,7 +24,6 @@ from ..runs.run import derived
 from ..search.loop import Search
 from ..search.stages import begin_joint, close_stage, open_stage, prune_to
 from ..search.step import make_adam, make_optimizer
-from ..space.space import Space
 from ..space.spaces import space_of
 
 # %% auto #0

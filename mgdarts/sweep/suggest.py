@@ -57,7 +57,7 @@ def _range(name: str, text: str, whole: bool)->Range:
 def space_in(text: str # "lr_arch=0.1..10:log, mu=0..1, regrow=0,0.1,0.2"
             )->dict: # full name -> Range or Choice
     "Read what may vary. `InputError` on what cannot be read, or no knob."
-    found, of, known = {}, {}, knobs(Config())
+    found, of, known, name = {}, {}, knobs(Config()), ""
     for piece in filter(str.strip, text.split(",")):
         key, eq, value = (s.strip() for s in piece.partition("="))
         need(eq or of, f"--space begins with {piece.strip()!r}: write for example lr_arch=0.1..10:log")
