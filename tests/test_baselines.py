@@ -340,6 +340,10 @@ PUBLISHED = {
                     "rules.edge_norm": False, "rules.zero": False, "rules.weights_only": .5, "search.adam": False,
                     "search.optimisation": "contribution", "rules.samples": 10, "rules.batches": 4,
                     "rules.truncate": .5, "rules.credit_momentum": .8, "rules.credit_step": .1},
+    "cdarts": {"search.batch": 256, "search.lr_weights": .2, "rules.lr_evaluation": .2, "search.lr_end": -1.,
+               "search.weight_decay": 0., "search.arch_decay": 0., "search.length": 32, "search.warmup": 2,
+               "rules.weights_only": -1., "search.optimisation": "cyclic", "rules.depth": 2.5, "rules.cycle": 1,
+               "rules.cycle_warmup": 1, "rules.temperature": 2., "rules.plain": 5., "rules.plain_share": .2},
 }
 ONE_LEVEL = {"search.batch": 96, "search.lr_weights": .01, "search.lr_arch": 1., "search.lr_end": -1.,
              "search.weight_decay": 3e-4, "search.adam": False, "data.autoaugment": True, "data.search_cutout": True,

@@ -99,7 +99,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
                               "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random",
-                              "shapley-nas", "csc-darts", "l-darts", "ctnas", "weaknas")
+                              "shapley-nas", "csc-darts", "l-darts", "ctnas", "weaknas", "cdarts")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
     assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"}
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample",
@@ -110,7 +110,7 @@ def test_the_registry_and_the_knobs_agree():
     assert set(choices["regulariser"]) == {"size+threshold", "size", "none"}
     optimisation = Search.__dataclass_fields__["optimisation"].metadata["choices"]
     assert set(optimisation) == {"joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order",
-                                 "contribution", "none"}
+                                 "contribution", "cyclic", "none"}
     assert configure(preset("smoke"), init="saliency", beta_decay=5).rules.beta_decay == 5
 
 
@@ -127,6 +127,8 @@ def test_the_registry_and_the_knobs_agree():
     ({"method": "gold-nas", "rules.partial": 2}, "rules.partial=1"),
     ({"method": "dass", "rules.superpose": "kernels"}, "rules.keep=1"),
     ({"method": "darts-v2", "rules.aux": 0.4}, "rules.aux=0"),
+    ({"method": "cdarts", "rules.aux": 0.4}, "rules.aux=0"),
+    ({"method": "cdarts", "space.constraint": 2}, "space.constraint=1"),
     ({"method": "shapley-nas", "rules.relaxation": "gumbel"}, "without a draw"),
     ({"method": "l-darts", "rules.relaxation": "gumbel"}, "without a draw"),
     ({"method": "shapley-nas", "space.kind": "mobilenet"}, "space.kind=darts"),

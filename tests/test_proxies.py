@@ -85,7 +85,7 @@ def test_images_do_not_see_each_other():
 
 
 def test_naswot_by_hand():
-    arch, (x, y) = random_architecture(NetSpec(4, 3, size=8), 20_000, 0), batch(8)
+    arch, (x, _) = random_architecture(NetSpec(4, 3, size=8), 20_000, 0), batch(8)
     seen, relu = [], F.relu
     net = DerivedNet(arch).eval()
     try:

@@ -71,6 +71,12 @@ def test_in_double_precision_they_are_the_same_steps(impl, n):
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
 
 
+def test_a_net_that_is_trained_along():
+    how = "cdarts", "fused", "float64", "9", "rules.ops=skip_connect,sep_conv_3x3", "search.lr_weights=.05"
+    one, two = steps(1, *how), steps(2, *how)
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
+
+
 def test_a_retraining_with_all_that_is_random_in_it():
     one, two = (steps(n, "train", "fused", "float64", "4") for n in (1, 2))
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9

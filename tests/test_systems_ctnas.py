@@ -16,7 +16,8 @@ GRID = SPEC.cell[0].grid
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
-def some(n, seed=0): return strongest_two(torch.rand(2 * n, *GRID, generator=seeded(seed)), SPEC.graph).view(n, 2, *GRID)
+def some(n, seed=0):
+    return strongest_two(torch.rand(2 * n, *GRID, generator=seeded(seed)), SPEC.graph).view(n, 2, *GRID)
 
 
 def test_a_graph_by_hand():

@@ -154,8 +154,8 @@ class Search:
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
-        "(Table IX); alpha on other images than the weights, to first or second order, or by what operations "
-        "contribute; or nothing", choices=SCHEDULES)
+        "(Table IX); alpha on other images than the weights, to first or second order, by what operations contribute, "
+        "or in turn with an evaluation net; or nothing", choices=SCHEDULES)
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
         choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
@@ -254,6 +254,15 @@ class Rules:
         "net's", 0.0, 1.0)
     credit_momentum: float = knob(0.8, "Shapley-NAS: share of the credits before that stays in each epoch", 0.0, 0.9999)
     credit_step: float = knob(0.1, "Shapley-NAS: how far an epoch's credit of one standard deviation moves alpha", 0.0)
+    depth: float = knob(2.5, "CDARTS: cells of the evaluation net, in cells of the super-net", 1.0, 16.0)
+    cycle: int = knob(1, "CDARTS: epochs of a cycle, which begins with a new evaluation net", 1, 1000)
+    cycle_warmup: int = knob(1, "CDARTS: epochs before them in which the evaluation net is trained alone", 0, 1000)
+    distill: float = knob(1.0, "CDARTS: weight of what the evaluation net teaches, which is a mean over classes, too; "
+        "as many as there are classes: their sum", 0.0)
+    temperature: float = knob(2.0, "CDARTS: of the predictions that are compared", 0.1, 100.0)
+    plain: float = knob(5.0, "CDARTS: weight of |alpha| of skips and pools at first; it falls to 0", 0.0)
+    plain_share: float = knob(0.2, "CDARTS: share of the epochs that move alpha, after which it is 0", 0.001, 1.0)
+    lr_evaluation: float = knob(0.2, "CDARTS: learning rate of the evaluation net", 0.0, 10.0)
     growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations "
         "(P-DARTS)")
     skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)

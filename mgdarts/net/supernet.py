@@ -83,7 +83,7 @@ class SuperNet(nn.Module):
         self.cells = cast("list[Cell]", nn.ModuleList())
 
     def _generator(self, *what)->torch.Generator: return part_generator(self.seed, *what)
-    def forward(self, x: Tensor, also: list|None = None)->Tensor: return self.engine.forward(self, x, also)
+    def forward(self, x, also=None, seen=None)->Tensor: return self.engine.forward(self, x, also, seen) # as it says
 
     # how strong everything counts
     def edges(self)->Tensor|None: return edge_weights(self)
