@@ -7,13 +7,13 @@ from __future__ import annotations
 import ast, dataclasses, difflib, json, math, os
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
-from typing import Any
+from .knobs import Cycles, Judging, knob
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
-           'SPACE_KINDS', 'PARTS', 'LATER', 'InputError', 'closest', 'knob', 'Part', 'need', 'Registry', 'Space',
-           'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
-           'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
+           'SPACE_KINDS', 'PARTS', 'LATER', 'InputError', 'closest', 'Part', 'need', 'Registry', 'Space', 'Data',
+           'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled', 'darts_only',
+           'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -25,17 +25,6 @@ def closest(word, # what was given
     "A hint for a mistyped name."
     near = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
     return f"did you mean {near[0]!r}?" if near else "choose from: " + ", ".join(str(w) for w in words)
-
-# %% ../../nbs/base/options.ipynb #b1852a6a
-def knob(default, # value when nothing is said
-         doc, # one line, shown in `--help` and the docs
-         lo=None, hi=None, # inclusive range
-         choices=None # allowed values
-        )->Any: # to the eyes of type checkers, as in `dataclasses.field`
-    "A documented, bounded dataclass field."
-    meta = dict(doc=doc, lo=lo, hi=hi, choices=choices)
-    if isinstance(default, (list, tuple)): return field(default_factory=lambda: tuple(default), metadata=meta)
-    return field(default=default, metadata=meta)
 
 # %% ../../nbs/base/options.ipynb #9dc6c52a
 @dataclass(frozen=True)
@@ -214,7 +203,7 @@ class Train:
 
 # %% ../../nbs/base/options.ipynb #6d5b38b4
 @dataclass
-class Rules:
+class Rules(Cycles, Judging):
     "What a search is composed of."
     relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; "
         "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
@@ -254,15 +243,6 @@ class Rules:
         "net's", 0.0, 1.0)
     credit_momentum: float = knob(0.8, "Shapley-NAS: share of the credits before that stays in each epoch", 0.0, 0.9999)
     credit_step: float = knob(0.1, "Shapley-NAS: how far an epoch's credit of one standard deviation moves alpha", 0.0)
-    depth: float = knob(2.5, "CDARTS: cells of the evaluation net, in cells of the super-net", 1.0, 16.0)
-    cycle: int = knob(1, "CDARTS: epochs of a cycle, which begins with a new evaluation net", 1, 1000)
-    cycle_warmup: int = knob(1, "CDARTS: epochs before them in which the evaluation net is trained alone", 0, 1000)
-    distill: float = knob(1.0, "CDARTS: weight of what the evaluation net teaches, which is a mean over classes, too; "
-        "as many as there are classes: their sum", 0.0)
-    temperature: float = knob(2.0, "CDARTS: of the predictions that are compared", 0.1, 100.0)
-    plain: float = knob(5.0, "CDARTS: weight of |alpha| of skips and pools at first; it falls to 0", 0.0)
-    plain_share: float = knob(0.2, "CDARTS: share of the epochs that move alpha, after which it is 0", 0.001, 1.0)
-    lr_evaluation: float = knob(0.2, "CDARTS: learning rate of the evaluation net", 0.0, 10.0)
     growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations "
         "(P-DARTS)")
     skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)
@@ -273,23 +253,6 @@ class Rules:
         0.0, 1.0)
     samples: int = knob(10, "candidates: random nets, or rounds of trial and error; orders of removal", 1, 10000)
     batches: int = knob(10, "batches that choose among candidates, or that an order of removal is judged by", 1, 10000)
-    judge: str = knob("shared", "who judges a candidate: the super-net, whose weights all share, or a short training "
-        "from scratch", choices=("shared", "training"))
-    judge_epochs: int = knob(5, "epochs of such a training", 1, 10000)
-    score: str = knob("naswot", "Zero-Cost-PT: what an untrained net is judged by",
-        choices=("synflow", "snip", "grasp", "fisher", "jacobian", "naswot"))
-    rounds: int = knob(10, "WeakNAS: rounds of judging, each followed by a new predictor", 1, 10000)
-    draw: int = knob(100, "WeakNAS: candidates judged in a round", 1, 10000)
-    top: int = knob(1000, "WeakNAS: among how many that the predictor likes best they are drawn", 1, 1000000)
-    pool: int = knob(10000, "WeakNAS: candidates there are", 1, 1000000)
-    predictor: str = knob("mlp", "WeakNAS: a perceptron, or ridge regression", choices=("mlp", "ridge"))
-    hidden: int = knob(1000, "WeakNAS: width of the perceptron's four layers", 1, 100000)
-    labelled: int = knob(423, "CTNAS: candidates that are judged", 8, 100000)
-    comparator_epochs: int = knob(1000, "CTNAS: epochs in which the comparator learns from them", 1, 1000000)
-    policy_steps: int = knob(10000, "CTNAS: steps of the policy", 1, 10000000)
-    own_every: int = knob(100, "CTNAS: steps between two times that the comparator labels pairs itself", 1, 1000000)
-    base_every: int = knob(500, "CTNAS: steps between two baselines", 1, 1000000)
-    antisymmetric: bool = knob(False, "CTNAS: comparisons made fair, so that P(a, b) + P(b, a) = 1")
     fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, "
         "by the share that is kept")
 
