@@ -328,16 +328,18 @@ def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "ma
     "Work out the steps of a run on a card from those in its records."
     images = images or images_of(cfg)
     pace, found = deepcopy(counted) if counted else untimed(cfg, images), anchor(cfg, card)
+    if cfg.space.kind != "darts": law = "macs" # operations of another space are no measure
     part, how = cfg.search.batch / 96, effort(cfg)
     for i, lap in enumerate(pace.laps if found else ()):
         seconds, known = found
         at = known[min(i, len(seconds) - 1)] # fine-tuning is of the last stage's kind
-        each = seconds[at.name] / getattr(at, law)[0] * how * (part if law == "macs" else 1.)
+        each = seconds[at.name] / getattr(at, law)[0] * how * (part if law == "macs" else max(1., part))
         lap.step, lap.warm = tuple(each * n for n in getattr(lap, law)), each * getattr(lap, law)[0] / max(how, 1.)
         lap.epoch = tuple(s / 3 / cfg.search.batch * images.val for s in lap.step) # forward is a third
     if kind := next((h for h in (number_type(cfg), "tf32") if h in card.train), None):
         seconds, macs, batch, ops = card.train[kind]
-        more = pace.train_macs / macs * cfg.train.batch / batch if law == "macs" else pace.train_ops / ops
+        part = cfg.train.batch / batch
+        more = pace.train_macs / macs * part if law == "macs" else pace.train_ops / ops * max(1., part)
         pace.train_step = seconds * more
         each = pace.train_step / 3 / cfg.train.batch
         pace.train_epoch = each * (images.val if cfg.train.images == "train" else 0)
