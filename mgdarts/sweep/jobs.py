@@ -20,7 +20,8 @@ YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": Tr
                      "pool": 10000, "predictor": "mlp", "hidden": 1000, "labelled": 423, "comparator_epochs": 1000,
                      "policy_steps": 10000, "own_every": 100, "base_every": 500,
                      "antisymmetric": False, "depth": 2.5, "cycle": 1, "cycle_warmup": 1, "distill": 1.,
-                     "temperature": 2., "plain": 5., "plain_share": .2, "lr_evaluation": .2}} # knobs, as runs before were
+                     "temperature": 2., "plain": 5., "plain_share": .2,
+                     "lr_evaluation": .2}} # knobs, as runs before were
 
 def checksum(*parts)->str:
     "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."
