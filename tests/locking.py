@@ -60,7 +60,7 @@ class Holder:
 
 
 def race(folder, seed, elsewhere, start, seconds, out):
-    "Come in and leave, or die inside, again and again. What is told: how often it came in; less, where it was not alone."
+    "Come in and leave, or die inside, again and again, and tell how often; -1: another was inside."
     warnings.simplefilter("ignore")
     if elsewhere:
         locks.neighbourhood = lambda: f"machine {seed}"

@@ -79,7 +79,8 @@ def test_a_number_that_another_process_has_now_does_not_count(holder, tmp_path, 
 
 
 def test_who_waits_to_be_reaped_is_dead(tmp_path):
-    order = "import sys; from mgdarts.base.locks import lock; lock(sys.argv[1], 600.).__enter__(); print(1, flush=True); input()"
+    order = ("import sys; from mgdarts.base.locks import lock; lock(sys.argv[1], 600.).__enter__(); "
+             "print(1, flush=True); input()")
     p = subprocess.Popen([sys.executable, "-c", order, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     p.stdout.readline()
     os.kill(p.pid, signal.SIGKILL)  # and nobody hears of it yet: a zombie
@@ -184,6 +185,32 @@ def test_files_that_cannot_be_reached_count_as_lost_before_the_lease_ends(tmp_pa
         assert hold.lock.compromise.reason == "refresh-failed"
         with pytest.raises(LockLost):
             hold.check()
+
+
+def test_a_lock_that_could_not_be_given_back_ends_with_its_lease(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left on device: '.*lock.rw'"), lock(tmp_path, LEASE):
+        monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="looking for"), lock(tmp_path, LEASE) as hold:
+        hold.check()
+
+
+def test_the_first_error_is_said(tmp_path, monkeypatch):
+    def full(fd):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(ZeroDivisionError), lock(tmp_path, LEASE):
+        monkeypatch.setattr(os, "fsync", full)
+        1 / 0
+
+
+def test_a_folder_may_be_removed_inside(tmp_path):
+    (tmp_path / "a").mkdir()
+    with lock(tmp_path / "a", LEASE):
+        shutil.rmtree(tmp_path / "a")
 
 
 def test_locks_of_earlier_versions_are_no_obstacle(tmp_path):

@@ -65,7 +65,11 @@ def working(run: Path):  # None: nobody
     except (OSError, ValueError, KeyError): return None
 
 
-# the cluster
+# the cluster; a raylet waits 15 s for agents whose ports it does not know, which a busy machine may exceed
+PORTS = ("node-manager", "object-manager", "metrics-export", "runtime-env-agent", "dashboard-agent-grpc",
+         "dashboard-agent-listen")
+
+
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -87,7 +91,7 @@ class Cluster:
         "Start a node and wait until it stands; on a busy machine Ray may need more than one try."
         for n in range(tries):
             place = self.folder / f"node-{len(self.nodes)}-{n}"
-            own = [f"--{what}-port={free_port()}" for what in ("node-manager", "object-manager")]
+            own = [f"--{what}-port={free_port()}" for what in PORTS]
             command = [str(Path(sys.executable).with_name("ray")), "start", "--block", *how, *own, "--num-cpus=1",
                        "--object-store-memory=80000000", f"--temp-dir={place}",
                        "--disable-usage-stats"]
@@ -160,11 +164,12 @@ def bits(run: Path) -> dict:
 
 
 def nothing(job, folder):
-    "A trivial job."
+    "A trivial job. It notes what its process has cost so far, which does not depend on who else is at work."
+    (Path(folder) / f"{job.seed}.cpu").write_text(str(time.process_time()))
 
 
-def costs(cluster: Cluster, n: int = 8) -> dict:  # seconds
-    "What a run costs in each executor when it has nothing to do; the workers of one that has two need starting first."
+def costs(cluster: Cluster, n: int = 6) -> dict:  # seconds
+    "What a run costs in each executor when it has nothing to do: the first one, each further one; starting a process."
     jobs, out = [job_of("", preset("smoke", seed=s)) for s in range(n)], {}
     from ray import cloudpickle
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
@@ -175,8 +180,10 @@ def costs(cluster: Cluster, n: int = 8) -> dict:  # seconds
         at_once = 2 if name == "ray" else 1  # nodes of one core that are left
         if name == "one process beside it": executor.jobs, groups = 2, [sum(groups, [])]
         for _ in executor(groups, folder, nothing): ends.append(time.monotonic())
+        cpu = [float(path.read_text()) for path in Path(folder).glob("*.cpu")]
         out[name] = {"first_s": round(ends[0] - start, 3), "at_once": at_once,
-                     "next_s": round((ends[-1] - ends[0]) / (n - 1) * at_once, 4)}
+                     "next_s": round((ends[-1] - ends[0]) / (n - 1) * at_once, 4),
+                     "process_start_cpu_s": None if name == "in this process" else round(min(cpu), 2)}
     return out
 
 
@@ -203,7 +210,7 @@ def main():
     finally: cluster.close()
     rows = [{"run": r.name, "same": bits(r.run(a.out / "here")) == bits(r.run(a.out / "ray")),
              **bits(r.run(a.out / "ray"))} for r in read_plan(a.out / "here")]
-    what = "a sweep on a head and two nodes of Ray, of which a worker and a node are killed, and the same in one process"
+    what = "a sweep on a head and two nodes of Ray, of which a worker and a node are killed, and the same in a process"
     record = {"what": what, "runs": a.runs, "settings": sets, "exit": code, "killed": killings,
               "same": sum(r["same"] for r in rows), "wall_s": wall, "load": os.getloadavg()[0], "overhead": overheads,
               "environment": environment(torch.device("cpu")), "rows": rows}

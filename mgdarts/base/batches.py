@@ -20,7 +20,8 @@ from .ranks import HERE
 from .reading import ReadAhead, workers_for
 
 # %% auto #0
-__all__ = ['epoch_order', 'Drawn', 'Views', 'beside', 'train_batch', 'shares', 'eval_batches', 'Loader']
+__all__ = ['epoch_order', 'Drawn', 'Views', 'beside', 'train_batch', 'shares', 'eval_batches', 'refuse_unequal', 'Loader',
+           'whole_batch']
 
 # %% ../../nbs/base/batches.ipynb #feea8618
 def epoch_order(n: int, # images
@@ -41,10 +42,11 @@ class Drawn:
     kinds: list # of `autoaugment`
     boxes: Tensor|None = None # float32 [n, 4]: for images that are cropped as they are read; stays on the CPU
 
-    def part(self, at: slice)->Drawn:
-        "What was drawn for some of these images."
+    def mine(self)->Drawn:
+        "What was drawn for this process's share of the images."
+        at = HERE.share(self.numbers.shape[1])
+        if not HERE.many: return self
         first, last = at.start, at.stop
-        if last - first == self.numbers.shape[1]: return self
         ours = (self.changes[0] >= first) & (self.changes[0] < last)
         counts = [int(m.sum()) for m in ours.split([n for _, n in self.kinds])]
         kinds = [(kind, n) for (kind, _), n in zip(self.kinds, counts) if n]
@@ -125,6 +127,13 @@ def eval_batches(split: Split, batch: int = 500,
         for n, y in enumerate(labels):
             yield normalise(ahead.take(n).to(y.device), split.mean, split.std), y
 
+# %% ../../nbs/base/batches.ipynb #b069406b
+def refuse_unequal(batch: int, images: int): # of a step, in all
+    "`InputError` where the batches of a training cannot be shared equally by the processes of this run."
+    n = min(batch, images or batch)
+    need(n % HERE.size == 0, f"{n} images a step cannot be shared equally by {HERE.size} processes: choose a batch "
+         "that is a multiple of them, of no more images than there are")
+
 # %% ../../nbs/base/batches.ipynb #3bb1d7b2
 class Loader:
     "The batches of one split, by (epoch, step)."
@@ -142,9 +151,6 @@ class Loader:
         self._order: tuple = (None, []) # the epoch last asked for, and its batches
         self._drawn: dict = {} # (epoch, block) -> draws of its steps
         if augment: augment.at(splits.size) # known to be possible before the first batch
-        n = min(batch, len(self.split) or batch)
-        need(n % HERE.size == 0, f"{n} images a step cannot be shared equally by {HERE.size} processes: choose a batch "
-             "that is a multiple of them, of no more images than there are")
     @property
     def split(self)->Split: return getattr(self.splits, self.split_name)
     @cached_property
@@ -153,8 +159,8 @@ class Loader:
     def ahead(self)->ReadAhead:
         "What reads files; the first batch starts it."
         if self.views.files is None: raise TypeError("these images are in memory")
-        n, most = workers_for(self.workers, self.views.device), -(-self.batch_size // HERE.size)
-        return ReadAhead(self.views.files, most, n, self._files)
+        n = workers_for(self.workers, self.views.device)
+        return ReadAhead(self.views.files, -(-self.batch_size // HERE.size), n, self._files)
     def order(self, epoch: int)->list:
         "Index batches of an epoch."
         if self._order[0] != epoch:
@@ -169,28 +175,28 @@ class Loader:
         block, at = divmod(step, self.block)
         if (epoch, block) not in self._drawn:
             steps = enumerate(self.order(epoch)[step - at:step - at + self.block], step - at)
-            drawn = [self.views.draw(i, stream(self.seed, "augment", epoch, s)).part(HERE.share(len(i)))
-                     for s, i in steps]
+            drawn = [self.views.draw(i, stream(self.seed, "augment", epoch, s)).mine() for s, i in steps]
             newest = [*self._drawn.items()][-1:]
             self._drawn = {**dict(newest), (epoch, block): beside(drawn, self.views.device)}
         return self._drawn[epoch, block][at]
     def _files(self, n: int)->tuple: # n: steps before this one, epochs included
         epoch, step = divmod(n, len(self))
-        (mine,) = shares([self.order(epoch)[step]])
-        return self.ahead.files.pick(mine).paths, self.drawn(epoch, step).boxes
+        return self.ahead.files.pick(*shares([self.order(epoch)[step]])).paths, self.drawn(epoch, step).boxes
 
     def batch(self, epoch: int, step: int # from 0, below len(self)
              )->tuple:
         "Images and labels of a training step; in one of many processes, its share of them."
         drawn, n = self.drawn(epoch, step), epoch * len(self) + step
         return self.views.batch(drawn, None if self.views.files is None else self.ahead.take(n, self.views.device))
-    def whole(self, epoch: int, step: int)->tuple:
-        "The whole batch of a step, whoever asks."
-        if not HERE.many: return self.batch(epoch, step)
-        return train_batch(self.split, self.order(epoch)[step], self.augment, self.seed, epoch, step)
     def eval(self, batch: int = 500):
         "All images in order, not augmented."
         return eval_batches(self.split, batch, workers_for(self.workers, self.split.labels.device))
     def close(self):
         "End what reads ahead; another batch would start it again."
         if "ahead" in vars(self): self.ahead.close()
+
+# %% ../../nbs/base/batches.ipynb #f7d6ff85
+def whole_batch(loader: Loader, epoch: int, step: int)->tuple:
+    "The whole batch of a step, whichever process asks."
+    if not HERE.many: return loader.batch(epoch, step)
+    return train_batch(loader.split, loader.order(epoch)[step], loader.augment, loader.seed, epoch, step)

@@ -96,7 +96,7 @@ class Stopped(RunFailed):
     def __init__(self, number: int, name: str, # of the signal
                  saved: bool = True # the state of this moment, before it ended
                 ):
-        self.code = end_code(number, name)
+        self.number, self.name, self.code = number, name, end_code(number, name)
         super().__init__(f"stopped by {name}; {'the state is saved' if saved else 'what was saved before is there'}: "
                          "go on with --resume" + (f"; {self.code} asks for a requeue, where the same command goes on "
                                                   "if it has --requeue" if self.code == AGAIN else ""))

@@ -4,8 +4,8 @@
 
 # %% ../../nbs/base/locks.ipynb #3c070e1a
 from __future__ import annotations
-import errno, json, os, re, secrets, socket, threading, time, warnings
-from contextlib import contextmanager
+import errno, json, os, re, secrets, socket, threading, time, uuid, warnings
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from filelock import FileLock, SoftFileLockProtocolError, SoftReadWriteLock, Timeout
@@ -26,7 +26,7 @@ def neighbourhood()->str: # empty: numbers of processes say nothing here
     "Return a name of what numbers of processes are unique in."
     if os.name != "posix": return "" # a signal 0 would be sent as an interrupt
     try: return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    except OSError: return f"{socket.gethostname()} {sys.platform}"
+    except OSError: return f"{socket.gethostname()} {uuid.getnode()}"
 
 # %% ../../nbs/base/locks.ipynb #a68671bd
 def started(pid: int)->str|None: # None: it is not known; empty: it has ended
@@ -164,20 +164,38 @@ def _native(path: Path, what: str|Path, patient: bool):
     finally: lock.release()
 
 @contextmanager
+def _named(door: Path): # the system does not say which file
+    try: yield
+    except SoftFileLockProtocolError: raise
+    except OSError as e: raise OSError(e.errno, e.strerror, e.filename or str(door)) from None
+
+def _leave(lock: SoftReadWriteLock, door: Path):
+    "Give a lock back. Where that fails, others need not wait for the end of this process, but for that of the lease."
+    try:
+        with _named(door): lock.release()
+    except OSError:
+        with suppress(OSError): (door / "who.json").unlink()
+        raise
+
+@contextmanager
 def _locked(path: Path, what: str|Path, patient: bool, lease: float):
     path.parent.mkdir(parents=True, exist_ok=True)
     lock, door = SoftReadWriteLock(path, is_singleton=False, heartbeat_interval=lease / BEATS, stale_threshold=lease,
                                    poll_interval=min(.25, lease / 40)), Path(f"{path}.rw")
-    try: come_in(lock, what, door, patient)
+    try:
+        with _named(door): come_in(lock, what, door, patient)
     except (SoftFileLockProtocolError, OSError) as e:
         if not isinstance(e, SoftFileLockProtocolError) and e.errno not in UNLINKED: raise
         warnings.warn(f"{e}: {what} is locked for this machine only")
         with _native(path, what, patient) as hold: yield hold
         return
     try:
-        sign(door, lock.generation)
+        with _named(door): sign(door, lock.generation or 0)
         yield Hold(lock, what, door)
-    finally: lock.release()
+    except BaseException:
+        with suppress(OSError): _leave(lock, door) # what went wrong first is said
+        raise
+    _leave(lock, door)
 
 # %% ../../nbs/base/locks.ipynb #fcb52e22
 def lock(folder: Path, lease: float = LEASE # seconds; the same for all who use the folder

@@ -7,13 +7,13 @@ from __future__ import annotations
 import ast, dataclasses, difflib, json, math, os
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
-from typing import Any
+from .knobs import Cycles, Judging, knob
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
-           'SPACE_KINDS', 'PARTS', 'LATER', 'InputError', 'closest', 'knob', 'Part', 'need', 'Registry', 'Space',
-           'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
-           'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
+           'SPACE_KINDS', 'PARTS', 'LATER', 'InputError', 'closest', 'Part', 'need', 'Registry', 'Space', 'Data',
+           'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled', 'darts_only',
+           'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -25,17 +25,6 @@ def closest(word, # what was given
     "A hint for a mistyped name."
     near = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
     return f"did you mean {near[0]!r}?" if near else "choose from: " + ", ".join(str(w) for w in words)
-
-# %% ../../nbs/base/options.ipynb #b1852a6a
-def knob(default, # value when nothing is said
-         doc, # one line, shown in `--help` and the docs
-         lo=None, hi=None, # inclusive range
-         choices=None # allowed values
-        )->Any: # to the eyes of type checkers, as in `dataclasses.field`
-    "A documented, bounded dataclass field."
-    meta = dict(doc=doc, lo=lo, hi=hi, choices=choices)
-    if isinstance(default, (list, tuple)): return field(default_factory=lambda: tuple(default), metadata=meta)
-    return field(default=default, metadata=meta)
 
 # %% ../../nbs/base/options.ipynb #9dc6c52a
 @dataclass(frozen=True)
@@ -154,7 +143,8 @@ class Search:
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
-        "(Table IX); alpha on other images than the weights, to first or second order; or nothing", choices=SCHEDULES)
+        "(Table IX); alpha on other images than the weights, to first or second order, by what operations contribute, "
+        "or in turn with an evaluation net; or nothing", choices=SCHEDULES)
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
         choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
@@ -213,22 +203,25 @@ class Train:
 
 # %% ../../nbs/base/options.ipynb #6d5b38b4
 @dataclass
-class Rules:
+class Rules(Cycles, Judging):
     "What a search is composed of."
     relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; "
         "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
         choices=STRENGTHS)
     zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
     edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
+    identity: bool = knob(False, "an identity beside every edge, in the search and in the derived network (CSC-DARTS)")
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)",
         1, 64)
     superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)",
         choices=SHAPES)
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
+    normalise: str = knob("none", "a weighted normalisation of what an edge gives: of each candidate, or of their mix "
+        "(our reading of l-DARTS)", choices=("none", "each", "mix"))
     ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
     init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, "
-        "before any training", choices=STARTS)
+        "before any training: its saliency (SNIP), or another score", choices=STARTS)
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
         choices=PRESSURES)
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
@@ -236,7 +229,8 @@ class Rules:
         "no head (GOLD-NAS: 0.4)", 0.0, 10.0)
     discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against "
         "a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and "
-        "error with a zero-cost score; the best of some random nets", choices=DECISIONS)
+        "error with a zero-cost score; the best of some random nets; what a predictor of their accuracy likes best; "
+        "what a policy finds that a comparator rewards", choices=DECISIONS)
     share_min: float = knob(0.01, "share of a node at which an operation is pruned", 0.0, 1.0)
     share_max: float = knob(0.05, "share under which the weakest operations may be pruned", 0.0, 1.0)
     share_n: int = knob(4, "how many of those at once", 0, 1000)
@@ -245,6 +239,10 @@ class Rules:
     weights_only: float = knob(-1.0, "share of the epochs in which alpha does not move yet; -1: search.warmup epochs",
         -1.0, 1.0)
     arch_every: int = knob(1, "steps between two moves of alpha, where it has images of its own", 1, 1000)
+    truncate: float = knob(0.5, "Shapley-NAS: an order of removal ends once accuracy is under this share of the whole "
+        "net's", 0.0, 1.0)
+    credit_momentum: float = knob(0.8, "Shapley-NAS: share of the credits before that stays in each epoch", 0.0, 0.9999)
+    credit_step: float = knob(0.1, "Shapley-NAS: how far an epoch's credit of one standard deviation moves alpha", 0.0)
     growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations "
         "(P-DARTS)")
     skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)
@@ -253,8 +251,8 @@ class Rules:
     keep: float = knob(1.0, "share of the weights of each kernel that scores keep; 1: no scores (DASS)", 0.001, 1.0)
     sparse: float = knob(2 / 7, "last share of the epochs, in which the scores are learned and the weights stand still",
         0.0, 1.0)
-    samples: int = knob(10, "candidates: random nets, or rounds of trial and error", 1, 10000)
-    batches: int = knob(10, "batches that choose among candidates", 1, 10000)
+    samples: int = knob(10, "candidates: random nets, or rounds of trial and error; orders of removal", 1, 10000)
+    batches: int = knob(10, "batches that choose among candidates, or that an order of removal is judged by", 1, 10000)
     fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, "
         "by the share that is kept")
 
@@ -450,6 +448,8 @@ class Method:
     doc: str # what it is, in a line
     source: str # where it was published
     settings: dict # knob -> value
+    standing: str = "as published" # but for what its chapter names; or "from its abstract", or "a reading"
+    scaled: dict = field(default_factory=dict) # preset -> settings of its own at that scale
 
 # %% ../../nbs/base/options.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`

@@ -102,7 +102,7 @@ def wait():
 def first(f)->object:
     "What the leader's call returns, in all processes; what it raises, they raise, too."
     if not HERE.many: return f()
-    found = [None, None]
+    found: list = [None, None] # what is returned, what is raised
     if HERE.leads:
         try: found[0] = f()
         except Exception as e: found[1] = e
@@ -118,7 +118,7 @@ def average(tensors: Iterable # of tensors, or None
     tensors = [t for t in tensors if t is not None]
     flat = torch.cat([t.reshape(-1) for t in tensors])
     total(flat).div_(HERE.size)
-    torch._foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(flat.split([t.numel() for t in tensors]), tensors)])
+    for t, v in zip(tensors, flat.split([t.numel() for t in tensors])): t.copy_(v.view(t.shape))
     return flat.numel() * flat.element_size()
 
 def refuse_different(digest: int, # of what must be the same; below 2**63

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.options import InputError
-from .shared import (Address, Cpus, Gpus, Jobs, Json, Memory, On, Preset, Retries, Sets, place, settings_in,
-                                show, table)
+from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Preset,
+                                Retries, Sets, Timeouts, place, settings_in, show, table)
 
 # %% auto #0
 __all__ = ['CLAIM', 'order', 'reproduce', 'claims']
@@ -49,9 +49,11 @@ def reproduce(what: Annotated[str, typer.Argument(
                   help="Folder of records and figures; default: the project's figures/, at preset smoke "
                        "figures/smoke/.")] = None,
               jobs: Jobs = 0, on: On = "local", address: Address = None, cpus: Cpus = None, gpus: Gpus = None,
-              memory: Memory = None, retries: Retries = None, sets: Sets = None, as_json: Json = False):
+              memory: Memory = None, partition: Partition = None, time: Minutes = None, timeouts: Timeouts = None,
+              cluster: Cluster = None, retries: Retries = None, sets: Sets = None, as_json: Json = False):
     "Reproduce a table or figure of the paper, or all."
-    where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries)
+    where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
+                  partition=partition, time=time, timeouts=timeouts, cluster=cluster)
     if what.endswith(".json"):
         from mgdarts.paper import study
         from mgdarts.sweep.on import executor_in

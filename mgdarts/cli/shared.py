@@ -13,8 +13,8 @@ from ..base.presets import PRESETS
 
 # %% auto #0
 __all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'On', 'Address', 'Cpus',
-           'Gpus', 'Memory', 'Retries', 'Jobs', 'place', 'settings_in', 'given', 'configuration', 'table', 'speaks',
-           'show', 'reported', 'page_to_write']
+           'Gpus', 'Memory', 'Partition', 'Minutes', 'Timeouts', 'Cluster', 'Retries', 'Jobs', 'place', 'settings_in',
+           'given', 'configuration', 'table', 'speaks', 'show', 'reported', 'page_to_write']
 
 # %% ../../nbs/cli/shared.ipynb #b546300c
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
@@ -28,14 +28,18 @@ Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:N or auto."
 Elastic = Annotated[bool, typer.Option(
     "--elastic", help="Go on with another number of processes than before, not to the same last bits.")]
 SaveEvery = Annotated[float, typer.Option(min=0, help="Seconds between two saved states.")]
-On = Annotated[str, typer.Option(help="Where runs are computed: local, ray.")]
+On = Annotated[str, typer.Option(help="Where runs are computed: local, ray, slurm.")]
 Address = Annotated[Optional[str], typer.Option(help="Ray cluster: auto, HOST:PORT, or local: its own.")]
 Cpus = Annotated[Optional[float], typer.Option(help="Cores that a run takes of a cluster.")]
 Gpus = Annotated[Optional[float], typer.Option(help="GPUs that a run takes of a cluster; .5: two share one.")]
 Memory = Annotated[Optional[float], typer.Option(help="GB that a run takes of a cluster.")]
+Partition = Annotated[Optional[str], typer.Option(help="Slurm: the partition.")]
+Minutes = Annotated[Optional[int], typer.Option("--time", help="Slurm: minutes of a job; then it is queued again.")]
+Timeouts = Annotated[Optional[int], typer.Option(help="Slurm: how often a job may come to the end of its time.")]
+Cluster = Annotated[Optional[str], typer.Option(help="Slurm: slurm; local or debug try it out on this machine.")]
 Retries = Annotated[Optional[int], typer.Option(min=0, help="How often a run is tried again whose process was lost.")]
-Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a core, one on a GPU, or what a cluster has "
-                                        "room for; 1: in this process, one by one.")]
+Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a core, one on a GPU, or what a cluster "
+                                        "has room for; 1: in this process, one by one.")]
 
 # %% ../../nbs/cli/shared.ipynb #a1512274
 def place(on: str, **options)->str:

@@ -40,8 +40,10 @@ def suggested(engine: str|None, # optuna; None: go on with what the folder says
     found = suggest_sweep(wanted, count, out, executor, as_json)
     def settings(t): return ", ".join(f"{k.split('.')[-1]}={v:.4g}" if isinstance(v, float) else
                                       f"{k.split('.')[-1]}={v}" for k, v in t["set"].items())
-    rows = [(t["number"], settings(t), t["state"], t["value"] if t["why"] is None else t["why"]) for t in found["trials"]]
+    def outcome(t): return t["value"] if t["why"] is None else t["why"]
+    rows = [(t["number"], settings(t), t["state"], outcome(t)) for t in found["trials"]]
     best = found["best"]
-    title = f"best {wanted.objective}: {best['value']:.6g}, trial {best['number']}" if best else "no trial came to its end"
+    title = "no trial came to its end"
+    if best: title = f"best {wanted.objective}: {best['value']:.6g}, trial {best['number']}"
     show({"sweep": str(out), **found}, as_json, table(title, ["trial", "settings", "", wanted.objective], rows))
     if not best: raise typer.Exit(1)

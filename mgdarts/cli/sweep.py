@@ -11,7 +11,8 @@ import typer
 from ..base.events import RunFailed
 from ..base.options import need
 from .suggest import suggested
-from .shared import (Address, Cpus, Gpus, Jobs, Json, Memory, On, Retries, place, settings_in, show, table)
+from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Retries,
+                                Timeouts, place, settings_in, show, table)
 
 # %% auto #0
 __all__ = ['SHOWN', 'listed', 'asked', 'target_of', 'add_to', 'reproduced', 'planned', 'resumed', 'told', 'sweep']
@@ -141,6 +142,7 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
           space: Annotated[str, typer.Option(
               help="With --suggest: knobs with a range or values: lr_arch=0.1..10:log, regrow=0,0.1,0.2.")] = "",
           on: On = "local", address: Address = None, cpus: Cpus = None, gpus: Gpus = None, memory: Memory = None,
+          partition: Partition = None, time: Minutes = None, timeouts: Timeouts = None, cluster: Cluster = None,
           retries: Retries = None, jobs: Jobs = 0, as_json: Json = False):
     "Many runs: a grid, a list, seeds; here or on a cluster. The same command again goes on with what is missing."
     from mgdarts.sweep.on import executor_in
@@ -149,7 +151,8 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
     said = spec or preset or methods or seeds or sets or train
     need(not (resume and said), "--resume goes on with what the folder says: leave out the other options")
     need(out or dry_run, "a sweep needs --out: the folder of its runs")
-    where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries)
+    where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
+                  partition=partition, time=time, timeouts=timeouts, cluster=cluster)
     if suggest or resume and (out / TRIALS).exists():
         whole = asked(spec, preset, methods or "mg-darts", seeds, sets, train) if suggest else {}
         return suggested(suggest, whole, out, objective, space, trials, executor_in(where, jobs=jobs), as_json)

@@ -61,8 +61,8 @@ def jobs_of(item: str, # table or figure
 PAPER = {"table01": {"preset": "large", "second": "cifar100"}, "table02": {"preset": "imagenet"},
          "table03": {"preset": "mobilenet"}, "table05": {"preset": "large"}, "table09": {"preset": "large"},
          "table10": {"preset": "large"},
-         **{item: {"preset": "small"} for item in ("table04", "table06", "table07", "table08", "fig01", "fig05", "fig06",
-                                                   "fig07", "fig08", "fig09")}}
+         **dict.fromkeys(("table04", "table06", "table07", "table08", "fig01", "fig05", "fig06", "fig07", "fig08",
+                          "fig09"), {"preset": "small"})}
 
 def evidence(seeds: str = "0,1,2")->dict: # table or figure -> list of Job, those that an earlier one has left out
     "All runs of the paper's evidence, each once."

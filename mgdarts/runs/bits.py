@@ -17,12 +17,12 @@ __all__ = ['BITS', 'WORKSPACE', 'PROCESS', 'differences', 'kernels', 'said', 'ca
            'set_workspace', 'Process', 'undetermined', 'held']
 
 # %% ../../nbs/runs/bits.ipynb #f34542da
-BITS = ("torch", "device", "device_name", "cuda", "cudnn", "threads", "cpu_capability", "kernels")
+BITS = ("torch", "device", "device_name", "cuda", "cudnn", "threads", "cpu_capability", "kernels", "processes")
 
 def differences(before: dict, now: dict # environments, as `mgdarts.runs.folder.environment` gives them
                )->list: # of texts
     "Say what two environments differ in that last bits depend on, as far as both of them name it."
-    before = {"kernels": "torch"} | before # older records had no others
+    before, now = {"kernels": "torch", "processes": 1} | before, {"processes": 1} | now # older records had no others
     return [f"{k} {before[k]}, now {now[k]}" for k in BITS if k in before and k in now and before[k] != now[k]]
 
 # %% ../../nbs/runs/bits.ipynb #d8b96e3e

@@ -45,8 +45,8 @@ def device_of(cfg: Config)->torch.device:
 def of_run(cfg: Config, device: torch.device, discrete: bool = False # a retraining, not a search
           )->dict: # JSON-ready
     "Say how a run computes: with which kernels, in which numbers, and whether to the same bits each time."
-    many = {"processes": HERE.size, "norms": "of all" if HERE.synced else "of each"} if HERE.many else {}
-    return {"kernels": kernels(cfg, device, discrete), "bf16": cfg.compute.amp, **many,
+    norms = {"norms": "of all" if HERE.synced else "of each"} if HERE.many else {}
+    return {"kernels": kernels(cfg, device, discrete), "bf16": cfg.compute.amp, "processes": HERE.size, **norms,
             "deterministic": device.type == "cpu" or cfg.compute.deterministic}
 
 # %% ../../nbs/runs/folder.ipynb #2d5613e4

@@ -7,7 +7,7 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 from ..base.augment import Augment
-from ..base.batches import Loader
+from ..base.batches import Loader, refuse_unequal
 from ..base.data import Splits, halves, load_data, train_and_val
 from ..base.files import Checkpoints
 from ..base.options import Compute, Config, InputError
@@ -42,6 +42,7 @@ def make_search(cfg: Config,
     parts = {"train": splits}
     if "arch" in parts_of(cfg).schedule.images:
         parts["arch"], parts["train"] = halves(splits, cfg.seed)
+    for s in parts.values(): refuse_unequal(cfg.search.batch, len(s.train.labels))
     augment, workers = Augment.of(cfg.data), cfg.data.workers
     loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, augment, workers=workers) for k, s in parts.items()}
     loaders["val"] = Loader(splits, "val", workers=workers)
@@ -73,6 +74,7 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits,
     device = device_of(cfg)
     PROCESS.by_hand(cfg.compute, device)
     if cfg.train.images == "train+val": splits = train_and_val(splits)
+    refuse_unequal(cfg.train.batch, len(splits.train.labels))
     augment = Augment.of(cfg.data, autoaugment=cfg.train.autoaugment, cutout=cfg.data.cutout if cfg.train.cutout else 0)
     workers = cfg.data.workers
     loaders = {"train": Loader(splits, "train", cfg.train.batch, cfg.seed, augment, workers=workers)}

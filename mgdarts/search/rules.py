@@ -60,6 +60,14 @@ class Schedule(Part):
     def gradient(self, search, turn: Turn)->bool:
         "Make a turn's gradient in a way of its own; False: the loop makes it, from one batch."
         return False
+    def before(self, search)->bool:
+        """Do a step of what is due before an epoch; False: nothing is.
+
+        What it keeps from step to step is in the search's `memory`, and saved with it.
+        """
+        return False
+    def along(self, search):
+        "Make what is trained along with the net: with `state_dict` and `load_state_dict`, to be saved with it."
     def prepare(self, net, clock: Clock, images: str):
         "Bring the net into the state that the next turn needs."
     def plan(self, stages: list, # of (name, last cell, index of the head)

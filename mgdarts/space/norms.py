@@ -62,7 +62,11 @@ def batch_norm(x: Tensor, # [N, C, H, W]
 # %% ../../nbs/space/norms.ipynb #8cdc5bdf
 class BatchNorm(nn.BatchNorm2d):
     "A `BatchNorm2d` over the images of all processes."
-    def __init__(self, channels: int): super().__init__(channels, EPS)
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    MOMENTUM = .1
+    def __init__(self, channels: int): super().__init__(channels, EPS, self.MOMENTUM)
     def forward(self, x):
         if not (self.training and HERE.joined > 1): return super().forward(x)
         y, mean, inv = batch_norm(x, self.weight, self.bias, None, None, True)
@@ -74,5 +78,5 @@ class BatchNorm(nn.BatchNorm2d):
         "Let the running statistics follow."
         n = n * HERE.joined
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
+        self.running_mean.lerp_(mean, self.MOMENTUM)
+        self.running_var.lerp_(var * (n / max(n - 1, 1)), self.MOMENTUM)

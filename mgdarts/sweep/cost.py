@@ -123,7 +123,8 @@ def ranks_of(count: int, bandwidth: float|None = None, # 10^9 bytes a second; No
     one, both, own = (record["rows"][i] for i in range(3)) # half the batch; two processes; norms of each
     n = both["exchanges"] - own["exchanges"]
     measured = own["gradient_bytes"] / 1e9 / (own["wall_s"] - one["wall_s"]) # half there, half back
-    return Ranks(count, bandwidth or measured, (both["wall_s"] - own["wall_s"]) / n, n / int(record["settings"]["space.cells"]),
+    cells = int(record["settings"]["space.cells"])
+    return Ranks(count, bandwidth or measured, (both["wall_s"] - own["wall_s"]) / n, n / cells,
                  "exchanges as two processes of a CPU took them: figures/scale/together.json")
 
 # %% ../../nbs/sweep/cost.ipynb #4bea3c58
@@ -176,7 +177,8 @@ class Paces:
         known = self.device == "cpu" and cfg.preset not in LONG or self.device != "cpu" and torch.cuda.is_available()
         if known: return measured(here(cfg, self.device))
         card = card_here() if self.device == "cpu" else card_of()
-        need(card, "nobody measured a GPU: there is no record in figures/gpu; plan for --device cpu, or where there is one")
+        need(card, "nobody measured a GPU: there is no record in figures/gpu; plan for --device cpu, or where there is "
+             "one")
         key, images = alike(cfg, OF_A_NET, ("space", "rules")), images_of(cfg)
         if key not in self.counted: self.counted[key] = untimed(cfg, images)
         return recorded(cfg, card, images, self.law, self.counted[key])
@@ -185,8 +187,10 @@ def alike(cfg: Config, knobs: tuple, parts: tuple)->str:
     "Return what is the same for runs whose steps cost the same."
     d, t = asdict(cfg), cfg.train
     found = {k: d[k] for k in parts} | {k: d["search"][k] for k in knobs}
-    found |= {"target": f"{cfg.search.target_m:.1g}", "long": cfg.preset in LONG, "data": cfg.data.name, "size": cfg.data.size}
-    if "data" in parts: found |= {"data": d["data"], "train": [t.batch, t.images, t.autoaugment, t.cutout, t.aux_weight > 0]}
+    found |= {"target": f"{cfg.search.target_m:.1g}", "long": cfg.preset in LONG, "data": cfg.data.name,
+              "size": cfg.data.size}
+    how = [t.batch, t.images, t.autoaugment, t.cutout, t.aux_weight > 0]
+    if "data" in parts: found |= {"data": d["data"], "train": how}
     return json.dumps(found, sort_keys=True)
 
 def here(cfg: Config, device: str)->Config:
@@ -280,7 +284,8 @@ def rows_of(parts: dict, costs: list, ranks: Ranks)->list: # rows of a `Plan`
     for name in parts:
         mine = [c for c, of in zip(costs, where.values()) if of == name]
         def hours(which): return sum(getattr(c, which) or 0. for c in mine) * ranks.count / 3600
-        rows.append({"name": name, "searches": len(mine), "typical_hours": hours("typical"), "most_hours": hours("most")})
+        found = {"typical_hours": hours("typical"), "most_hours": hours("most")}
+        rows.append({"name": name, "searches": len(mine), **found})
     return rows
 
 def plan_of(parts: dict, # name -> list of Job

@@ -9,12 +9,13 @@ from ..base.options import InputError, closest
 from ..methods.registry import pairs
 from .executors import Local
 from .ray import Ray
+from .slurm import Slurm
 
 # %% auto #0
 __all__ = ['EXECUTORS', 'KINDS', 'executor', 'executor_in']
 
 # %% ../../nbs/sweep/on.ipynb #9a70cbe2
-EXECUTORS = {"local": Local, "ray": Ray} # name -> class
+EXECUTORS = {"local": Local, "ray": Ray, "slurm": Slurm} # name -> class
 
 def executor(on: str, # one of `EXECUTORS`
              **options): # the executor

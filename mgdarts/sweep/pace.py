@@ -146,7 +146,8 @@ def untimed(cfg: Config, images: Images)->Pace:
     search, seen = bare(cfg, images), {}
     for name, at in walk(search):
         n = search.net.count()
-        if at != "warm": seen.setdefault(name, []).append((n.searched.macs_dense, n.ops, n.params, len(search.net.cells)))
+        found = n.searched.macs_dense, n.ops, n.params, len(search.net.cells)
+        if at != "warm": seen.setdefault(name, []).append(found)
     laps = [Lap(name, *zip(*(found if len(found) == 2 else found * 2))) for name, found in seen.items()]
     arch = derived(cfg, search, "")
     found = counts(arch)
@@ -343,7 +344,8 @@ def recorded(cfg: Config, card: Card, images: Images|None = None, law: str = "ma
         each = pace.train_step / 3 / cfg.train.batch
         pace.train_epoch = each * (images.val if cfg.train.images == "train" else 0)
         pace.test = each * images.test
-    pace.source = f"{card.source}; other nets than those by their " + ("multiply-adds" if law == "macs" else "operations")
+    by = "multiply-adds" if law == "macs" else "operations"
+    pace.source = f"{card.source}; other nets than those by their {by}"
     return pace
 
 # %% ../../nbs/sweep/pace.ipynb #a52970e5

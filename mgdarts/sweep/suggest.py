@@ -112,7 +112,8 @@ class Wanted:
 
     def check(self)->dict: # the space
         "`InputError` on what is wrong."
-        need(self.objective in OBJECTIVES, f"unknown objective {self.objective!r}: {closest(self.objective, OBJECTIVES)}")
+        need(self.objective in OBJECTIVES,
+             f"unknown objective {self.objective!r}: {closest(self.objective, OBJECTIVES)}")
         need(self.train or self.objective != "test_acc", "the test images are for what was retrained: say --train, or "
              "another --objective")
         space = space_in(self.space)

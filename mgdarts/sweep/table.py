@@ -190,6 +190,13 @@ class SweepStopped(Stopped):
         RunFailed.__init__(self, what)
         self.code = code
 
+def _carry(groups: list, board: Board, executor, quiet: bool, work):
+    ends = executor(groups, board.folder, work)
+    with closing(ends), Watch(board, executor.at_once(groups), quiet) as watch:
+        for i, why, seconds in ends:
+            board.ended(board.runs[i], why, seconds)
+            watch.said(board.runs[i], why, seconds)
+
 def run_sweep(runs: list, # of Run
               folder: str|Path, executor, quiet: bool = False,
               work=do # what is done with each
@@ -199,13 +206,9 @@ def run_sweep(runs: list, # of Run
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
         write_plan(folder, runs)
-        groups, board = grouped(runs, folder), Board(folder, runs, time.time())
+        board = Board(folder, runs, time.time())
         try:
-            ends = executor(groups, folder, work)
-            with closing(ends), Watch(board, executor.at_once(groups) if groups else 1, quiet) as watch:
-                for i, why, seconds in ends:
-                    board.ended(runs[i], why, seconds)
-                    watch.said(runs[i], why, seconds)
+            if groups := grouped(runs, folder): _carry(groups, board, executor, quiet, work)
         except (KeyboardInterrupt, Stopped) as e:
             n = sum(r.finished(folder) for r in runs)
             raise SweepStopped(f"interrupted; {n} of {len(runs)} runs are done, and what the others have is saved: "
