@@ -127,7 +127,7 @@ class Saver:
             ):
         "Save a state, with the mark of the events there have been and the seconds that were spent."
         self.guard()
-        more = {} if state else of_all(self.loop.net) # all processes take part in it
+        more = of_all(self.loop.net) if HERE.apart and not state else {} # all processes take part in it
         if HERE.leads:
             record = {"record": self.recorder.mark() | self.clock()}
             self.checkpoints.save((state or self.loop.state_dict()) | more | record)
