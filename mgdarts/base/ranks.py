@@ -59,8 +59,10 @@ def join(cuda: bool = False, # whether this run computes on GPUs
     return HERE
 
 def leave():
-    "Be alone again."
-    if HERE.many: dist.destroy_process_group()
+    "Be alone again, once nobody has anything to say to the others."
+    if HERE.many:
+        agree(0)
+        dist.destroy_process_group()
     HERE.rank, HERE.size, HERE.local, HERE.synced = 0, 1, 0, True
 
 # %% ../../nbs/base/ranks.ipynb #580f4613
