@@ -112,9 +112,8 @@ def test_a_start(init, method):
     if method == "darts-v1": assert alpha[1].equal(alpha[2]) # cells that are alike
 
 
-@pytest.mark.parametrize("score", ("synflow", "jacobian"))
-def test_a_decision(score):
-    cfg = preset("smoke", "zero-cost-pt", **TINY, **{"rules.score": score, "rules.samples": 1, "rules.batches": 1,
+def test_a_decision_by_another_score():
+    cfg = preset("smoke", "zero-cost-pt", **TINY, **{"rules.score": "jacobian", "rules.samples": 1, "rules.batches": 1,
                                                      "rules.ops": "skip_connect,sep_conv_3x3"})
     search = make_search(cfg, load_data(cfg.data, 0))
     search.run()
