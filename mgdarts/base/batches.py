@@ -44,8 +44,8 @@ class Drawn:
 
     def mine(self)->Drawn:
         "What was drawn for this process's share of the images."
-        at = HERE.share(self.numbers.shape[1])
         if not HERE.many: return self
+        at = HERE.share(self.numbers.shape[1])
         first, last = at.start, at.stop
         ours = (self.changes[0] >= first) & (self.changes[0] < last)
         counts = [int(m.sum()) for m in ours.split([n for _, n in self.kinds])]

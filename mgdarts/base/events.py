@@ -4,13 +4,14 @@
 
 # %% ../../nbs/base/events.ipynb #c780e957
 from __future__ import annotations
-import math, os
+import math, os, signal, threading
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 # %% auto #0
-__all__ = ['AGAIN', 'JOBS', 'plain', 'Event', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'scheduled', 'end_code', 'Stopped',
-           'evaluate']
+__all__ = ['AGAIN', 'JOBS', 'TEAM', 'plain', 'Event', 'Emitter', 'NonFiniteLoss', 'RunFailed', 'scheduled', 'in_a_team',
+           'end_code', 'handled', 'Stopped', 'evaluate']
 
 # %% ../../nbs/base/events.ipynb #c19b9384
 def plain(value)->Any:
@@ -81,9 +82,15 @@ AGAIN = 75 # exit code that asks to be started again: EX_TEMPFAIL of sysexits.h
 JOBS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "SGE_TASK_ID", "FLUX_JOB_ID", "COBALT_JOBID", "OAR_JOB_ID",
         "PJM_JOBID", "LOADL_STEP_ID", "_CONDOR_JOB_AD") # variables by which a job knows its scheduler
 
+TEAM = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") # by which a process knows those that `torchrun` has started
+
 def scheduled()->bool:
     "Whether a scheduler started this process."
     return any(os.environ.get(name) for name in JOBS)
+
+def in_a_team()->bool:
+    "Whether `torchrun` started this process, alone or with others."
+    return set(TEAM) <= os.environ.keys()
 
 def end_code(number: int, name: str # of a signal
             )->int:
@@ -91,6 +98,15 @@ def end_code(number: int, name: str # of a signal
     return AGAIN if name in ("SIGUSR1", "SIGUSR2") or name == "SIGTERM" and scheduled() else 128 + number
 
 # %% ../../nbs/base/events.ipynb #ef88fff1
+@contextmanager
+def handled(handler, names: tuple): # as for `signal.signal`; of signals: those that this system has
+    "Let signals be handled in another way for a while; in the main thread only, for Python allows no other."
+    known = [getattr(signal, n) for n in names if hasattr(signal, n)]
+    old = {n: signal.signal(n, handler) for n in known if threading.current_thread() is threading.main_thread()}
+    try: yield
+    finally:
+        for n, before in old.items(): signal.signal(n, before)
+
 class Stopped(RunFailed):
     "A signal ended the run."
     def __init__(self, number: int, name: str, # of the signal
@@ -110,15 +126,15 @@ def evaluate(nets: list, # modules that give logits, or (logits, more); in evalu
     "Accuracy and loss of several nets as they are."
     import torch, torch.nn.functional as F # not above: the command line answers before PyTorch is loaded
     for net in nets: net.eval()
-    sums = torch.zeros(len(nets), 3, dtype=torch.float64, device=device) # hits, cross-entropy, images
+    sums, n = torch.zeros(len(nets), 3, dtype=torch.float64, device=device), 0 # hits, cross-entropy, images
     with torch.no_grad():
         for x, y in batches:
             if not len(y): continue # a share of a small batch
-            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+            x, y, n = x.to(device, non_blocking=True), y.to(device, non_blocking=True), n + len(y)
             for i, net in enumerate(nets):
                 found = net(x)
                 logits = found[0] if isinstance(found, tuple) else found
                 found = (logits.argmax(1) == y).sum(), F.cross_entropy(logits, y, reduction="sum")
                 sums[i, :2] += torch.stack(found)
-                sums[i, 2] += len(y)
+    sums[:, 2] = n
     return [(100 * hits / n, loss / n) if n else (math.nan, math.nan) for hits, loss, n in total(sums).tolist()]

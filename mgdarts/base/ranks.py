@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 import torch, torch.distributed as dist
 from torch import Tensor
-from .events import RunFailed
+from .events import RunFailed, in_a_team
 
 # %% auto #0
 __all__ = ['HERE', 'Ranks', 'asked', 'join', 'leave', 'PeerLost', 'exchanged', 'total', 'gather', 'agree', 'wait', 'first',
@@ -44,8 +44,7 @@ HERE = Ranks()
 # %% ../../nbs/base/ranks.ipynb #9cb2f942
 def asked()->bool:
     "Whether this process was started as one of many that belong together, and is not part of them yet."
-    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return named and int(os.environ["WORLD_SIZE"]) > 1 and not HERE.many
+    return in_a_team() and int(os.environ["WORLD_SIZE"]) > 1 and not HERE.many
 
 def join(cuda: bool = False, # whether this run computes on GPUs
          synced: bool = True # as in `Ranks`

@@ -4,12 +4,11 @@
 
 # %% ../../nbs/cli/main.ipynb #ca5eeb40
 from __future__ import annotations
-import json, os, signal, sys, threading
-from contextlib import contextmanager
+import json, os, signal, sys
 from typing import Annotated
 import typer
 from .. import __version__
-from ..base.events import NonFiniteLoss, RunFailed, Stopped, scheduled
+from ..base.events import NonFiniteLoss, RunFailed, Stopped, handled, scheduled
 from ..base.options import InputError
 from . import arch, bench, look, nets, paper, search, sweep
 from .shared import Json, speaks
@@ -64,16 +63,10 @@ def _failure(e: Exception)->tuple: # (what to say, exit code); raises what nobod
     raise e
 
 # %% ../../nbs/cli/main.ipynb #c6d37c12
-@contextmanager
-def ended_by_signals():
-    "Raise `Stopped` for signals that only schedulers send; in the main thread only, for Python allows no other."
+def ended_by_signals(): # a context manager
+    "Raise `Stopped` for signals that only schedulers send."
     def end(number, frame): raise Stopped(number, signal.Signals(number).name, saved=False)
-    names = ("SIGUSR1", "SIGUSR2", *["SIGTERM"] * scheduled()) # Windows has the last one
-    known = [getattr(signal, n) for n in names if hasattr(signal, n)]
-    old = {n: signal.signal(n, end) for n in known if threading.current_thread() is threading.main_thread()}
-    try: yield
-    finally:
-        for n, handler in old.items(): signal.signal(n, handler)
+    return handled(end, ("SIGUSR1", "SIGUSR2", *["SIGTERM"] * scheduled()))
 
 # %% ../../nbs/cli/main.ipynb #ab22dbbd
 def main(args: list|None = None # None: the process's own

@@ -8,6 +8,7 @@ import json, os
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
+from ..base.events import in_a_team
 from ..base.options import Config, InputError
 from ..base.presets import PRESETS
 
@@ -85,8 +86,7 @@ def table(title: str, columns: list, rows: list): # a Rich table
 
 def speaks()->bool:
     "Whether this process is to say something: of many that `torchrun` has started, the first one."
-    named = {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
-    return not named or os.environ["RANK"] == "0"
+    return not in_a_team() or os.environ["RANK"] == "0"
 
 def show(value: dict, as_json: bool, shown): # shown: a table
     "Print one JSON object, or a table for people; of many processes the first one does."

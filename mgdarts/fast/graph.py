@@ -7,6 +7,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass, field
 import torch
+from ..base.ranks import HERE
 
 # %% auto #0
 __all__ = ['CudaGraph', 'Recording', 'record', 'first_played', 'Graphs', 'worth_a_graph']
@@ -112,5 +113,5 @@ class Graphs:
 # %% ../../nbs/fast/graph.ipynb #f7033c20
 def worth_a_graph(how: str, # `compute.graph`: auto or off
                   device: torch.device)->bool:
-    "Whether steps are recorded: on GPUs, unless told otherwise."
-    return how != "off" and device.type == "cuda"
+    "Whether steps are recorded: on GPUs, unless told otherwise, or where processes speak to each other within one."
+    return how != "off" and device.type == "cuda" and HERE.joined == 1

@@ -20,7 +20,8 @@ from .memory import memory_plan
 from ..search.loop import Search
 
 # %% auto #0
-__all__ = ['FEW', 'TABLE4', 'step_seconds', 'Timed', 'recorded', 'memory_there', 'estimate', 'in_words']
+__all__ = ['FEW', 'TABLE4', 'step_seconds', 'Timed', 'number_type', 'recorded', 'card_records', 'memory_there', 'estimate',
+           'in_words']
 
 # %% ../../nbs/runs/estimate.ipynb #24731620
 FEW = 8 # images of a step that is timed on a CPU
@@ -63,7 +64,7 @@ def _timed(cfg: Config, search: Search, trainer)->Timed:
 # %% ../../nbs/runs/estimate.ipynb #9fc6be51
 TABLE4 = {"C": 24, "L": 8, "batch": 96} # what the part of a record is about that has each stage's steps
 
-def _how(cfg: Config)->str: return "bf16" if cfg.compute.amp else "tf32" if cfg.compute.tf32 else "fp32"
+def number_type(cfg: Config)->str: return "bf16" if cfg.compute.amp else "tf32" if cfg.compute.tf32 else "fp32"
 
 def _rows(record: dict, part: str, **wanted)->list: # of rows that have these values
     rows = record["parts"].get(part, {}).get("rows", [])
@@ -74,9 +75,9 @@ def recorded(cfg: Config, spec, # of the whole net
             )->Timed:
     "Look up what a GPU took for steps of this very net; nothing where no record has them."
     if spec.kind != "darts" or spec.size != 32 or cfg.compute.impl != "fused": return Timed()
-    net, how = {"C": spec.channels, "L": spec.cells, "batch": cfg.search.batch}, {"how": _how(cfg)}
+    net, how = {"C": spec.channels, "L": spec.cells, "batch": cfg.search.batch}, {"how": number_type(cfg)}
     stages = how | {"stages": cfg.search.stages, "recompute": cfg.compute.recompute}
-    for path, record in _records(folder or root() / "figures/gpu"):
+    for path, record in card_records(folder or root() / "figures/gpu"):
         source = f"{record['environment']['device_name']}, {path.parent.name} record, not measured here"
         by_stage = {r["stage"]: r["step_ms"] / 1e3 for r in _rows(record, "table4", **stages)} if net == TABLE4 else {}
         if by_stage: return Timed(by_stage=by_stage, source=source)
@@ -86,7 +87,8 @@ def recorded(cfg: Config, spec, # of the whole net
             return Timed(whole[0][name] / 1e3, _whole_macs(spec), source=source)
     return Timed()
 
-def _records(folder: Path): # yields (path, record), the latest first; none that is damaged
+def card_records(folder: Path): # yields (path, record), the latest first; none that is damaged
+    "Read what cards did."
     for path in sorted(folder.glob("*/record.json"), reverse=True):
         with contextlib.suppress(InputError): yield path, read_json(path, "a record")
 

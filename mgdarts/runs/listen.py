@@ -4,15 +4,15 @@
 
 # %% ../../nbs/runs/listen.ipynb #69ff9c52
 from __future__ import annotations
-import hashlib, json, math, signal, threading, time
+import hashlib, json, math, signal, time
 from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from ..base.events import Event, Stopped
+from ..base.events import Event, Stopped, handled
 from ..base.files import Checkpoints, Lines, read_bytes
 from ..base.options import InputError
 from ..base.ranks import HERE, agree
-from .together import of_all
+from .together import of_each
 
 # %% auto #0
 __all__ = ['LARGEST', 'FIELDS', 'mark', 'Recorder', 'read_events', 'Signals', 'Clock', 'Saver', 'way_done', 'in_a_line',
@@ -76,17 +76,13 @@ def read_events(path: Path,
 
 # %% ../../nbs/runs/listen.ipynb #f02cca3b
 class Signals:
-    """Notes the signals that ask for an end instead of dying of them; in the main thread only, for Python allows no
-    other. A second SIGINT ends at once; schedulers send the others more than once."""
-    NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2") # Windows has the first two
+    """Notes the signals that ask for an end instead of dying of them. A second SIGINT ends at once; schedulers send the
+    others more than once."""
+    def __init__(self): self.number, self.held = None, handled(self._note, ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"))
     def __enter__(self):
-        self.number, self._old = None, {}
-        if threading.current_thread() is threading.main_thread():
-            for name in self.NAMES:
-                if n := getattr(signal, name, None): self._old[n] = signal.signal(n, self._note)
+        self.held.__enter__()
         return self
-    def __exit__(self, *_):
-        for n, old in self._old.items(): signal.signal(n, old)
+    def __exit__(self, *error): self.held.__exit__(*error)
     def _note(self, number, frame):
         if self.number is None: self.number = number
         elif number == signal.SIGINT: raise KeyboardInterrupt
@@ -127,7 +123,7 @@ class Saver:
             ):
         "Save a state, with the mark of the events there have been and the seconds that were spent."
         self.guard()
-        more = of_all(self.loop.net) if HERE.apart and not state else {} # all processes take part in it
+        more = of_each(self.loop.net) if HERE.apart and not state else {} # all processes take part in it
         if HERE.leads:
             record = {"record": self.recorder.mark() | self.clock()}
             self.checkpoints.save((state or self.loop.state_dict()) | more | record)

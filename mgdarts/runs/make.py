@@ -83,8 +83,9 @@ def make_trainer(cfg: Config, arch: Architecture, splits: Splits,
 
 # %% ../../nbs/runs/make.ipynb #a24c8be2
 class NoData:
-    "Images of a search that is only looked at."
-    def __len__(self): return 1
+    "Images of a search that is only looked at, or counted."
+    def __init__(self, steps: int = 1): self.steps = steps # of an epoch
+    def __len__(self): return self.steps
 
 def bare_search(run: str|Path,
                 state: dict|None = None # of its search; None: the newest checkpoint

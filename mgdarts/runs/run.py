@@ -219,7 +219,10 @@ def _about(cfg: Config|None, out, resume: bool)->tuple: # configuration, folder,
     "Find out which run a call is about."
     if resume: cfg, out = _same(cfg, Path(out)), Path(out)
     else: out = new_folder(out) if out else free_name(cfg)
-    return cfg, out, read_json(out / "result.json", "a result") if (out / "result.json").exists() else None
+    return cfg, out, _ended(out)
+
+def _ended(out: Path)->dict|None: # None: it has not ended
+    return read_json(out / "result.json", "a result") if (out / "result.json").exists() else None
 
 @contextlib.contextmanager
 def _taken(out: Path, resume: bool): # yields what holds it
@@ -268,7 +271,7 @@ def _about_training(cfg: Config, out: Path, resume: bool)->tuple: # whether it h
     begun = resume and (out / "config.json").exists()
     if begun: _same(cfg, out)
     if not resume: new_folder(out)
-    return begun, read_json(out / "result.json", "a result") if (out / "result.json").exists() else None
+    return begun, _ended(out)
 
 def _trained(cfg: Config, arch: Architecture, out: Path, loop, splits: Splits, clock: Clock, kept: dict|None,
              quiet: bool, listeners: tuple, save_every: float, guard):

@@ -10,10 +10,10 @@ import torch
 from ..base.options import Config, need
 from ..base.ranks import HERE, asked, first, gather, join, refuse_different
 from .folder import planned_device
+from ..space.norms import statistics
 
 # %% auto #0
-__all__ = ['COMPARED', 'join_for', 'leads_in', 'Silent', 'digest_of', 'Compared', 'statistics', 'of_all', 'take_own',
-           'refuse_other_count']
+__all__ = ['COMPARED', 'join_for', 'leads_in', 'Silent', 'digest_of', 'Compared', 'of_each', 'take_own', 'refuse_other_count']
 
 # %% ../../nbs/runs/together.ipynb #1f715713
 def join_for(cfg: Config):
@@ -55,11 +55,7 @@ class Compared:
     def __call__(self, event): refuse_different(digest_of(self.loop.net), f"the {event.type} of epoch {event.epoch}")
 
 # %% ../../nbs/runs/together.ipynb #216aea5f
-def statistics(net: torch.nn.Module)->list: # of tensors
-    "The running statistics of a net, and what else it holds that is not learned."
-    return [b for b in net.buffers() if b.is_floating_point()]
-
-def of_all(net: torch.nn.Module)->dict: # part of a state; empty where nothing differs
+def of_each(net: torch.nn.Module)->dict: # part of a state; empty where nothing differs
     "What a state has to hold of the other processes."
     if not HERE.apart: return {}
     return {"statistics": gather(torch.cat([b.flatten() for b in statistics(net)])).cpu()}

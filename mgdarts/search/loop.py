@@ -15,7 +15,8 @@ from .rules import Clock, Parts
 from .stages import (SearchState, begin_joint, clock_is_up, close_stage, fresh_net, open_stage, plan,
                                    tally)
 from .state import load_state, save_state
-from .step import optimise, settle
+from .step import optimise
+from ..space.norms import settle
 from .thresholds import mean_thresholds
 
 # %% auto #0

@@ -16,7 +16,7 @@ from .rules import Turn
 
 # %% auto #0
 __all__ = ['groups', 'make_optimizer', 'make_adam', 'cosine', 'tell', 'fetch', 'of_alpha', 'loss_of', 'likeness', 'gradient',
-           'update', 'settle', 'of_all', 'optimise', 'check_finite']
+           'update', 'of_all', 'optimise', 'check_finite']
 
 # %% ../../nbs/search/step.ipynb #5139fb00
 def groups(net: SuperNet)->dict: # name -> parameters
@@ -98,7 +98,7 @@ def likeness(search, turn: Turn, alone: bool # as for `gradient`
     "What a gradient depends on besides the batch and the net's tensors; None where every step is another one."
     s, net, parts = search.state, search.net, search.parts
     apart = any(p.draws for p in parts.preparing) or any(p.timed for p in parts.pressures)
-    if apart or HERE.joined > 1 or search.events.wants("forward"): return None
+    if apart or search.events.wants("forward"): return None
     moment = net.stage, net.first, net.discretising, net.paths, net.sparse, net.tau, net.skip_dropout
     return turn, alone, s.warmup, s.warmup or search.lam.value, search.fine_tuning, moment
 
@@ -137,12 +137,9 @@ def update(search, turn: Turn):
     tell(search, "update", images=turn.images, groups=turn.groups)
 
 # %% ../../nbs/search/step.ipynb #5fffda05
-def settle(net: nn.Module):
-    "Average running statistics, where each process has had its own."
-    if HERE.apart: average(b for b in net.buffers() if b.is_floating_point())
-
 def of_all(loss: Tensor, seen: Tensor)->tuple: # as `loss_of` gives them
     "Put what the processes have seen together: the mean of their losses, the sums of the rest."
+    if not HERE.many: return loss, seen
     summed = total(torch.cat([loss.detach().double().view(1), seen]))
     return summed[0] / HERE.size, summed[1:]
 
@@ -160,7 +157,7 @@ def optimise(search):
         tell(search, "backward", images=turn.images)
         if len(turns) > 1: net.requires_grad_()
         update(search, turn)
-    if HERE.many: loss, seen = of_all(loss, seen)
+    loss, seen = of_all(loss, seen)
     search.sums += seen
     s.epoch_step += 1
     s.steps += 1

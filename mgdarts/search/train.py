@@ -18,7 +18,8 @@ from ..net.files import fingerprint
 from ..base.events import Event, Emitter, NonFiniteLoss, evaluate
 from ..base.ranks import HERE, average, total
 from .state import on_host
-from .step import of_all, settle
+from .step import of_all
+from ..space.norms import settle
 
 # %% auto #0
 __all__ = ['KEPT', 'BLOCK', 'learning_rate', 'drop_path', 'total_loss', 'check_loaders', 'start_from', 'Trainer',
@@ -207,15 +208,14 @@ def optimise(trainer: Trainer):
     x, y = (v.to(t.device, non_blocking=True) for v in t.loaders["train"].batch(epoch, t.epoch_step))
     tell("batch", images="train", x=x, y=y)
     inputs = x, y, *paths_of(t, len(x))
-    apart = HERE.joined > 1 or t.events.wants("forward")
-    key = None if apart else len(inputs) # all steps are alike but for what goes in
+    key = None if t.events.wants("forward") else len(inputs) # all steps are alike but for what goes in
     loss, seen = net.engine.repeated(net, partial(both_ways, t), inputs, key)
     average(p.grad for p in net.parameters())
     tell("backward", images="train")
     if cfg.clip: nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
     t.optimizer.step()
     tell("update", images="train", groups=("weights",))
-    if HERE.many: loss, seen = of_all(loss, seen)
+    loss, seen = of_all(loss, seen)
     t.sums += seen
     t.epoch_step += 1
     if t.epoch_step == len(t.loaders["train"]) or t.epoch_step % t.check_every == 0: check_finite(t)

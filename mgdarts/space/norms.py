@@ -6,12 +6,12 @@
 from __future__ import annotations
 import torch
 from torch import nn, Tensor
-from ..base.ranks import HERE, gather, total
+from ..base.ranks import HERE, average, gather, total
 
 EPS = 1e-5 # of every batch norm
 
 # %% auto #0
-__all__ = ['EPS', 'joined', 'sums', 'batch_norm', 'BatchNorm']
+__all__ = ['EPS', 'joined', 'sums', 'batch_norm', 'BatchNorm', 'statistics', 'settle']
 
 # %% ../../nbs/space/norms.ipynb #4cdeb011
 def joined(mean: Tensor, var: Tensor)->tuple: # of this process's images, to those of all; [n] each
@@ -80,3 +80,12 @@ class BatchNorm(nn.BatchNorm2d):
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean, self.MOMENTUM)
         self.running_var.lerp_(var * (n / max(n - 1, 1)), self.MOMENTUM)
+
+# %% ../../nbs/space/norms.ipynb #2cc8572e
+def statistics(net: nn.Module)->list: # of tensors
+    "The running statistics of a net, and what else it holds in floating point that is not learned."
+    return [b for b in net.buffers() if b.is_floating_point()]
+
+def settle(net: nn.Module):
+    "Average running statistics, where each process has had its own."
+    if HERE.apart: average(statistics(net))

@@ -13,13 +13,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from ..base.data import Split, Splits, load_data
 from ..base.events import evaluate
-from ..base.files import read_json
 from ..base.options import Config, InputError, configure, root
 from ..methods.registry import parts_of, preset
 from ..net.architecture import Architecture
 from ..net.count import counts
 from ..net.sample import random_architecture
-from ..runs.make import make_search, make_trainer
+from ..runs.estimate import card_records, number_type
+from ..runs.make import NoData, make_search, make_trainer
 from ..runs.run import derived
 from ..search.loop import Search
 from ..search.stages import begin_joint, close_stage, open_stage, prune_to
@@ -27,10 +27,9 @@ from ..search.step import make_adam, make_optimizer
 from ..space.spaces import space_of
 
 # %% auto #0
-__all__ = ['PUBLISHED', 'FILTERS', 'FEW', 'ENOUGH', 'LAWS', 'Images', 'images_of', 'stand_in', 'Many', 'bare', 'thin', 'walk',
-           'Lap', 'Pace', 'untimed', 'seconds_of', 'fitting', 'stepper', 'looked_at', 'timed_laps', 'timed_training',
-           'measured', 'Card', 'retrained_ops', 'card_of', 'effort', 'number_type', 'anchor', 'table4_laps', 'recorded',
-           'card_here']
+__all__ = ['PUBLISHED', 'FILTERS', 'FEW', 'ENOUGH', 'LAWS', 'Images', 'images_of', 'stand_in', 'bare', 'thin', 'walk', 'Lap',
+           'Pace', 'untimed', 'seconds_of', 'fitting', 'stepper', 'looked_at', 'timed_laps', 'timed_training',
+           'measured', 'Card', 'retrained_ops', 'card_of', 'effort', 'anchor', 'table4_laps', 'recorded', 'card_here']
 
 # %% ../../nbs/sweep/pace.ipynb #804bbc3f
 PUBLISHED = {"cifar10": (50000, 10000, 10, 32), "cifar100": (50000, 10000, 100, 32),
@@ -71,15 +70,10 @@ def stand_in(images: Images, n: int|None = None # at most so many of each split;
     return Splits(split(images.train), split(images.val), split(images.test), names, images.size, "nothing", "")
 
 # %% ../../nbs/sweep/pace.ipynb #70d8ea61
-class Many:
-    "A loader of which only the length is asked."
-    def __init__(self, steps: int): self.steps = steps
-    def __len__(self): return self.steps
-
 def bare(cfg: Config, images: Images)->Search:
     "Make a search without data, on a CPU, operation by operation."
     spec = space_of(cfg, images.classes, images.size, images.channels)
-    loaders = dict.fromkeys(("train", "arch", "val"), Many(100))
+    loaders = dict.fromkeys(("train", "arch", "val"), NoData(100))
     rules = replace(cfg.rules, init="zero") # it would look at images
     return Search(spec, loaders, cfg.search, cfg.space.aux_size, 0, rules=rules)
 
@@ -270,9 +264,7 @@ def card_of(folder: Path|None = None # of records; None: the project's
            )->Card|None:
     "Read the records of a card; None where there is none."
     search, train, sources = {}, {}, []
-    for path in sorted((folder or root() / "figures/gpu").glob("*/record.json")):
-        try: record = read_json(path, "a record")
-        except InputError: continue
+    for path, record in reversed([*card_records(folder or root() / "figures/gpu")]):
         parts, before = record.get("parts", {}), len(search) + len(train)
         for r in parts.get("table4", {}).get("rows", []):
             if "step_ms" not in r: continue
@@ -305,8 +297,6 @@ def effort(cfg: Config)->float:
     except InputError: return 1. # settings that do not go together at this size
 
 # %% ../../nbs/sweep/pace.ipynb #9df4cc4b
-def number_type(cfg: Config)->str: return "bf16" if cfg.compute.amp else "tf32" if cfg.compute.tf32 else "fp32"
-
 def anchor(cfg: Config, card: Card)->tuple|None: # seconds by stage, laps of the net that was measured
     "Find the steps of a card that are most like a configuration's."
     stages, how = (cfg.search.stages if cfg.search.stages in (1, 3) else 3), number_type(cfg)

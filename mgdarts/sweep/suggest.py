@@ -5,7 +5,6 @@
 # %% ../../nbs/sweep/suggest.ipynb #cce7022a
 from __future__ import annotations
 import time, warnings
-from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from ..base.events import Stopped
@@ -14,9 +13,9 @@ from ..base.locks import lock
 from ..base.options import Config, InputError, closest, knobs, need, resolve
 from ..base.randomness import stream
 from ..runs.listen import read_events
-from .executors import grouped, library
+from .executors import library
 from .spec import OWN, Run, run_of
-from .table import Board, SweepStopped, Watch, facts_of, write_plan
+from .table import Board, SweepStopped, carry, facts_of, write_plan
 from .work import do
 
 # %% auto #0
@@ -192,15 +191,9 @@ def best_of(trials: list, objective: str)->Trial|None: # None: none came to its 
 def do_round(trials: list, wanted: Wanted, board: Board, executor, quiet: bool, work)->list: # of Trial
     "Run the trials that are not done, and tell what came of them, by number."
     folder, due = board.folder, [t for t in trials if t.state == "running"]
-    runs, failed = [wanted.run(t) for t in due], {}
-    if groups := grouped(runs, folder):
-        ends = executor(groups, folder, work)
-        with closing(ends), Watch(board, executor.at_once(groups), quiet) as watch:
-            for i, why, seconds in ends:
-                if why: failed[runs[i].name] = why
-                board.ended(runs[i], why, seconds)
-                watch.said(runs[i], why, seconds)
-    done = {t.number: told(t, r, folder, wanted.objective, failed.get(r.name, "")) for t, r in zip(due, runs)}
+    runs = [wanted.run(t) for t in due]
+    failed = carry(runs, board, executor, quiet, work)
+    done = {t.number: told(t, r, folder, wanted.objective, failed.get(r.place(), "")) for t, r in zip(due, runs)}
     return [done.get(t.number, t) for t in trials]
 
 # %% ../../nbs/sweep/suggest.ipynb #d9b5fe1e

@@ -24,7 +24,7 @@ from .work import do
 
 # %% auto #0
 __all__ = ['PLAN', 'FACTS', 'COLUMNS', 'write_plan', 'read_plan', 'joined', 'facts_of', 'touched', 'last_said', 'Board',
-           'headline', 'table', 'Watch', 'SweepStopped', 'run_sweep']
+           'headline', 'table', 'Watch', 'SweepStopped', 'carry', 'run_sweep']
 
 # %% ../../nbs/sweep/table.ipynb #2d409521
 PLAN = "plan.json" # file of a sweep's folder
@@ -190,12 +190,18 @@ class SweepStopped(Stopped):
         RunFailed.__init__(self, what)
         self.code = code
 
-def _carry(groups: list, board: Board, executor, quiet: bool, work):
+def carry(runs: list, # of Run, all or some of a board's
+          board: Board, executor, quiet: bool, work)->dict: # place -> why it failed
+    "Do what is not finished yet, and show it."
+    failed: dict = {}
+    if not (groups := grouped(runs, board.folder)): return failed
     ends = executor(groups, board.folder, work)
     with closing(ends), Watch(board, executor.at_once(groups), quiet) as watch:
         for i, why, seconds in ends:
-            board.ended(board.runs[i], why, seconds)
-            watch.said(board.runs[i], why, seconds)
+            if why: failed[runs[i].place()] = why
+            board.ended(runs[i], why, seconds)
+            watch.said(runs[i], why, seconds)
+    return failed
 
 def run_sweep(runs: list, # of Run
               folder: str|Path, executor, quiet: bool = False,
@@ -208,7 +214,7 @@ def run_sweep(runs: list, # of Run
         write_plan(folder, runs)
         board = Board(folder, runs, time.time())
         try:
-            if groups := grouped(runs, folder): _carry(groups, board, executor, quiet, work)
+            carry(runs, board, executor, quiet, work)
         except (KeyboardInterrupt, Stopped) as e:
             n = sum(r.finished(folder) for r in runs)
             raise SweepStopped(f"interrupted; {n} of {len(runs)} runs are done, and what the others have is saved: "
