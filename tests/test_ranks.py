@@ -1,14 +1,15 @@
 "One run in many processes."
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
 
 from mgdarts.base.batches import Drawn, whole_batch
 from mgdarts.base.options import InputError
@@ -17,36 +18,22 @@ from mgdarts.cli.main import main
 from mgdarts.methods.registry import preset
 from mgdarts.runs.listen import read_events
 from mgdarts.runs.make import make_search
+from together import alone, team
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = ["--preset", "smoke", "--set", "data.subset=120", "--set", "data.test_subset=60", "--set", "search.batch=32",
         "--set", "search.max_epochs=2", "--set", "search.prune_every=1", "--set", "search.lambda_step=0.05"]
 
 
-def environment(**more):
-    old = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
-    return {**old, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", **more}
-
-
 def steps(n, *args):
     "What `ranks/steps.py` says, in one process or several."
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    said = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)} if n > 1 else {}
-    team = [subprocess.Popen([sys.executable, "tests/ranks/steps.py", *args], cwd=ROOT, stdout=subprocess.PIPE,
-                             env=environment(**said, **({"RANK": str(r)} if n > 1 else {})), text=True)
-            for r in range(n)]
-    out = [p.communicate(timeout=400)[0] for p in team]
-    assert [p.returncode for p in team] == [0] * n
-    return json.loads(out[0])
+    return json.loads(team(n, "tests/ranks/steps.py", *args)[0])
 
 
 def torchrun(flag, how, *args, restarts=0, n=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", str(restarts),
                "tests/ranks/run.py", str(flag), how, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, timeout=400)
 
 
 def content(run):

@@ -10,7 +10,6 @@ one thread: what others do on the same cores makes a run slower by the clock, an
 """
 import argparse
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -146,7 +145,7 @@ def paper(out: Path):
     plan = asdict(cost.plan_of(evidence(), "cuda", (1, 8, 64)))
     other = {"whole": plan.pop("by_operations"), "parts": plan.pop("parts_by_operations")}
     write_json(out, {"item": "paper", "title": "the paper's evidence on 1, 8 and 64 GPUs",
-                     "environment": environment(torch.device("cpu")), "command": shlex.join(["python", *sys.argv]),
+                     "environment": environment(torch.device("cpu")), "command": "python tools/cost.py paper",
                      "by_multiply_adds": plan, "by_operations": other})
 
 
@@ -169,7 +168,8 @@ def main():
     ratios = [r["measured_s"] / r["epochs_known_s"] for r in result["rows"]]
     write_json(given.out, {"item": "cost", "title": "the cost model against runs", "scale": "scaled down",
                            "dataset": "digits", "environment": environment(torch.device("cpu")),
-                           "command": shlex.join(["python", *sys.argv]), "wall_s": round(time.time() - start, 1),
+                           "command": "python tools/cost.py check" + " --again" * given.again,
+                           "wall_s": round(time.time() - start, 1),
                            "overhead": found, "median_ratio": round(statistics.median(ratios), 3), **result})
     for r in result["rows"]: print(r)
     print(result["two_processes"], "median of measured by predicted", statistics.median(ratios))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path: sys.path.insert(0, str(ROOT))
+from mgdarts.base.events import TEAM
+
 SIZE = {"space.channels": "16", "space.cells": "8", "data.name": "digits", "data.size": "32", "data.subset": "600",
         "search.warmup": "0", "search.target_m": "0.3", "search.stages": "1", "threads": "1"}
 
@@ -50,18 +52,25 @@ def steps(batch: int, n: int, settings: dict, own: bool):
     ranks.leave()
 
 
-def run(n: int, *args: str) -> list:  # what each process says
-    "Start one process or two."
+def alone() -> dict:
+    "The environment of a process that does not know of others yet."
+    env = {k: v for k, v in os.environ.items() if k not in TEAM}
+    return env | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+
+
+def team(n: int, *command: str) -> list:  # what each process prints
+    "Start processes of a run as `torchrun` starts them; one is alone."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(ROOT)}
+    env = alone()
     if n > 1: env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(n)}
-    team = [subprocess.Popen([sys.executable, __file__, "part", *args], stdout=subprocess.PIPE, text=True,
-                             env=env | ({"RANK": str(r)} if n > 1 else {})) for r in range(n)]
-    said = [p.communicate()[0] for p in team]
-    if any(p.returncode for p in team): raise SystemExit("a process failed")
-    return [json.loads(text) for text in said]
+    ps = [subprocess.Popen([sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                           env=env | ({"RANK": str(r)} if n > 1 else {})) for r in range(n)]
+    said = [p.communicate(timeout=400)[0] for p in ps]
+    codes = [p.returncode for p in ps]
+    if any(codes): raise RuntimeError(f"processes of {command} ended with {codes}")
+    return said
 
 
 def compare(args) -> dict:
@@ -74,7 +83,7 @@ def compare(args) -> dict:
     found = {kind: [] for kind in kinds}
     for _ in range(args.rounds):
         for kind, (n, batch, own) in kinds.items():
-            found[kind] += run(n, str(batch), str(args.steps), str(own), *args.set)
+            found[kind] += map(json.loads, team(n, __file__, "part", str(batch), str(args.steps), str(own), *args.set))
     rows = [{"kind": kind, **{k: statistics.median(r[k] for r in said) for k in said[0]}}
             for kind, said in found.items()]
     for r in rows: r |= {f"{k}_ratio": r[f"{k}_s"] / rows[0][f"{k}_s"] for k in ("cpu", "wall")}
