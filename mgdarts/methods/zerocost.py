@@ -18,7 +18,7 @@ from ..space.graph import Graph
 
 # %% auto #0
 __all__ = ['ZERO_COST_PT', 'plan_round', 'decide_edge', 'decide_node', 'Perturbation', 'standardise', 'start_apart', 'searched',
-           'Saliency', 'by_sigma', 'synflow_units', 'grasp_units', 'fisher_units', 'missed', 'Scored']
+           'by_sigma', 'Saliency', 'synflow_units', 'grasp_units', 'fisher_units', 'missed', 'Scored']
 
 # %% ../../nbs/methods/zerocost.ipynb #8f9054ee
 def plan_round(kinds: int, graph: Graph, g: torch.Generator)->list: # of [kind of cell, "edge" or "node", which]
@@ -117,6 +117,10 @@ def searched(net)->list: # of parameters
     "Alpha, and beta of each cell where filters have gates."
     return [net.alpha] + [c.beta for c in net.cells if net.rules.gates]
 
+def by_sigma(grads, of: list)->list: # like `of`
+    "Derivatives by alpha and beta, to those by their strengths times these."
+    return [g / (1 - torch.sigmoid(p)) for g, p in zip(grads, of)] # sigma' = sigma (1 - sigma)
+
 # %% ../../nbs/methods/zerocost.ipynb #100999aa
 @STARTS.add("saliency")
 @dataclass(frozen=True)
@@ -128,14 +132,10 @@ class Saliency(Start):
         of = searched(net)
         grads = torch.autograd.grad(F.cross_entropy(net(x), y), of)
         average(grads)
-        of_alpha, *of_betas = ((g / (1 - torch.sigmoid(p))).abs().detach() for g, p in zip(grads, of)) # sigma dL/dsigma
+        of_alpha, *of_betas = (v.abs().detach() for v in by_sigma(grads, of)) # |sigma dL/dsigma|
         start_apart(search, of_alpha, of_betas)
 
 # %% ../../nbs/methods/zerocost.ipynb #428a7f77
-def by_sigma(grads, of: list)->list: # like `of`
-    "Derivatives by alpha and beta, to those by their strengths times these."
-    return [g / (1 - torch.sigmoid(p)) for g, p in zip(grads, of)] # sigma' = sigma (1 - sigma)
-
 def synflow_units(net, x: Tensor, y: Tensor, of: list)->list:
     with looked_at(net, False, of): return by_sigma(flow(net, x, of), of)
 
