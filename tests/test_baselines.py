@@ -331,6 +331,8 @@ PUBLISHED = {
                      "rules.samples": 10, "rules.batches": 100},
     "random": {"search.length": 100, "search.clip": .25, "search.optimisation": "joint", "rules.zero": False,
                "rules.init": "zero", "rules.weights_only": 1., "rules.samples": 1000, "rules.batches": 10},
+    "csc-darts": {"search.optimisation": "second-order", "rules.partial": 2, "rules.identity": True,
+                  "rules.edge_norm": False},
     "shapley-nas": {"search.batch": 256, "search.lr_weights": .1, "search.lr_end": 0., "rules.partial": 4,
                     "rules.edge_norm": False, "rules.zero": False, "rules.weights_only": .5, "search.adam": False,
                     "search.optimisation": "contribution", "rules.samples": 10, "rules.batches": 4,

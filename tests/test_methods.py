@@ -76,6 +76,10 @@ def test_search_derive_retrain(method, tmp_path, capsys):
     for cell in arch.cells: # every node is fed, and by two edges with an operation each where the space says so
         for j in DARTS_GRAPH.nodes:
             into = [op.src for op in cell.ops if op.dst == j]
+            if config(method).rules.identity: # and an identity beside each
+                beside = [op.src for op in cell.ops if op.dst == j and op.op == "skip_connect"]
+                into = [op.src for op in cell.ops if op.dst == j and op.op != "skip_connect"]
+                assert into == beside
             assert into and (config(method).space.constraint == 3 or len(into) == len(set(into)) == 2)
     if config(method).space.constraint < 3:
         kinds = {}
@@ -94,7 +98,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
                               "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random",
-                              "shapley-nas")
+                              "shapley-nas", "csc-darts")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
     assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"}
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample"}

@@ -221,6 +221,7 @@ class Rules:
         choices=STRENGTHS)
     zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
     edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
+    identity: bool = knob(False, "an identity beside every edge, in the search and in the derived network (CSC-DARTS)")
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)",
         1, 64)
     superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)",
