@@ -331,6 +331,12 @@ PUBLISHED = {
                      "rules.samples": 10, "rules.batches": 100},
     "random": {"search.length": 100, "search.clip": .25, "search.optimisation": "joint", "rules.zero": False,
                "rules.init": "zero", "rules.weights_only": 1., "rules.samples": 1000, "rules.batches": 10},
+    "csc-darts": {"search.optimisation": "second-order", "rules.partial": 2, "rules.identity": True,
+                  "rules.edge_norm": False},
+    "shapley-nas": {"search.batch": 256, "search.lr_weights": .1, "search.lr_end": 0., "rules.partial": 4,
+                    "rules.edge_norm": False, "rules.zero": False, "rules.weights_only": .5, "search.adam": False,
+                    "search.optimisation": "contribution", "rules.samples": 10, "rules.batches": 4,
+                    "rules.truncate": .5, "rules.credit_momentum": .8, "rules.credit_step": .1},
 }
 ONE_LEVEL = {"search.batch": 96, "search.lr_weights": .01, "search.lr_arch": 1., "search.lr_end": -1.,
              "search.weight_decay": 3e-4, "search.adam": False, "data.autoaugment": True, "data.search_cutout": True,

@@ -25,6 +25,7 @@ from mgdarts.space.darts import DARTS_GRAPH
 TINY = {"data.subset": 100, "search.batch": 40, "search.length": 3, "search.max_epochs": 2, "search.warmup": 1,
         "search.prune_every": 1, "train.epochs": 1, "rules.samples": 1, "rules.batches": 1, "search.lambda_step": .05}
 OWN = {"dass": {"rules.sparse": .5}, "random": {"rules.samples": 2},
+       "shapley-nas": {"rules.ops": "skip_connect,sep_conv_3x3"},
        "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3}}
 
 
@@ -75,6 +76,10 @@ def test_search_derive_retrain(method, tmp_path, capsys):
     for cell in arch.cells: # every node is fed, and by two edges with an operation each where the space says so
         for j in DARTS_GRAPH.nodes:
             into = [op.src for op in cell.ops if op.dst == j]
+            if config(method).rules.identity: # and an identity beside each
+                beside = [op.src for op in cell.ops if op.dst == j and op.op == "skip_connect"]
+                into = [op.src for op in cell.ops if op.dst == j and op.op != "skip_connect"]
+                assert into == beside
             assert into and (config(method).space.constraint == 3 or len(into) == len(set(into)) == 2)
     if config(method).space.constraint < 3:
         kinds = {}
@@ -92,7 +97,8 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
-                              "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
+                              "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random",
+                              "shapley-nas", "csc-darts")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
     assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"}
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample"}
@@ -101,7 +107,7 @@ def test_the_registry_and_the_knobs_agree():
     assert set(choices["regulariser"]) == {"size+threshold", "size", "none"}
     optimisation = Search.__dataclass_fields__["optimisation"].metadata["choices"]
     assert set(optimisation) == {"joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order",
-                                 "none"}
+                                 "contribution", "none"}
     assert configure(preset("smoke"), init="saliency", beta_decay=5).rules.beta_decay == 5
 
 
@@ -118,6 +124,8 @@ def test_the_registry_and_the_knobs_agree():
     ({"method": "gold-nas", "rules.partial": 2}, "rules.partial=1"),
     ({"method": "dass", "rules.superpose": "kernels"}, "rules.keep=1"),
     ({"method": "darts-v2", "rules.aux": 0.4}, "rules.aux=0"),
+    ({"method": "shapley-nas", "rules.relaxation": "gumbel"}, "without a draw"),
+    ({"method": "shapley-nas", "space.kind": "mobilenet"}, "space.kind=darts"),
 ])
 def test_rules_that_do_not_go_together(settings, says):
     with pytest.raises(InputError, match=says): preset("smoke", **settings)

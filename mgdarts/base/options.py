@@ -154,7 +154,8 @@ class Search:
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
-        "(Table IX); alpha on other images than the weights, to first or second order; or nothing", choices=SCHEDULES)
+        "(Table IX); alpha on other images than the weights, to first or second order, or by what operations contribute; "
+        "or nothing", choices=SCHEDULES)
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
         choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
@@ -220,6 +221,7 @@ class Rules:
         choices=STRENGTHS)
     zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
     edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
+    identity: bool = knob(False, "an identity beside every edge, in the search and in the derived network (CSC-DARTS)")
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)",
         1, 64)
     superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)",
@@ -245,6 +247,10 @@ class Rules:
     weights_only: float = knob(-1.0, "share of the epochs in which alpha does not move yet; -1: search.warmup epochs",
         -1.0, 1.0)
     arch_every: int = knob(1, "steps between two moves of alpha, where it has images of its own", 1, 1000)
+    truncate: float = knob(0.5, "Shapley-NAS: an order of removal ends once accuracy is under this share of the whole "
+        "net's", 0.0, 1.0)
+    credit_momentum: float = knob(0.8, "Shapley-NAS: share of the credits before that stays in each epoch", 0.0, 0.9999)
+    credit_step: float = knob(0.1, "Shapley-NAS: how far an epoch's credit of one standard deviation moves alpha", 0.0)
     growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations "
         "(P-DARTS)")
     skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)
@@ -253,8 +259,8 @@ class Rules:
     keep: float = knob(1.0, "share of the weights of each kernel that scores keep; 1: no scores (DASS)", 0.001, 1.0)
     sparse: float = knob(2 / 7, "last share of the epochs, in which the scores are learned and the weights stand still",
         0.0, 1.0)
-    samples: int = knob(10, "candidates: random nets, or rounds of trial and error", 1, 10000)
-    batches: int = knob(10, "batches that choose among candidates", 1, 10000)
+    samples: int = knob(10, "candidates: random nets, or rounds of trial and error; orders of removal", 1, 10000)
+    batches: int = knob(10, "batches that choose among candidates, or that an order of removal is judged by", 1, 10000)
     fit: bool = knob(False, "bring the derived network to search.target_m: by its width or, where weights are masked, "
         "by the share that is kept")
 
@@ -450,6 +456,7 @@ class Method:
     doc: str # what it is, in a line
     source: str # where it was published
     settings: dict # knob -> value
+    standing: str = "as published" # but for what its chapter names; or "from its abstract", or "a reading"
 
 # %% ../../nbs/base/options.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`

@@ -73,6 +73,7 @@ class SuperNet(nn.Module):
         # scores are in force, drop-out on skips; whether thresholds are in force, the stage and its first cell
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout = None, 1., False, False, 0.
         self.discretising, self.stage, self.first = False, 0, 0
+        self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.strong = brought(self) # names of the parameters that have a strength
         self.alpha, self.t_alpha, self.t_beta, self.t_omega = (nn.Parameter(torch.zeros(grid(spec))) for _ in range(4))
         self.t_pre = nn.Parameter(torch.zeros(spec.cells, spec.cell[0].preprocessed))
@@ -165,6 +166,7 @@ def mixture(net: SuperNet, paths: bool = False # whether only what is drawn is c
            )->Mixture:
     "Collect everything that weighs operations, edges, widths and kernels in one forward pass."
     shape, m = (len(net.cells), *grid(net.spec)[1:]), Mixture(net.strengths(), net.edges())
+    if net.mask is not None: m.alpha = m.alpha * net.mask.flatten(1)
     if m.edges is not None: m.alpha = (m.alpha.view(shape) * m.edges[..., None]).flatten(1)
     for p in net.shapes: m = p.mix(net, m)
     if paths: m.chosen = (m.alpha.detach() > 0).view(shape).cpu()

@@ -57,6 +57,7 @@ class Search:
         refuse_unsearchable(self)
         self.stages = self.parts.plan(plan(spec, cfg.stages, self.by_size and cfg.stage_keep[-1] > 0), spec)
         self.state, self.lam, self.optimizer, self.adam, self.trial = SearchState(), None, None, None, None
+        self.memory: dict = {} # what a schedule keeps: plain data and tensors
         self.safe_state, self.just = None, set() # the state an epoch began with; types of this step's events
         # sums of this epoch: CE, R_size, R_thr, R_size of the stage's own cells, hits, images
         self.sums = torch.zeros(6, dtype=torch.float64, device=self.device)
@@ -167,13 +168,14 @@ def end_epoch(search):
 
 # %% ../../nbs/search/loop.ipynb #a9a8dce0
 def step(search):
-    "One step of a search: a trial where there is one, else an optimisation step; then whatever is due."
+    "One step of a search: a trial, a step of what comes before an epoch, or one of the epoch; then whatever is due."
     s = search.state
     if s.finished: return
     search.just = set()
     if s.stage < 0: open_stage(search)
     steps = len(search.loaders["train"])
     if search.trial is not None: search.parts.decision.attempt(search)
+    elif s.epoch_step == 0 and search.parts.schedule.before(search): s.steps += 1
     elif s.epoch_step < steps: optimise(search)
     if s.epoch_step == steps and not s.finished: end_epoch(search)
     if search.events.wants("rest"): search.emit("rest")

@@ -60,6 +60,12 @@ class Schedule(Part):
     def gradient(self, search, turn: Turn)->bool:
         "Make a turn's gradient in a way of its own; False: the loop makes it, from one batch."
         return False
+    def before(self, search)->bool:
+        """Do a step of what is due before an epoch; False: nothing is.
+
+        What it keeps from step to step is in the search's `memory`, and saved with it.
+        """
+        return False
     def prepare(self, net, clock: Clock, images: str):
         "Bring the net into the state that the next turn needs."
     def plan(self, stages: list, # of (name, last cell, index of the head)

@@ -45,7 +45,8 @@ def save_state(search)->dict:
             "discretising": net.discretising, "first": net.first,
             "optimizer": renamed(search.optimizer.state_dict(), SAVED) if search.optimizer else None,
             "adam": on_host(search.adam.state_dict()) if search.adam else None,
-            "trial": on_host(search.trial), "lambda": asdict(search.lam) if search.lam else None,
+            "trial": on_host(search.trial), "memory": on_host(search.memory),
+            "lambda": asdict(search.lam) if search.lam else None,
             "mom": on_host(search.mom), "sums": on_host(search.sums), "config": plain(asdict(search.cfg)),
             "rules": plain(asdict(search.rules)), "spec": asdict(search.whole), "seed": search.seed}
 
@@ -86,6 +87,7 @@ def load_state(search, state: dict):
     search.adam = make_adam(net, cfg) if state.get("adam") is not None else None
     if search.adam: search.adam.load_state_dict(copy.deepcopy(state["adam"]))
     search.trial, search.safe_state = copy.deepcopy(state.get("trial")), state
+    search.memory = copy.deepcopy(state.get("memory", {}))
     search.lam = Lambda(**state["lambda"]) if state["lambda"] else None
     mom, sums = (state[k].to(search.device, copy=True) for k in ("mom", "sums"))
     if len(sums) < 6: sums = torch.cat([sums[:3], sums[1:2], sums[3:]]) # the stage's own R_size came later
