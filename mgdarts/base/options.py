@@ -11,8 +11,8 @@ from typing import Any
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
-           'SPACE_KINDS', 'PARTS', 'LATER', 'InputError', 'closest', 'knob', 'Part', 'need', 'Registry', 'Space',
-           'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
+           'SPACE_KINDS', 'ALIKE', 'TWO', 'PARTS', 'LATER', 'InputError', 'closest', 'knob', 'Part', 'need', 'Registry',
+           'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
            'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
@@ -98,6 +98,7 @@ OPERATIONS = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "d
               "max_pool_3x3") # of the DARTS-like space
 OPERATION_NAMES: list[str] = list(OPERATIONS) # what is added joins these
 SPACE_KINDS = ["darts", "mobilenet"]
+ALIKE, TWO = (1, 2), (1, 4) # values of `Space.constraint`: cells of a kind are alike; a node has two edges
 
 @dataclass
 class Space:
@@ -110,7 +111,7 @@ class Space:
     aux_size: str = knob("medium", "auxiliary heads of the early stages (Table X)",
         choices=("small", "medium", "large"))
     constraint: int = knob(3, "Table VI: 1: an operation an edge and two edges a node, cells of a kind alike; 2: "
-        "connections free; 3: cells independent too", choices=(1, 2, 3))
+        "connections free; 3: cells independent too; 4: as 1, and cells independent", choices=(1, 2, 3, 4))
     stem: str = knob("auto", "3x3 stem, or the strided ImageNet stem; auto: by image size",
         choices=("auto", "cifar", "imagenet"))
 
@@ -217,7 +218,8 @@ class Train:
 class Rules:
     "What a search is composed of."
     relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; "
-        "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
+        "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random; one "
+        "at random for some steps, as strong as alpha says",
         choices=STRENGTHS)
     zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
     edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
@@ -229,11 +231,15 @@ class Rules:
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
     ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
-    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, "
-        "before any training", choices=STARTS)
+    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; small positive numbers; or what one "
+        "batch says of each unit, before any training", choices=STARTS)
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
         choices=PRESSURES)
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
+    redraw: int = knob(100, "steps for which a path stays that is drawn at random (U-DARTS)", 1)
+    complexity: float = knob(0.0, "price of drawn operations on alpha, more for simple ones (U-DARTS: 0.0175)", 0.0)
+    drawn_decay: float = knob(0.0, "weight decay of alpha where its operation is drawn, beside search.arch_decay "
+        "everywhere", 0.0)
     aux: float = knob(0.0, "weight of the loss of an auxiliary head two thirds up the super-net, once it is whole; 0: "
         "no head (GOLD-NAS: 0.4)", 0.0, 10.0)
     discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against "

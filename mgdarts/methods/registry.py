@@ -16,6 +16,7 @@ from .pdarts import P_DARTS
 from .sampled import GDAS, PROXYLESS, RANDOM
 from .shapley import SHAPLEY_NAS
 from .tanglenas import TANGLENAS
+from .u_darts import U_DARTS
 from .unroll import DARTS_V2
 from .zerocost import ZERO_COST_PT
 from ..search.rules import Parts
@@ -26,7 +27,7 @@ __all__ = ['METHODS', 'add_method', 'preset', 'parts_of', 'pairs', 'settings_of'
 # %% ../../nbs/methods/registry.ipynb #2f5dca97
 METHODS = {m.name: m for m in (MG_DARTS, DARTS_V1, DARTS_V2, PC_DARTS, GDAS, P_DARTS, GOLD_NAS, BETA_DARTS, DASS,
                                TANGLENAS, PROXYLESS, ZERO_COST_PT, FIXED_RATE, RANDOM,
-                               SHAPLEY_NAS, CSC_DARTS)}
+                               SHAPLEY_NAS, CSC_DARTS, U_DARTS)}
 
 def add_method(method: Method)->Method: # the same
     "Let a method be known by its name. `ValueError` where the name is taken by another."

@@ -86,7 +86,7 @@ class Sample(Trial):
     def one(self, search, whole, trial):
         net, spec = search.net, search.spec
         strength = torch.rand(whole.shape, generator=net._generator(8, len(trial["found"]))) * whole
-        if spec.constraint == 1: ops = strongest_two(strength, spec.graph)
+        if spec.two: ops = strongest_two(strength, spec.graph)
         else:
             by = by_strength(net, per_cell(spec, strength))
             ops = by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]

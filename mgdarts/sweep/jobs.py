@@ -15,7 +15,8 @@ __all__ = ['YOUNGER', 'checksum', 'Job', 'job_of']
 # %% ../../nbs/sweep/jobs.ipynb #c52c5fc6
 YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
            "data": {"workers": -1},
-           "rules": {"truncate": .5, "credit_momentum": .8, "credit_step": .1, "identity": False}} # knobs, as runs before were
+           "rules": {"truncate": .5, "credit_momentum": .8, "credit_step": .1, "identity": False,
+                     "redraw": 100, "complexity": 0., "drawn_decay": 0.}} # knobs, as runs before were
 
 def checksum(*parts)->str:
     "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."
