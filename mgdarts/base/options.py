@@ -155,8 +155,8 @@ class Search:
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
-        "(Table IX); alpha on other images than the weights, to first or second order, or by what operations contribute; "
-        "or nothing", choices=SCHEDULES)
+        "(Table IX); alpha on other images than the weights, to first or second order, or by what operations "
+        "contribute; or nothing", choices=SCHEDULES)
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
         choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
@@ -259,6 +259,11 @@ class Rules:
     credit_step: float = knob(0.1, "Shapley-NAS: how far an epoch's credit of one standard deviation moves alpha", 0.0)
     growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations "
         "(P-DARTS)")
+    growth: tuple = knob((5 / 17, 11 / 17, 1.0), "depth of these nets, as shares of space.cells", 0.0, 1.0)
+    parts: tuple = knob((0, 0, 0), "rules.partial in each of these nets, or as much as leaves an even number of "
+        "channels in each part; 0: rules.partial", 0, 64)
+    attention: str = knob("none", "what chooses the channels that operations see, where they do not see all: they are "
+        "the first ones; or channel attention (PA-DARTS)", choices=("none", "cbam"))
     skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)
     max_skips: int = knob(14, "skip connections a normal cell may keep", 0, 14)
     tau: tuple = knob((10.0, 0.1), "Gumbel's temperature, first and last epoch", 1e-3, 1000.0)
@@ -402,7 +407,8 @@ def validate(cfg: Config)->Config: # the same object
     need(not cfg.preset or cfg.preset.replace("-", "").replace("_", "").isalnum(),
          "preset must be a plain word: runs are named after it")
     _check_parts(cfg)
-    need(len(r.skip_dropout) == 3 and len(r.tau) == 2, "rules.skip_dropout has three values, rules.tau two")
+    need(len(r.skip_dropout) == len(r.growth) == len(r.parts) == 3 and len(r.tau) == 2,
+         "rules.skip_dropout, rules.growth and rules.parts have three values, rules.tau two")
     need(len(r.ops) == len(set(r.ops)) > 0, "rules.ops needs one or more different operations")
     need(r.share_min <= r.share_max, "rules.share_min must not be above rules.share_max")
     need(cfg.data.subset and cfg.data.test_subset, "data.subset and data.test_subset must be above 0")

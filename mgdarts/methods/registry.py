@@ -11,6 +11,7 @@ from .csc_darts import CSC_DARTS
 from .darts import BETA_DARTS, DARTS_V1
 from .dass import DASS
 from .mg_darts import MG_DARTS
+from .pa_darts import PA_DARTS
 from .pcdarts import PC_DARTS
 from .pdarts import P_DARTS
 from .sampled import GDAS, PROXYLESS, RANDOM
@@ -27,7 +28,7 @@ __all__ = ['METHODS', 'add_method', 'preset', 'parts_of', 'pairs', 'settings_of'
 # %% ../../nbs/methods/registry.ipynb #2f5dca97
 METHODS = {m.name: m for m in (MG_DARTS, DARTS_V1, DARTS_V2, PC_DARTS, GDAS, P_DARTS, GOLD_NAS, BETA_DARTS, DASS,
                                TANGLENAS, PROXYLESS, ZERO_COST_PT, FIXED_RATE, RANDOM,
-                               SHAPLEY_NAS, CSC_DARTS, U_DARTS)}
+                               SHAPLEY_NAS, CSC_DARTS, U_DARTS, PA_DARTS)}
 
 def add_method(method: Method)->Method: # the same
     "Let a method be known by its name. `ValueError` where the name is taken by another."

@@ -143,6 +143,8 @@ class Shape(Part):
                spec)->Tensor: # the same: what has kernels of its own
         "Which operations are stored."
         return ops
+    def made(self, cell, g: torch.Generator): # `mgdarts.net.cell.Cell`; for what is drawn
+        "Give a cell that has been made what this part adds to it."
     def mix(self, net, m: Mixture)->Mixture:
         "A forward pass's mixture, with what this part adds."
         return m

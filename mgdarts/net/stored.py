@@ -255,6 +255,7 @@ class StoredCell(nn.Module):
         super().__init__()
         self.spec, self.index, self.layout = lay.spec, CellIndex(lay.spec), nothing_of(lay)
         self.gated, self.scored, self.pool_norm = gated, scored, pool_norm
+        self.attention: nn.Module|None = None # (state, [N, C, H, W], n) -> (the same, scaled; [n] channels of it)
         self.pool_slots = torch.zeros(0, dtype=torch.long)
         for name in ("pool_mean", "pool_var") * pool_norm + ("mean", "var"): self.register_buffer(name, torch.zeros(0))
         for name in ("omega", "plain", "scale", "shift", "beta") + ("score",) * scored:

@@ -122,7 +122,9 @@ def add_cell(net: SuperNet, ops: Tensor, alive: Tensor): # [edges, operations] a
     "Append the next cell."
     c, rules = len(net.cells), net.rules
     stored, g = layout(net.spec.cell[c], ops, alive), net._generator(2, c)
-    net.cells.append(Cell(stored, g, rules.gates, rules.keep < 1, rules.pool_norm).to(net.alpha.device))
+    cell = Cell(stored, g, rules.gates, rules.keep < 1, rules.pool_norm)
+    for p in net.shapes: p.made(cell, g)
+    net.cells.append(cell.to(net.alpha.device))
 
 def open_stage(net: SuperNet, end: int, # last cell of the sub-net
                stage: int # 0-based; the last stage ends in the classifier

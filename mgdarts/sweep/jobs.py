@@ -16,7 +16,8 @@ __all__ = ['YOUNGER', 'checksum', 'Job', 'job_of']
 YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
            "data": {"workers": -1},
            "rules": {"truncate": .5, "credit_momentum": .8, "credit_step": .1, "identity": False,
-                     "redraw": 100, "complexity": 0., "drawn_decay": 0.}} # knobs, as runs before were
+                     "redraw": 100, "complexity": 0., "drawn_decay": 0.,
+                     "growth": [5 / 17, 11 / 17, 1.], "parts": [0, 0, 0], "attention": "none"}} # as runs before were
 
 def checksum(*parts)->str:
     "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."
