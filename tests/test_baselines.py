@@ -336,6 +336,8 @@ PUBLISHED = {
     "u-darts": {"search.optimisation": "second-order", "search.length": 100, "search.arch_decay": 0.,
                 "space.constraint": 4, "data.search_cutout": True, "rules.redraw": 100, "rules.complexity": .0175,
                 "rules.drawn_decay": 1e-3, "rules.aux": .4, "rules.init": "positive"},
+    "aca-pc-darts": {"search.batch": 256, "search.lr_weights": .1, "search.lr_end": 0., "search.lr_arch": 6e-4,
+                     "rules.partial": 4, "rules.edge_norm": True, "rules.weights_only": .3, "rules.zero": False},
     "pa-darts": {"search.batch": 256, "search.lr_weights": .1, "search.lr_end": 0., "search.lr_arch": 6e-4,
                  "rules.partial": 2, "rules.parts": (8, 4, 2), "rules.growth": (1., 1., 1.), "rules.edge_norm": True,
                  "rules.attention": "cbam", "rules.weights_only": .4},

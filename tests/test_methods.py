@@ -98,7 +98,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
                               "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random",
-                              "shapley-nas", "csc-darts", "u-darts", "pa-darts")
+                              "shapley-nas", "csc-darts", "u-darts", "pa-darts", "aca-pc-darts")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
     assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform",
                                           "path"}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from ..base.options import Config, Method, closest, configure, need, resolve
 from ..base.presets import MOBILE, PRESETS
+from .aca_pc_darts import ACA_PC_DARTS
 from .bounds import FIXED_RATE, GOLD_NAS
 from .csc_darts import CSC_DARTS
 from .darts import BETA_DARTS, DARTS_V1
@@ -28,7 +29,7 @@ __all__ = ['METHODS', 'add_method', 'preset', 'parts_of', 'pairs', 'settings_of'
 # %% ../../nbs/methods/registry.ipynb #2f5dca97
 METHODS = {m.name: m for m in (MG_DARTS, DARTS_V1, DARTS_V2, PC_DARTS, GDAS, P_DARTS, GOLD_NAS, BETA_DARTS, DASS,
                                TANGLENAS, PROXYLESS, ZERO_COST_PT, FIXED_RATE, RANDOM,
-                               SHAPLEY_NAS, CSC_DARTS, U_DARTS, PA_DARTS)}
+                               SHAPLEY_NAS, CSC_DARTS, U_DARTS, PA_DARTS, ACA_PC_DARTS)}
 
 def add_method(method: Method)->Method: # the same
     "Let a method be known by its name. `ValueError` where the name is taken by another."
