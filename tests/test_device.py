@@ -32,7 +32,8 @@ OWN = {"dass": {"rules.sparse": .5}, "zero-cost-pt": {"rules.ops": "skip_connect
        "mobilenet": {"space.kind": "mobilenet", "search.max_epochs": 2}}
 # what crosses in a step between the first ones of an epoch: what is drawn on the CPU, so that all devices draw the same
 LEFT = {"gdas": {"methods/sampled.py", "net/supernet.py"}, "proxylessnas": {"methods/sampled.py", "net/supernet.py"},
-        "random": {"methods/sampled.py", "net/supernet.py"}, "p-darts": {"net/cell.py"},
+        **dict.fromkeys(("random", "weaknas", "ctnas"), {"methods/sampled.py", "net/supernet.py"}),
+        "p-darts": {"net/cell.py"},
         "tanglenas": {"methods/tanglenas.py", "net/cell.py", "search/step.py"}}
 
 

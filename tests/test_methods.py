@@ -16,6 +16,7 @@ from mgdarts.base.options import (ALIKE, DECISIONS, PRESSURES, REGISTRIES, TWO, 
 from mgdarts.base.data import load_data
 from mgdarts.methods.registry import METHODS, add_method, parts_of, preset
 from mgdarts.methods.dass import Scores
+from mgdarts.methods.proxies import SCORES
 from mgdarts.methods.unroll import ahead
 from mgdarts.search.decide import final_strength
 from mgdarts.search.rules import Final, Pressure
@@ -98,17 +99,21 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
                               "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random",
-                              "shapley-nas", "csc-darts", "u-darts", "pa-darts", "aca-pc-darts")
+                              "shapley-nas", "csc-darts", "l-darts", "ctnas", "weaknas", "cdarts", "u-darts",
+                              "pa-darts", "aca-pc-darts")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
     assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform",
                                           "path"}
-    assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample"}
+    assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample",
+                                           "predictor", "comparator"}
     assert set(choices["superpose"]) == {"none", "kernels", "kernels+filters"}
-    assert set(choices["init"]) == {"zero", "normal", "positive", "saliency"}
+    assert set(choices["init"]) == {"zero", "normal", "positive", "saliency", "synflow", "grasp", "fisher", "jacobian",
+                                    "naswot"}
+    assert set(choices["score"]) == set(SCORES)
     assert set(choices["regulariser"]) == {"size+threshold", "size", "none"}
     optimisation = Search.__dataclass_fields__["optimisation"].metadata["choices"]
     assert set(optimisation) == {"joint", "iterative-epoch", "iterative-half-epoch", "first-order", "second-order",
-                                 "contribution", "none"}
+                                 "contribution", "cyclic", "none"}
     assert configure(preset("smoke"), init="saliency", beta_decay=5).rules.beta_decay == 5
 
 
@@ -125,7 +130,10 @@ def test_the_registry_and_the_knobs_agree():
     ({"method": "gold-nas", "rules.partial": 2}, "rules.partial=1"),
     ({"method": "dass", "rules.superpose": "kernels"}, "rules.keep=1"),
     ({"method": "zero-cost-pt", "rules.aux": 0.4}, "rules.aux=0"),
+    ({"method": "cdarts", "rules.aux": 0.4}, "rules.aux=0"),
+    ({"method": "cdarts", "space.constraint": 2}, "space.constraint=1"),
     ({"method": "shapley-nas", "rules.relaxation": "gumbel"}, "without a draw"),
+    ({"method": "l-darts", "rules.relaxation": "gumbel"}, "without a draw"),
     ({"method": "shapley-nas", "space.kind": "mobilenet"}, "space.kind=darts"),
     ({"method": "u-darts", "rules.discretiser": "sample"}, "rules.discretiser=argmax"),
 ])

@@ -1,6 +1,7 @@
 "One run in many processes."
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -70,6 +71,12 @@ def test_in_double_precision_they_are_the_same_steps(impl, n):
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
 
 
+def test_a_net_that_is_trained_along():
+    how = "cdarts", "fused", "float64", "9", "rules.ops=skip_connect,sep_conv_3x3", "search.lr_weights=.05"
+    one, two = steps(1, *how), steps(2, *how)
+    assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
+
+
 def test_a_retraining_with_all_that_is_random_in_it():
     one, two = (steps(n, "train", "fused", "float64", "4") for n in (1, 2))
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
@@ -111,23 +118,20 @@ def test_other_decisions_end_the_run(tmp_path):
     assert done.returncode and "decided differently at the epoch of epoch 3" in done.stderr, done.stderr
 
 
-def test_on_with_another_number_when_asked(undisturbed, tmp_path):
-    out = tmp_path / "run"
-    done = torchrun(tmp_path / "flag", "signal", "search", *TINY, "--out", out, "--set", "compute.sync_norms=false")
-    assert "stopped by SIGUSR1" in done.stderr
-    with pytest.warns(UserWarning, match="processes 2, now 1"):
-        assert main(["search", "--resume", "--elastic", "--out", str(out), "--json"]) == 0
-    parts = json.loads((out / "config.json").read_text())["parts"]
-    assert [p["environment"]["processes"] for p in parts] == [1]
-
-
-def test_norms_of_each_process_resume_exactly(tmp_path):
-    own = "search", *TINY, "--set", "compute.sync_norms=false", "--requeue", "--out"
+def test_norms_of_each_process_resume_exactly_and_go_on_with_another_number_when_asked(tmp_path):
+    own, cut = ("search", *TINY, "--set", "compute.sync_norms=false", "--requeue", "--out"), tmp_path / "cut"
     (tmp_path / "flag").touch()
     whole = torchrun(tmp_path / "flag", "signal", *own, tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    for _ in range(2): done = torchrun(tmp_path / "second", "signal", *own, tmp_path / "cut", "--save-every", 0.2)
-    assert done.returncode == 0 and content(tmp_path / "cut") == content(tmp_path / "whole"), done.stderr
+    done = torchrun(tmp_path / "second", "signal", *own, cut, "--save-every", 0.2)
+    assert "stopped by SIGUSR1" in done.stderr
+    shutil.copytree(cut, tmp_path / "one")
+    done = torchrun(tmp_path / "second", "signal", *own, cut)
+    assert done.returncode == 0 and content(cut) == content(tmp_path / "whole"), done.stderr
+    with pytest.warns(UserWarning, match="processes 2, now 1"):
+        assert main(["search", "--resume", "--elastic", "--out", str(tmp_path / "one"), "--json"]) == 0
+    parts = json.loads((tmp_path / "one/config.json").read_text())["parts"]
+    assert [p["environment"]["processes"] for p in parts] == [1]
 
 
 def test_shares_of_a_batch_are_the_batch(monkeypatch):

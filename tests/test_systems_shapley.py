@@ -82,7 +82,7 @@ def test_a_net_that_is_taken_apart_guesses_in_the_end(impl, splits):
         net.eval().mask = torch.zeros(3, 14, 7)
         nothing = 100 * float((net(images[0][0]).argmax(1) == images[0][1]).float().mean())
         net.mask = None
-    assert abs(float(found.sum()) - (whole - nothing)) < 1e-9 # efficiency: it telescopes
+    assert abs(float(found.sum()) - (whole - nothing)) < 1e-4 # efficiency: it telescopes
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
 
 

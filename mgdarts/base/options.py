@@ -7,11 +7,11 @@ from __future__ import annotations
 import ast, dataclasses, difflib, json, math, os
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
-from typing import Any
+from .knobs import Cycles, Judging, Paths, Widening, knob
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
-           'SPACE_KINDS', 'ALIKE', 'TWO', 'PARTS', 'LATER', 'InputError', 'closest', 'knob', 'Part', 'need', 'Registry',
+           'SPACE_KINDS', 'ALIKE', 'TWO', 'PARTS', 'LATER', 'InputError', 'closest', 'Part', 'need', 'Registry',
            'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
            'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
@@ -25,17 +25,6 @@ def closest(word, # what was given
     "A hint for a mistyped name."
     near = difflib.get_close_matches(str(word), [str(w) for w in words], n=1)
     return f"did you mean {near[0]!r}?" if near else "choose from: " + ", ".join(str(w) for w in words)
-
-# %% ../../nbs/base/options.ipynb #b1852a6a
-def knob(default, # value when nothing is said
-         doc, # one line, shown in `--help` and the docs
-         lo=None, hi=None, # inclusive range
-         choices=None # allowed values
-        )->Any: # to the eyes of type checkers, as in `dataclasses.field`
-    "A documented, bounded dataclass field."
-    meta = dict(doc=doc, lo=lo, hi=hi, choices=choices)
-    if isinstance(default, (list, tuple)): return field(default_factory=lambda: tuple(default), metadata=meta)
-    return field(default=default, metadata=meta)
 
 # %% ../../nbs/base/options.ipynb #9dc6c52a
 @dataclass(frozen=True)
@@ -155,8 +144,8 @@ class Search:
     max_epochs: int = knob(200, "joint epochs a stage may take before it ends with its target not reached", 1, 100000)
     length: int = knob(50, "epochs of a search that ends by the clock and not at a size", 0, 100000)
     optimisation: str = knob("joint", "what a step updates: all on the same images; parameters and thresholds by turns "
-        "(Table IX); alpha on other images than the weights, to first or second order, or by what operations "
-        "contribute; or nothing", choices=SCHEDULES)
+        "(Table IX); alpha on other images than the weights, to first or second order, by what operations contribute, "
+        "or in turn with an evaluation net; or nothing", choices=SCHEDULES)
     granularities: tuple = knob(("operation", "filter", "weight"), "what is searched (Table VIII)",
         choices=("operation", "filter", "weight"))
     threshold_init: str = knob("min", "start of the thresholds: for each granularity just under its smallest live unit "
@@ -215,7 +204,7 @@ class Train:
 
 # %% ../../nbs/base/options.ipynb #6d5b38b4
 @dataclass
-class Rules:
+class Rules(Cycles, Judging, Paths, Widening):
     "What a search is composed of."
     relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; "
         "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random; one "
@@ -230,21 +219,20 @@ class Rules:
         choices=SHAPES)
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
+    normalise: str = knob("none", "a weighted normalisation of what an edge gives: of each candidate, or of their mix "
+        "(our reading of l-DARTS)", choices=("none", "each", "mix"))
     ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
-    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; small positive numbers; or what one "
-        "batch says of each unit, before any training", choices=STARTS)
+    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; small positive numbers; or what one batch "
+        "says of each unit before any training: its saliency (SNIP), or another score", choices=STARTS)
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
         choices=PRESSURES)
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
-    redraw: int = knob(100, "steps for which a path stays that is drawn at random (U-DARTS)", 1)
-    complexity: float = knob(0.0, "price of drawn operations on alpha, more for simple ones (U-DARTS: 0.0175)", 0.0)
-    drawn_decay: float = knob(0.0, "weight decay of alpha where its operation is drawn, beside search.arch_decay "
-        "everywhere", 0.0)
     aux: float = knob(0.0, "weight of the loss of an auxiliary head two thirds up the super-net, once it is whole; 0: "
         "no head (GOLD-NAS: 0.4)", 0.0, 10.0)
     discretiser: str = knob("thresholds", "what decides: learned thresholds; an operation's share of its node, against "
         "a fixed bound (GOLD-NAS); so many weakest units each time; in the end, the strongest of each edge; trial and "
-        "error with a zero-cost score; the best of some random nets", choices=DECISIONS)
+        "error with a zero-cost score; the best of some random nets; what a predictor of their accuracy likes best; "
+        "what a policy finds that a comparator rewards", choices=DECISIONS)
     share_min: float = knob(0.01, "share of a node at which an operation is pruned", 0.0, 1.0)
     share_max: float = knob(0.05, "share under which the weakest operations may be pruned", 0.0, 1.0)
     share_n: int = knob(4, "how many of those at once", 0, 1000)
@@ -259,11 +247,6 @@ class Rules:
     credit_step: float = knob(0.1, "Shapley-NAS: how far an epoch's credit of one standard deviation moves alpha", 0.0)
     growing: bool = knob(False, "three super-nets one after the other, deeper each time, with fewer operations "
         "(P-DARTS)")
-    growth: tuple = knob((5 / 17, 11 / 17, 1.0), "depth of these nets, as shares of space.cells", 0.0, 1.0)
-    parts: tuple = knob((0, 0, 0), "rules.partial in each of these nets, or as much as leaves an even number of "
-        "channels in each part; 0: rules.partial", 0, 64)
-    attention: str = knob("none", "what chooses the channels that operations see, where they do not see all: they are "
-        "the first ones; or channel attention (PA-DARTS)", choices=("none", "cbam"))
     skip_dropout: tuple = knob((0.0, 0.0, 0.0), "drop-out on skip connections, at the start of each stage", 0.0, 0.99)
     max_skips: int = knob(14, "skip connections a normal cell may keep", 0, 14)
     tau: tuple = knob((10.0, 0.1), "Gumbel's temperature, first and last epoch", 1e-3, 1000.0)
@@ -469,6 +452,7 @@ class Method:
     source: str # where it was published
     settings: dict # knob -> value
     standing: str = "as published" # but for what its chapter names; or "from its abstract", or "a reading"
+    scaled: dict = field(default_factory=dict) # preset -> settings of its own at that scale
 
 # %% ../../nbs/base/options.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`

@@ -7,11 +7,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
+from ..base.options import Config, closest, configure, need
 from .nets import Channels
-from .shared import Json, show, table
+from .shared import DataDir, Dataset, Json, Seed, given, show, table
 
 # %% auto #0
-__all__ = ['FORMATS', 'arch_show', 'arch_import', 'arch_export']
+__all__ = ['FORMATS', 'arch_show', 'arch_import', 'arch_export', 'arch_score']
 
 # %% ../../nbs/cli/arch.ipynb #01b28235
 def _row(c: dict)->tuple: # of a cell, as `counts` says
@@ -65,3 +66,28 @@ def arch_export(arch: Annotated[Path, typer.Argument(help="Run folder, or archit
     done = export_arch(arch, format, out, weights)
     facts = [(k, v) for k, v in done.items() if k not in ("files", "name", "format")]
     show(done, as_json, table(f"exported {done['name']}", ["", ""], [*(("file", f) for f in done["files"]), *facts]))
+
+# %% ../../nbs/cli/arch.ipynb #03a724ca
+def arch_score(arch: Annotated[Path, typer.Argument(help="Run folder, or architecture.")],
+               score: Annotated[Optional[list[str]], typer.Option(
+                   help="synflow, snip, grasp, fisher, jacobian or naswot; may be repeated. Default: all.")] = None,
+               batch: Annotated[int, typer.Option(min=2, help="Images.")] = 64,
+               dataset: Dataset = None, data_dir: DataDir = None, seed: Seed = None, as_json: Json = False):
+    "Score an architecture without training it."
+    from mgdarts.base.batches import Loader
+    from mgdarts.base.data import load_data
+    from mgdarts.methods.proxies import SCORES, scores_of
+    from mgdarts.net import files as architecture
+    from mgdarts.runs.folder import read_config
+    from mgdarts.runs.make import refuse_other_images
+    for name in score or (): need(name in SCORES, f"--score {name}: {closest(name, SCORES)}")
+    a, own = architecture.load(arch), arch if arch.is_dir() else arch.parent
+    cfg = read_config(own) if (own / "config.json").exists() else configure(Config(), **{"data.size": a.size})
+    cfg = configure(cfg, **given(None, dataset=dataset, data_dir=data_dir, seed=seed))
+    splits = load_data(cfg.data, cfg.seed)
+    refuse_other_images(a, splits)
+    x, y = Loader(splits, "train", batch, cfg.seed).batch(0, 0)
+    found = scores_of(a, x, y, tuple(score or ()), cfg.seed)
+    out = {"name": a.name, "dataset": splits.label, "images": len(x), "scores": found}
+    show(out, as_json, table(f"{a.name}, untrained, on {len(x)} images of {splits.label}", ["score", ""],
+                             list(found.items())))

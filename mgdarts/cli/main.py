@@ -20,8 +20,9 @@ __all__ = ['COMMANDS', 'GROUPS', 'application', 'ended_by_signals', 'main']
 # %% ../../nbs/cli/main.ipynb #8861b1be
 COMMANDS = (nets.count, search.search, search.train, sweep.sweep, nets.plan, look.runs, look.compare, look.replay,
             look.lab, paper.reproduce, paper.claims, look.methods, look.knobs)
-GROUPS = {"arch": ("Discovered architectures: show, import, export.",
-                   {"show": arch.arch_show, "import": arch.arch_import, "export": arch.arch_export}),
+GROUPS = {"arch": ("Discovered architectures: show, import, export, score.",
+                   {"show": arch.arch_show, "import": arch.arch_import, "export": arch.arch_export,
+                    "score": arch.arch_score}),
           "bench": ("Time and memory: of a step, of the data, of retraining, of a whole search.",
                     {"step": bench.step, "data": bench.data, "train": bench.train, "search": bench.search})}
 

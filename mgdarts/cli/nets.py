@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.options import Config, InputError, configure
+from .cost import plan_sweep
 from .shared import Json, page_to_write, show, table
 from ..space.darts import NetSpec
 from ..space.mobile import MobileSpec
@@ -127,8 +128,17 @@ def plan(channels: Channels = 24, cells: Cells = None, space: Space = "darts", w
          device: Annotated[str, typer.Option(
              help="cpu or cuda, which need not be there; auto: what a run here would take.")] = "auto",
          figure: Annotated[Optional[Path], typer.Option(help="Draw the plan into this HTML page.")] = None,
+         sweep: Annotated[Optional[str], typer.Option(
+             metavar="SPEC", help="Hours of many runs instead: a sweep's file, a preset, a table or figure, or paper.")
+             ] = None,
+         seeds: Annotated[Optional[str], typer.Option(help="With --sweep: seeds, comma-separated.")] = None,
+         devices: Annotated[str, typer.Option(help="With --sweep: how many devices there are.")] = "1,8,64",
+         devices_a_run: Annotated[int, typer.Option(help="With --sweep: devices that share a run.")] = 1,
+         bandwidth: Annotated[Optional[float], typer.Option(
+             help="Between those, in 10^9 bytes a second; default: as two processes of a CPU had, 10 on GPUs.")] = None,
          as_json: Json = False):
-    "Peak training memory of every stage, predicted without allocating it."
+    "Peak training memory of every stage, predicted without allocating it; with --sweep, hours of many runs."
+    if sweep: return plan_sweep(sweep, devices, devices_a_run, bandwidth, seeds, device, as_json)
     asked = {"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp, "device": device}
     cfg, spec = net_spec(space, channels, width, cells, size, classes, **asked)
     if stages not in (None, 1, 3): raise InputError(f"--stages {stages}: choose 1 or 3")

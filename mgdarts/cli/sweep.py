@@ -10,6 +10,7 @@ from typing import Annotated, Optional
 import typer
 from ..base.events import RunFailed
 from ..base.options import need
+from .suggest import suggested
 from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Retries,
                                 Timeouts, place, settings_in, show, table)
 
@@ -133,19 +134,30 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
           train: Annotated[bool, typer.Option("--train", help="Retrain what is found.")] = False,
           resume: Annotated[bool, typer.Option("--resume", help="Go on with the sweep in --out.")] = False,
           dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the runs.")] = False,
+          suggest: Annotated[Optional[str], typer.Option(
+              metavar="optuna", help="Let settings be asked for, one method at a time.")] = None,
+          trials: Annotated[int, typer.Option(help="With --suggest: how many runs.")] = 20,
+          objective: Annotated[str, typer.Option(
+              help="With --suggest: val_acc, test_acc, params, macs, ops, gap or seconds.")] = "val_acc",
+          space: Annotated[str, typer.Option(
+              help="With --suggest: knobs with a range or values: lr_arch=0.1..10:log, regrow=0,0.1,0.2.")] = "",
           on: On = "local", address: Address = None, cpus: Cpus = None, gpus: Gpus = None, memory: Memory = None,
           partition: Partition = None, time: Minutes = None, timeouts: Timeouts = None, cluster: Cluster = None,
           retries: Retries = None, jobs: Jobs = 0, as_json: Json = False):
     "Many runs: a grid, a list, seeds; here or on a cluster. The same command again goes on with what is missing."
     from mgdarts.sweep.on import executor_in
+    from mgdarts.sweep.suggest import TRIALS
     from mgdarts.sweep.table import Board, run_sweep
     said = spec or preset or methods or seeds or sets or train
     need(not (resume and said), "--resume goes on with what the folder says: leave out the other options")
     need(out or dry_run, "a sweep needs --out: the folder of its runs")
-    whole = {} if resume else asked(spec, preset, methods, seeds, sets, train)
-    wanted = resumed(out) if resume else target_of(whole) if "target" in whole else planned(out, whole)
     where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
                   partition=partition, time=time, timeouts=timeouts, cluster=cluster)
+    if suggest or resume and (out / TRIALS).exists():
+        whole = asked(spec, preset, methods or "mg-darts", seeds, sets, train) if suggest else {}
+        return suggested(suggest, whole, out, objective, space, trials, executor_in(where, jobs=jobs), as_json)
+    whole = {} if resume else asked(spec, preset, methods, seeds, sets, train)
+    wanted = resumed(out) if resume else target_of(whole) if "target" in whole else planned(out, whole)
     if isinstance(wanted, dict):
         if dry_run: return show(wanted, as_json, table("a reproduction", ["", ""], list(wanted.items())))
         add_to(out, wanted)

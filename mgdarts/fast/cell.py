@@ -131,7 +131,7 @@ class CellPlan:
 def plan_cell(cell: Cell)->CellPlan|None:
     "Plan a cell; None where it has an operation that this chapter does not know, or is another kind of cell."
     kinds = {(op.edge, op.op): kind_of(cell, op) for live in cell.nodes.values() for op in live}
-    if len(cell.pre) != cell.spec.graph.inputs or cell.spec.residual: return None
+    if len(cell.pre) != cell.spec.graph.inputs or cell.spec.residual or cell.mixed: return None
     return None if None in kinds.values() else CellPlan(cell, kinds)
 
 # %% ../../nbs/fast/cell.ipynb #e623c67b
@@ -183,9 +183,13 @@ class Pools:
         if self.kinds:
             mean, var = (v[s] for v in self.running)
             neutral = torch.ones_like(mean), torch.zeros_like(mean)
+            maps = [m.clone() if m is states[s] else m for m in maps] # of which nobody else has any
             maps, *self.stats[s] = normalise(maps, *neutral, (mean, var), self.index[s], **self.how)
         self.made.update(((k, s), m) for k, m in zip(kinds, maps))
         return self.made[o, s]
+    def has(self, o: int, s: int)->bool:
+        "Whether operation `o` ends in a batch norm when it reads state `s`."
+        return bool(self.kinds) and o in self.kinds[s]
     def statistics(self)->list: # of two lists
         return [*zip(*(self.stats[s] for s, kinds in enumerate(self.kinds) if kinds))] if self.stats else [(), ()]
 
@@ -259,7 +263,8 @@ def passing(p: CellPass, i: int, node: int, # its number, its state
         return x * widen(dense(drop_factors(narrow(x, p.b), *drop)), p.b)
     def one(op):
         s = p.source(op)
-        return skip(p.states[s]) if op.operation.kind == "skip" else p.pools(p.states, op.op, s, op.stride)
+        if op.operation.kind != "skip": return p.pools(p.states, op.op, s, op.stride)
+        return skip(p.pools(p.states, op.op, s, 1) if p.pools.has(op.op, s) else p.states[s])
     maps = [p.put(one(op), op, node) for op in p.plan.nodes[node].through]
     return weighted_sum(maps, p.factors[i]) if maps else None
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from ..base.options import Compute
 from ..net.cell import Cell
 from ..net.discrete import DerivedCell
-from ..net.engine import Engine
+from ..net.engine import Engine, note
 from . import cell as darts, discrete, mobile
 from .graph import Graphs, worth_a_graph
 from .grouped import grouped
@@ -131,7 +131,8 @@ class InGroups:
         if self.cells and self.net.training: track(self.plan, self.found, self.n)
 
 # %% ../../nbs/fast/engine.ipynb #ed2f4a09
-def through_cells(engine, net, x: Tensor, also: list|None = None)->Tensor: # as for `Engine.forward`
+def through_cells(engine, net, x: Tensor, also: list|None = None, seen: dict|None = None # as for `Engine.forward`
+                 )->Tensor:
     "Compute a super-net."
     drawn, plans = engine.drawn(net), engine.plans(net, x)
     in_groups = not drawn and any(isinstance(p, GroupedPlan) for p in plans)
@@ -145,12 +146,13 @@ def through_cells(engine, net, x: Tensor, also: list|None = None)->Tensor: # as 
         if c in groups.vectors: y = groups(c, maps)
         else: y = engine.kept(net, c, cell_function(engine, net, c, m, plan, b, drawn), maps, len(x), drawn)
         if also is not None and net.aux is not None and c == net.aux_cell: also.append(run(net.aux, y, b).float())
+        note(seen, c, narrow(y, b))
         if c + 1 < len(plans): maps = (*maps, ready(y))[-len(maps):]
     groups.track()
     return run(net.head, y, b)
 
 # %% ../../nbs/fast/engine.ipynb #74190abb
-def through_discrete(engine, net, x: Tensor)->tuple: # as for `Engine.discrete`
+def through_discrete(engine, net, x: Tensor, seen: dict|None = None)->tuple: # as for `Engine.discrete`
     "Compute a discrete network."
     x, plans, aux = dense(x), [engine.plan(cell) for cell in net.cells], None
     b = how_many_abreast(net, x, plans)
@@ -160,6 +162,7 @@ def through_discrete(engine, net, x: Tensor)->tuple: # as for `Engine.discrete`
         elif plan: y = narrowed(lambda *ms: FUSED[type(plan)](cell, plan, ms, keep), maps, b)
         else: y = narrowed(lambda *ms: cell(*ms, keep), maps, b)
         maps = (*maps, y)[-len(maps):]
+        note(seen, c, narrow(y, b))
         if c == net.aux_cell and net.aux is not None and net.training: aux = run(net.aux, y, b)
     return run(net.classifier, y, b), aux
 
@@ -191,8 +194,8 @@ class FastEngine(Engine):
     def held(self, net)->list:
         joined = self.vectors.get(net)
         return [t for c in net.cells for t in self.plan.tensors(c)] + (joined.tensors() if joined else [])
-    def through_cells(self, net, x, also=None): return through_cells(self, net, x, also)
-    def discrete(self, net, x): return through_discrete(self, net, x)
+    def through_cells(self, net, x, also=None, seen=None): return through_cells(self, net, x, also, seen)
+    def discrete(self, net, x, seen=None): return through_discrete(self, net, x, seen)
     def repeated(self, net, f, inputs, key):
         graph = key is not None and worth_a_graph(self.compute.graph, inputs[0].device)
         return self.graphs(net, f, inputs, key) if graph else f(*inputs)

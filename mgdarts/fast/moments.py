@@ -290,5 +290,5 @@ class GroupedPlan:
 def plan_groups(cell: Cell, multiple: int = 1)->GroupedPlan|None:
     "Plan a cell; None where it has operations that this chapter does not know, or channels that go round them."
     known = all(kind_of(cell, op) for live in cell.nodes.values() for op in live)
-    whole = len(cell.pre) == cell.spec.graph.inputs and not cell.spec.residual and not cell.spec.rest
+    whole = len(cell.pre) == cell.spec.graph.inputs and not (cell.spec.residual or cell.spec.rest or cell.mixed)
     return GroupedPlan(cell, multiple) if known and whole else None

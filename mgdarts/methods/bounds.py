@@ -90,8 +90,8 @@ class AuxiliaryHead(Pressure):
         need(cfg.space.kind == "darts",
              "the MobileNet-like space is searched without a further auxiliary head: set rules.aux=0, or "
              "space.kind=darts")
-        need(cfg.search.optimisation != "none", "rules.aux has no loss to weigh in with "
-             f"search.optimisation={cfg.search.optimisation}: set rules.aux=0")
+        need(cfg.search.optimisation not in ("cyclic", "none"), "rules.aux has no loss to weigh in "
+             f"with search.optimisation={cfg.search.optimisation}: set rules.aux=0")
 
 # %% ../../nbs/methods/bounds.ipynb #ed67b83b
 ONE_LEVEL = {"search.stages": 1, "search.stage_keep": (0.,), "search.regrow": 0.}

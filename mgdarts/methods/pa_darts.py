@@ -60,6 +60,8 @@ class Attention(Shape):
     def check(self, cfg):
         need(cfg.rules.partial > 1, "rules.attention chooses channels where operations see a part of them: set "
              "rules.partial to 2 or more")
+        need(cfg.rules.normalise != "mix", "with rules.attention the sums of edges have no norm: set "
+             "rules.normalise=none or each")
         super().check(cfg)
 
 # %% ../../nbs/methods/pa_darts.ipynb #0b753755

@@ -5,20 +5,16 @@
 # %% ../../nbs/methods/sampled.ipynb #993f8f24
 from __future__ import annotations
 from dataclasses import dataclass
-from itertools import islice
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..base.events import evaluate
-from ..base.ranks import total
 from ..base.options import DECISIONS, STRENGTHS, Method
 from .darts import TWO_LEVEL
 from ..net.relax import Relaxation, logits, softmax
-from ..search.decide import by_strength, strongest_two
-from ..search.prune import choose
-from ..search.trial import Trial, kinds_of, per_cell, score_among
+from ..search.candidates import Judged, judged, random_candidate
+from ..search.trial import conclude_with_best
 
 # %% auto #0
-__all__ = ['GDAS', 'PROXYLESS', 'RANDOM', 'drawn', 'only', 'Gumbel', 'Binary', 'Uniform', 'Sample']
+__all__ = ['GDAS', 'PROXYLESS', 'SHARED', 'RANDOM', 'drawn', 'only', 'Gumbel', 'Binary', 'Uniform', 'Sample']
 
 # %% ../../nbs/methods/sampled.ipynb #ececd44c
 def drawn(shape, noise: torch.Generator, like: Tensor)->Tensor:
@@ -81,20 +77,13 @@ class Uniform(Relaxation):
 # %% ../../nbs/methods/sampled.ipynb #61758eab
 @DECISIONS.add("sample")
 @dataclass(frozen=True)
-class Sample(Trial):
+class Sample(Judged):
     "The best of some random nets."
+    samples: int # candidates
+
     def one(self, search, whole, trial):
-        net, spec = search.net, search.spec
-        strength = torch.rand(whole.shape, generator=net._generator(8, len(trial["found"]))) * whole
-        if spec.two: ops = strongest_two(strength, spec.graph)
-        else:
-            by = by_strength(net, per_cell(spec, strength))
-            ops = by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]
-        def accuracy(net):
-            batches = islice(search.loaders["val"].eval(), self.batches)
-            return evaluate([net], batches, search.device, total)[0][0]
-        trial["found"].append(ops)
-        trial["scores"].append(score_among(net, ops, accuracy))
+        judged(self, search, random_candidate(search, whole, len(trial["found"])), trial)
+        conclude_with_best(search, self.samples)
 
 # %% ../../nbs/methods/sampled.ipynb #5470af06
 GDAS = Method("gdas", "one operation an edge, drawn by Gumbel's trick", "Dong, Yang: GDAS, CVPR 2019",
@@ -105,8 +94,8 @@ PROXYLESS = Method("proxylessnas", "one path, drawn by binary gates", "Cai, Zhu,
                     "search.length": 160, "search.batch": 256, "search.label_smoothing": .1, "search.clip": 0.,
                     "search.nesterov": True, "search.weight_decay": 4e-5, "search.lr_end": 0.,
                     "search.lr_arch": 1e-3, "search.adam_beta": 0., "search.arch_decay": 0.})
+SHARED = {**TWO_LEVEL, "rules.relaxation": "uniform", "rules.zero": False, "rules.init": "zero",
+          "search.optimisation": "joint", "rules.weights_only": 1., "search.length": 100, "search.clip": .25}
 RANDOM = Method("random", "random architectures of the target's size, judged with shared weights",
                 "Li, Talwalkar: Random search and reproducibility, UAI 2019",
-                {**TWO_LEVEL, "rules.relaxation": "uniform", "rules.zero": False, "rules.init": "zero",
-                 "search.optimisation": "joint", "rules.weights_only": 1., "rules.discretiser": "sample",
-                 "search.length": 100, "search.clip": .25, "rules.samples": 1000, "rules.batches": 10})
+                {**SHARED, "rules.discretiser": "sample", "rules.samples": 1000, "rules.batches": 10})

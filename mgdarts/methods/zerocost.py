@@ -8,28 +8,17 @@ from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
 from ..base.batches import whole_batch
-from ..base.options import DECISIONS, STARTS, Method
+from ..base.options import DECISIONS, STARTS, Method, need
 from ..base.ranks import average
 from .darts import TWO_LEVEL
+from .proxies import SCORES, flow, looked_at, slopes
 from ..search.rules import Start
 from ..search.trial import Trial, score_among
 from ..space.graph import Graph
 
 # %% auto #0
-__all__ = ['ZERO_COST_PT', 'jacobian_score', 'plan_round', 'decide_edge', 'decide_node', 'Perturbation', 'standardise',
-           'Saliency']
-
-# %% ../../nbs/methods/zerocost.ipynb #09e7368a
-def jacobian_score(net, x: Tensor, # [N, C, S, S]
-                   k: float = 1e-5)->float:
-    "The Jacobian covariance score of a net in its present mode."
-    x = x.detach().clone().requires_grad_()
-    (j,) = torch.autograd.grad(net(x).sum(), x)
-    j = j.flatten(1).double().cpu()
-    j = j - j.mean(1, keepdim=True)
-    j = j / j.norm(dim=1, keepdim=True).clamp(min=1e-12)
-    v = torch.linalg.eigvalsh(j @ j.t()).clamp(min=0)
-    return -float((torch.log(v + k) + 1 / (v + k)).sum())
+__all__ = ['ZERO_COST_PT', 'plan_round', 'decide_edge', 'decide_node', 'Perturbation', 'standardise', 'start_apart', 'searched',
+           'Saliency', 'by_sigma', 'synflow_units', 'grasp_units', 'fisher_units', 'missed', 'Scored']
 
 # %% ../../nbs/methods/zerocost.ipynb #8f9054ee
 def plan_round(kinds: int, graph: Graph, g: torch.Generator)->list: # of [kind of cell, "edge" or "node", which]
@@ -69,20 +58,27 @@ def decide_node(ops: Tensor, k: int, into: tuple, # the edges into the node
 @dataclass(frozen=True)
 class Perturbation(Trial):
     "Trial and error with a score that needs no training."
+    score: str # name of one of `SCORES`
+
+    def at_end(self, search):
+        super().at_end(search)
+        search.trial["score"] = self.score
     def one(self, search, whole, trial):
         "A decision on an edge or a node of a candidate; once there are all, the score of one, on other images."
+        need("score" in trial, "this search was begun by an older version, whose score was nothing but rounding: it "
+             "cannot go on here, search anew")
         found, scores, todo, graph = trial["found"], trial["scores"], trial["todo"], search.spec.graph
         i, images = len(found), search.loaders["train"]
-        def jacobian(ops, of):
-            def score(net): return jacobian_score(net.train(), whole_batch(images, *of)[0].to(search.device))
-            return score_among(search.net, ops, score)
+        def asked(ops, of):
+            x, y = (v.to(search.device) for v in whole_batch(images, *of))
+            return score_among(search.net, ops, lambda net: SCORES[self.score](net, x, y))
         if i == self.samples:
             of = ((1 + b // len(images), b % len(images)) for b in range(self.batches))
-            scores.append(sum(jacobian(found[len(scores)], at) for at in of))
+            scores.append(sum(asked(found[len(scores)], at) for at in of))
             return
         if not todo: todo[:], trial["now"] = plan_round(len(whole), graph, search.net._generator(8, i)), whole
         kind, what, at = todo.pop(0)
-        def here(ops): return jacobian(ops, (0, i % len(images)))
+        def here(ops): return asked(ops, (0, i % len(images)))
         if what == "edge": trial["now"] = decide_edge(trial["now"], kind, at, here)
         else: trial["now"] = decide_node(trial["now"], kind, graph.into[at], here)
         if not todo: found.append(trial["now"])
@@ -105,6 +101,22 @@ def standardise(saliency: Tensor, # [...]
     off = (saliency - mean) * live
     return off / (off.square().sum(dim, keepdim=True) / n).sqrt().clamp(min=1e-12)
 
+# %% ../../nbs/methods/zerocost.ipynb #7063869b
+@torch.no_grad()
+def start_apart(search, of_alpha: Tensor, # [cells, edges, operations] importance
+                of_betas: list): # of each cell [filters]; none: beta stays as it is
+    "Let alpha and beta of the new cells start at half of what each unit's importance is, standardised."
+    net, new = search.net, slice(search.net.first, len(search.net.cells))
+    net.alpha[new] = .5 * standardise(of_alpha[new], net.op_live[new], (1, 2))
+    net.alpha.copy_(net.alpha[search.spec.kinds])
+    for c, seen in list(zip(net.cells, of_betas))[new]:
+        for at in torch.arange(len(seen), device=seen.device).split(c.gate_sizes):
+            c.beta[at] = .5 * standardise(seen[at], torch.ones_like(at, dtype=torch.bool), (0,))
+
+def searched(net)->list: # of parameters
+    "Alpha, and beta of each cell where filters have gates."
+    return [net.alpha] + [c.beta for c in net.cells if net.rules.gates]
+
 # %% ../../nbs/methods/zerocost.ipynb #100999aa
 @STARTS.add("saliency")
 @dataclass(frozen=True)
@@ -113,15 +125,53 @@ class Saliency(Start):
     def opened(self, search):
         net, (x, y) = search.net, (t.to(search.device) for t in search.loaders["train"].batch(0, 0))
         net.train()
-        of = [net.alpha] + [c.beta for c in net.cells if net.rules.gates]
+        of = searched(net)
         grads = torch.autograd.grad(F.cross_entropy(net(x), y), of)
         average(grads)
-        new = slice(net.first, len(net.cells))
-        def seen(g, p): return (g / (1 - torch.sigmoid(p))).abs() # sigma dL/dsigma
-        with torch.no_grad():
-            net.alpha[new] = .5 * standardise(seen(grads[0], net.alpha)[new], net.op_live[new], (1, 2))
-            net.alpha.copy_(net.alpha[search.spec.kinds])
-            for c, g in list(zip(net.cells, grads[1:]))[new]:
-                for at in torch.arange(len(g), device=g.device).split(c.gate_sizes):
-                    every = torch.ones_like(at, dtype=torch.bool)
-                    c.beta[at] = .5 * standardise(seen(g, c.beta)[at], every, (0,))
+        of_alpha, *of_betas = ((g / (1 - torch.sigmoid(p))).abs().detach() for g, p in zip(grads, of)) # sigma dL/dsigma
+        start_apart(search, of_alpha, of_betas)
+
+# %% ../../nbs/methods/zerocost.ipynb #428a7f77
+def by_sigma(grads, of: list)->list: # like `of`
+    "Derivatives by alpha and beta, to those by their strengths times these."
+    return [g / (1 - torch.sigmoid(p)) for g, p in zip(grads, of)] # sigma' = sigma (1 - sigma)
+
+def synflow_units(net, x: Tensor, y: Tensor, of: list)->list:
+    with looked_at(net, False, of): return by_sigma(flow(net, x, of), of)
+
+def grasp_units(net, x: Tensor, y: Tensor, of: list)->list:
+    def slope(p): return torch.sigmoid(p) * (1 - torch.sigmoid(p))
+    with looked_at(net, True, of):
+        g = [v / slope(p) for v, p in zip(slopes(net, x, y, of, create_graph=True), of)] # by the strengths
+        z = sum((v.detach() * v).sum() for v in g)
+        return by_sigma(torch.autograd.grad(z, of, allow_unused=True, materialize_grads=True), of)
+
+def fisher_units(net, x: Tensor, y: Tensor, of: list)->list:
+    with looked_at(net, False, of):
+        each = [by_sigma(slopes(net, x[n:n + 1], y[n:n + 1], of), of) for n in range(len(x))]
+    return [torch.stack(v).square().mean(0) / 2 for v in zip(*each)]
+
+# %% ../../nbs/methods/zerocost.ipynb #771201f3
+def missed(net, x: Tensor, y: Tensor, name: str # of one of `SCORES`
+          )->list: # [cells, edges, operations]
+    "How much lower a score is without each operation of the new cells."
+    out, whole = torch.zeros_like(net.alpha), SCORES[name](net, x, y)
+    for c, e, o in net.op_live[:len(net.cells)].nonzero().tolist():
+        if c < net.first: continue
+        net.op_live[c, e, o] = False
+        out[c, e, o] = whole - SCORES[name](net, x, y)
+        net.op_live[c, e, o] = True
+    return [out]
+
+@STARTS.add("synflow", "grasp", "fisher", "jacobian", "naswot")
+@dataclass(frozen=True)
+class Scored(Start):
+    "Alpha, and beta where the score speaks of single units, by a score of the untrained net."
+    init: str
+    UNITS = {"synflow": synflow_units, "grasp": grasp_units, "fisher": fisher_units}
+
+    def opened(self, search):
+        net, (x, y) = search.net, (t.to(search.device) for t in whole_batch(search.loaders["train"], 0, 0))
+        units = self.UNITS.get(self.init)
+        found = units(net, x, y, searched(net)) if units else missed(net, x, y, self.init)
+        start_apart(search, found[0].detach(), [v.detach() for v in found[1:]])

@@ -44,7 +44,7 @@ class Pass:
         for n, v in zip(("mean", "var"), cell.statistics[2:]): # the pools' batch norms come after those with gates
             self.cut[n] += v.split(cell.pool_sizes)
         pooled = [(s, o) for s, kinds in enumerate(cell.pools) for o in kinds]
-        self.pool_at = {at: i for i, at in enumerate(pooled, len(filters))}
+        self.pool_at = {at: i for i, at in enumerate(pooled + [(-1, e) for e in cell.mixed], len(filters))}
 
     def weight(self, i: int, at: int # kernel i of the searched ones; its operation's place in alpha
               )->Tensor:
@@ -105,9 +105,10 @@ class LiveParts:
     def gated(self, role, x): return self.norm(role, x) * self.gate(role)
     def norm(self, role, x):
         if role in self.gates: return self.run.norm(self.gates[role], x)
-        if not self.run.cell.pool_norm: return x
-        return self.run.norm(self.run.pool_at[self.run.cell.spec.graph.edges[self.op.edge][0], self.op.op], x)
+        i = self.run.pool_at.get((self.run.cell.spec.graph.edges[self.op.edge][0], self.op.op))
+        return x if i is None else self.run.norm(i, x)
     def dropped(self, x):
+        x = self.norm("skip", x) # where all candidates end in one
         if self.run.drop is None or not self.run.cell.training: return x
         return x * drop_factors(x, *self.run.drop)
 
@@ -153,12 +154,17 @@ def equations(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Te
     spec, places, x0 = cell.spec, cell.places.split(cell.place_sizes), maps[0]
     (states, rest), out = input_states(run, maps), []
     for node, live in cell.nodes.items():
-        total = x0 if spec.residual else x0.new_zeros(len(x0), cell.channels[node], spec.side, spec.side)
+        total, mixed = x0 if spec.residual else x0.new_zeros(len(x0), cell.channels[node], spec.side, spec.side), {}
         for op in live:
             weight = alpha[op.edge * len(spec.ops) + op.op]
             left_out = chosen is not None and not chosen[op.edge, op.op]
             if left_out: total = total + weight # which is 0, and has a gradient (GDAS)
-            else: total = total + weighed(run, op, states[spec.graph.edges[op.edge][0]], weight, places)
+            else:
+                y = weighed(run, op, states[spec.graph.edges[op.edge][0]], weight, places)
+                if cell.mixed: mixed[op.edge] = mixed.get(op.edge, 0) + y
+                else: total = total + y
+        for e, y in mixed.items(): # what edges weigh comes behind their norms
+            total = total + run.norm(run.pool_at[-1, e], y) * (1 if edges is None else edges[e])
         if spec.rest:
             total = torch.cat([total, round_operations(cell, node, rest, edges)], 1)[:, cell.shuffle]
             out.append(total)

@@ -99,7 +99,7 @@ def inherited_norms(cell: StoredCell, unit: Tensor, at: dict, # (edge, operation
             norm = scaled(norm, last * gate if kind.gate == "after" else last)
         else: # a batch norm that only the network has, or that learns nothing in the super-net
             norm = {"weight": torch.full((width,), float(alpha))}
-            if cell.pool_norm:
+            if o in cell.normed:
                 mean, var = pool_statistics(cell, spec.graph.edges[e][0], o)
                 norm |= {"running_mean": mean, "running_var": var}
         out.append({k: v[where] for k, v in norm.items()})

@@ -105,9 +105,9 @@ class DerivedNet(nn.Module):
         for key in self.masked: self.register_buffer(self._buffer(key), ~arch.masks[key], persistent=False)
         self._hold()
 
-    def forward(self, x: Tensor)->tuple:
-        if not self.engine.compute.amp: return self.engine.discrete(self, x)
-        with torch.autocast(x.device.type, torch.bfloat16): found = self.engine.discrete(self, x)
+    def forward(self, x: Tensor, seen: dict|None = None)->tuple: # as for `Engine.discrete`
+        if not self.engine.compute.amp: return self.engine.discrete(self, x, seen)
+        with torch.autocast(x.device.type, torch.bfloat16): found = self.engine.discrete(self, x, seen)
         return tuple(y if y is None else y.float() for y in found)
 
     def _buffer(self, key): return "dead_" + key.replace(".", "_")

@@ -12,7 +12,14 @@ from torch.utils.checkpoint import checkpoint
 from ..base.options import Compute
 
 # %% auto #0
-__all__ = ['Engine', 'equations']
+__all__ = ['note', 'Engine', 'equations']
+
+# %% ../../nbs/net/engine.ipynb #33169f71
+def note(seen: dict|None, # cell -> gets its map
+         c: int, y: Tensor # cell, what it puts out
+        ):
+    "Keep the map of a cell, where it is asked for."
+    if seen is not None and c in seen: seen[c] = y
 
 # %% ../../nbs/net/engine.ipynb #5f686ba3
 class Engine:
@@ -22,35 +29,37 @@ class Engine:
 
     def forward(self, net, # a SuperNet of any space
                 x: Tensor, # [N, in_channels, size, size]
-                also: list|None = None # gets the logits of the auxiliary head of the whole net, where there is one
+                also: list|None = None, # gets the logits of the auxiliary head of the whole net, where there is one
+                seen: dict|None = None # cell -> gets the map [N, C, H, W] that it puts out
                )->Tensor: # [N, classes], not in 16 bits
         "Compute the logits of a super-net."
-        if not self.compute.amp: return self.through_cells(net, x, also)
-        with torch.autocast(x.device.type, torch.bfloat16): return self.through_cells(net, x, also).float()
+        if not self.compute.amp: return self.through_cells(net, x, also, seen)
+        with torch.autocast(x.device.type, torch.bfloat16): return self.through_cells(net, x, also, seen).float()
 
     def discrete(self, net, # a DerivedNet of any space
-                 x: Tensor # [N, in_channels, size, size]
+                 x: Tensor, # [N, in_channels, size, size]
+                 seen: dict|None = None # as for `forward`
                 )->tuple: # ([N, classes], the same of the auxiliary head or None)
         "Compute the logits of a discrete network."
         x = x.contiguous(memory_format=torch.channels_last)
         maps, aux = _tuple(net.stem(x)), None
         for c, (cell, keep) in enumerate(zip(net.cells, net.drop_factors(x))):
             maps = (*maps, cell(*maps, keep))[-len(maps):]
+            note(seen, c, maps[-1])
             if c == net.aux_cell and net.aux is not None and net.training: aux = net.aux(maps[-1])
         return net.classifier(maps[-1]), aux
 
-    def through_cells(self, net, x, also=None)->Tensor:
+    def through_cells(self, net, x, also=None, seen=None)->Tensor:
         maps, drawn = tuple(m.contiguous() for m in _tuple(net.stem(x))), self.drawn(net)
         m = net.mixture(drawn)
         for c in range(len(net.cells)):
             y = self.kept(net, c, self.equations(net, c, m), maps, len(x), drawn)
             if also is not None and net.aux is not None and c == net.aux_cell: also.append(net.aux(y).float())
+            note(seen, c, y)
             maps = (*maps, y)[-len(maps):]
         return net.head(y)
     def prepare(self, net): "Work out what a pass needs to know, before one."
-    def held(self, net)->list: # of tensors
-        "Return what it keeps for a super-net from step to step."
-        return []
+    def held(self, net)->list: return [] # tensors that it keeps for a super-net from step to step
     def drawn(self, net)->bool: # whether only what is drawn of a super-net is computed
         return net.strength.hard and (net.paths or not net.training)
 

@@ -5,18 +5,19 @@
 # %% ../../nbs/net/stored.ipynb #2fa6bb11
 from __future__ import annotations
 import math
+from typing import Any, cast
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
 from .channels import CellIndex, Layout, candidate
 from ..space.cell import Gate, Segment
 from ..space.layers import reset_uniform
-from ..space.operation import Operation
+from ..space.operation import Operation, Skip
 
 # %% auto #0
 __all__ = ['remap', 'carry', 'carry_columns', 'Parts', 'LiveOp', 'turn', 'live_operations', 'preprocessing_plan',
-           'threshold_runs', 'pools_of', 'pool_slots', 'fresh_weights', 'nothing_of', 'relayout', 'plan', 'StoredCell',
-           'full_strength', 'pool_statistics']
+           'threshold_runs', 'normed_of', 'pools_of', 'edges_of', 'pool_slots', 'fresh_weights', 'nothing_of',
+           'relayout', 'plan', 'StoredCell', 'full_strength', 'pool_statistics']
 
 # %% ../../nbs/net/stored.ipynb #88f95aad
 def remap(old: Tensor, # [m] int64, ascending slots stored so far
@@ -134,22 +135,35 @@ def threshold_runs(lay: Layout, preprocessed: int # inputs with a threshold of t
     return out
 
 # %% ../../nbs/net/stored.ipynb #5ea456c1
-def pools_of(lay: Layout, pools: list # places of the operations that pool, from `CellIndex.more`
+def normed_of(index: CellIndex, pools: bool, skips: bool # which of them have batch norms
+             )->list: # of places, ascending
+    "List the operations without filters that end in a batch norm."
+    def one(o, op): return o in index.more if not isinstance(op, Skip) else skips
+    return [o for o, op in enumerate(index.spec.ops) if one(o, op) and (pools or skips)]
+
+def pools_of(lay: Layout, pools: list # places of the operations that pool, from `normed_of`
             )->list: # for each state that is read, of places
-    "List the pools that there are of each state."
-    graph, out = lay.spec.graph, []
+    "List the pools that there are of each state; and skips, where they are normalised and not strided."
+    (graph, ops), out = (lay.spec.graph, lay.spec.ops), []
     for s in range(graph.states - 1):
         reads = [e for e, (src, _) in enumerate(graph.edges) if src == s]
-        out.append([o for o in pools if bool(lay.ops[reads, o].any())])
+        there = (o for o in pools if not ops[o].norms(lay.spec.stride(reads[0])))
+        out.append([o for o in there if bool(lay.ops[reads, o].any())])
     return out
 
-def pool_slots(lay: Layout, pools: list)->Tensor: # int64, ascending
-    "List the pooled channels that are stored, by state, pool and channel."
-    C, out = lay.spec.width, [torch.zeros(0, dtype=torch.long)]
+def edges_of(lay: Layout)->list: # of numbers
+    "List the edges that there are."
+    return lay.ops.any(1).nonzero().flatten().tolist()
+
+def pool_slots(lay: Layout, pools: list, edges: list|tuple = () # from `edges_of`, where their sums are normalised
+              )->Tensor: # int64, ascending
+    "List the pooled channels that are stored, by state, pool and channel; then those of edges."
+    C, graph, out = lay.spec.width, lay.spec.graph, [torch.zeros(0, dtype=torch.long)]
+    def ids(s): return lay.alive[slice(lay.spec.state(s)[0], sum(lay.spec.state(s)))].nonzero().flatten()
     for s, kinds in enumerate(pools_of(lay, pools)):
-        at, n = lay.spec.state(s)
-        out += [(s * len(pools) + pools.index(o)) * C + lay.alive[at:at + n].nonzero().flatten() for o in kinds]
-    return torch.cat(out)
+        out += [(s * len(pools) + pools.index(o)) * C + ids(s) for o in kinds]
+    first = (graph.states - 1) * len(pools)
+    return torch.cat(out + [(first + e) * C + ids(graph.edges[e][1]) for e in edges])
 
 # %% ../../nbs/net/stored.ipynb #9722f2cd
 def fresh_weights(lay: Layout, group: str, generator: torch.Generator)->Tensor: # [weights of the group]
@@ -185,7 +199,8 @@ def relayout(cell: StoredCell, lay: Layout, generator: torch.Generator)->list: #
     for name, fresh in (("scale", 1.), ("shift", 0.), ("beta", 0.)): renew(name, moves["gates"], fresh)
     cell.mean, cell.var = carry(cell.mean, *moves["gates"], 0.), carry(cell.var, *moves["gates"], 1.)
     if cell.pool_norm:
-        before, cell.pool_slots = cell.pool_slots, pool_slots(lay, cell.index.more)
+        edges = edges_of(lay) if cell.normalise == "mix" else []
+        before, cell.pool_slots = cell.pool_slots, pool_slots(lay, cell.normed, edges)
         move = remap(before, cell.pool_slots)
         cell.pool_mean, cell.pool_var = carry(cell.pool_mean, *move, 0.), carry(cell.pool_var, *move, 1.)
     return moved
@@ -198,8 +213,10 @@ def plan(cell: StoredCell):
     cell.sizes = {g: [math.prod(s) for s in v] for g, v in parts.shapes.items()}
     cell.nodes, places, cell.channels = live_operations(lay, parts)
     cell.pre, cell.place_sizes = preprocessing_plan(lay, parts), [len(p) for p in places]
-    cell.pools = pools_of(lay, cell.index.more) if cell.pool_norm else []
+    cell.pools = pools_of(lay, cell.normed) if cell.normed else []
+    cell.mixed = edges_of(lay) if cell.normalise == "mix" else []
     cell.pool_sizes = [cell.channels[s] for s, kinds in enumerate(cell.pools) for _ in kinds]
+    cell.pool_sizes += [cell.channels[spec.graph.edges[e][1]] for e in cell.mixed]
     area = [torch.full((len(i),), g.side ** 2) for g, i in lay.gates]
     area += [torch.full((n,), spec.side ** 2) for n in cell.pool_sizes]
     skips = torch.cat([torch.full((len(i),), not g.learned) for g, i in lay.gates])
@@ -244,20 +261,22 @@ class StoredCell(nn.Module):
     pre: list # from `preprocessing_plan`
     place_sizes: list # into which `places` splits
     pools: list # from `pools_of`
-    pool_sizes: list # channels of each batch norm after a pool
+    mixed: list # edges whose sums are normalised
+    pool_sizes: list # channels of each batch norm after a pool, a skip, or on an edge
     has_skips: bool
 
     def __init__(self, lay: Layout, generator: torch.Generator, # what to store; for the initial weights
                  gated: bool = True, # filters have gates
                  scored: bool = False, # searched weights have scores
-                 pool_norm: bool = False # pools have batch norms
+                 pool_norm: bool = False, # pools have batch norms
+                 normalise: str = "none" # each: skips too; mix: the sum on each edge
                 ):
         super().__init__()
         self.spec, self.index, self.layout = lay.spec, CellIndex(lay.spec), nothing_of(lay)
-        self.gated, self.scored, self.pool_norm = gated, scored, pool_norm
-        self.attention: nn.Module|None = None # (state, [N, C, H, W], n) -> (the same, scaled; [n] channels of it)
-        self.pool_slots = torch.zeros(0, dtype=torch.long)
-        for name in ("pool_mean", "pool_var") * pool_norm + ("mean", "var"): self.register_buffer(name, torch.zeros(0))
+        self.gated, self.scored, self.normalise, self.attention = gated, scored, normalise, cast(Any, None)
+        self.pool_norm = without = pool_norm or normalise != "none" # whether there are norms without filters
+        self.normed, self.pool_slots = normed_of(self.index, pool_norm, normalise == "each"), torch.zeros(0).long()
+        for name in ("pool_mean", "pool_var") * without + ("mean", "var"): self.register_buffer(name, torch.zeros(0))
         for name in ("omega", "plain", "scale", "shift", "beta") + ("score",) * scored:
             setattr(self, name, nn.Parameter(torch.zeros(0)))
         self.register_buffer("omega_live", torch.zeros(0, dtype=torch.bool))
@@ -280,7 +299,7 @@ def full_strength(cell: StoredCell)->Tensor: # [filters of the full cell], on th
 
 def pool_statistics(cell: StoredCell, state: int, op: int)->tuple: # two [width], on the CPU
     "Return the running mean and variance of one pool of a state, as fresh for channels that are gone."
-    C, pools = cell.spec.width, cell.index.more
+    C, pools = cell.spec.width, cell.normed
     here = cell.pool_slots.div(C, rounding_mode="floor") == state * len(pools) + pools.index(op)
     at, stored = cell.pool_slots[here] % C, [v.cpu()[here].float() for v in (cell.pool_mean, cell.pool_var)]
     return tuple(torch.full((C,), fresh).index_copy_(0, at, v) for v, fresh in zip(stored, (0., 1.)))

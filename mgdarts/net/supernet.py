@@ -70,9 +70,8 @@ class SuperNet(nn.Module):
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.parts = strengths[0], strengths + self.shapes
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
-        # scores are in force, drop-out on skips; whether thresholds are in force, the stage and its first cell
-        self.noise, self.tau, self.paths, self.sparse, self.skip_dropout = None, 1., False, False, 0.
-        self.path: tuple|None = None # what is drawn for more steps than one, as the strength keeps it
+        # scores are in force, drop-out on skips, a path for more steps; whether thresholds are in force, the stage and its first cell
+        self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
         self.discretising, self.stage, self.first = False, 0, 0
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.strong = brought(self) # names of the parameters that have a strength
@@ -84,7 +83,7 @@ class SuperNet(nn.Module):
         self.cells = cast("list[Cell]", nn.ModuleList())
 
     def _generator(self, *what)->torch.Generator: return part_generator(self.seed, *what)
-    def forward(self, x: Tensor, also: list|None = None)->Tensor: return self.engine.forward(self, x, also)
+    def forward(self, x, also=None, seen=None)->Tensor: return self.engine.forward(self, x, also, seen) # as it says
 
     # how strong everything counts
     def edges(self)->Tensor|None: return edge_weights(self)
@@ -122,7 +121,8 @@ def add_cell(net: SuperNet, ops: Tensor, alive: Tensor): # [edges, operations] a
     "Append the next cell."
     c, rules = len(net.cells), net.rules
     stored, g = layout(net.spec.cell[c], ops, alive), net._generator(2, c)
-    cell = Cell(stored, g, rules.gates, rules.keep < 1, rules.pool_norm)
+    how = rules.gates, rules.keep < 1, rules.pool_norm, rules.normalise
+    cell = Cell(stored, g, *how)
     for p in net.shapes: p.made(cell, g)
     net.cells.append(cell.to(net.alpha.device))
 

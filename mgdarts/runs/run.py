@@ -33,7 +33,7 @@ from ..search.prune import SLACK
 
 # %% auto #0
 __all__ = ['SEARCH_EVENTS', 'TRAIN_EVENTS', 'DERIVED', 'first_bad', 'out_of_memory', 'memory_advice', 'go_on', 'restore',
-           'carry_out', 'derived', 'result_of', 'finish', 'search', 'train', 'retrain']
+           'carry_out', 'keep_table', 'derived', 'result_of', 'finish', 'search', 'train', 'retrain']
 
 # %% ../../nbs/runs/run.ipynb #fb09917c
 def _bad(loop)->str|None: # its name; None: all is finite
@@ -144,6 +144,14 @@ def carry_out(loop, out: Path, recorder: Recorder, clock: Clock,
             raise RunFailed(memory_advice(loop)) from None
         saver.save()
 
+# %% ../../nbs/runs/run.ipynb #ac4e6ea9
+def keep_table(loop: Search, path: Path, guard):
+    "Write the table of candidates that a method decides by, once it has decided: before anything is pruned for it."
+    def write(event: Event):
+        guard(event)
+        write_json(path, {k: event.to_dict()[k] for k in ("candidates", "chosen")})
+    loop.events.listen(write, "candidates")
+
 # %% ../../nbs/runs/run.ipynb #cf507bd4
 def _watched(out: Path, loop: Search, kept: dict|None, clock: Clock, quiet: bool, listeners: tuple, save_every: float,
              guard):
@@ -151,6 +159,7 @@ def _watched(out: Path, loop: Search, kept: dict|None, clock: Clock, quiet: bool
     how = SEARCH_EVENTS, ("commit", "stage"), save_every
     if not HERE.leads: return carry_out(loop, out, Silent(), clock, (), *how)
     recorder = Recorder(out / "events.jsonl", kept)
+    keep_table(loop, out / "candidates.json", guard)
     frames = FrameRecorder(loop, out / REPLAY_FILE, recorder.count)
     with contextlib.closing(frames.lines), Progress(len(loop.stages), quiet) as bar:
         if kept: bar.stage, bar.start = loop.stage, loop.start

@@ -43,8 +43,7 @@ class Search:
                  loaders: dict, # train, and arch where alpha has its own: `len`, `batch(epoch, step)`; val: `eval()`
                  cfg: Settings,
                  aux_size: str = "medium", # auxiliary heads
-                 seed: int = 0, device: str|torch.device = "cpu",
-                 engine: Engine|None = None, # what computes the super-net; None: the reference
+                 seed: int = 0, device: str|torch.device = "cpu", engine: Engine|None = None, # None: the reference
                  events: Emitter|None = None,
                  check_every: int = 50, # steps between two looks at whether the loss is finite
                  rules: Rules|None = None # what the search is composed of
@@ -57,11 +56,12 @@ class Search:
         refuse_unsearchable(self)
         self.stages = self.parts.plan(plan(spec, cfg.stages, self.by_size and cfg.stage_keep[-1] > 0), spec)
         self.state, self.lam, self.optimizer, self.adam, self.trial = SearchState(), None, None, None, None
-        self.memory: dict = {} # what a schedule keeps: plain data and tensors
-        self.safe_state, self.just = None, set() # the state an epoch began with; types of this step's events
+        # the state an epoch began with; types of this step's events; what a schedule keeps: plain data and tensors
+        self.safe_state, self.just, self.memory = None, set(), {}
         # sums of this epoch: CE, R_size, R_thr, R_size of the stage's own cells, hits, images
         self.sums = torch.zeros(6, dtype=torch.float64, device=self.device)
         fresh_net(self)
+        self.along = self.parts.schedule.along(self) # or None
 
     def __getattr__(self, name):
         if name in SearchState.__dataclass_fields__: return getattr(self.state, name)

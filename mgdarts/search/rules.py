@@ -66,6 +66,8 @@ class Schedule(Part):
         What it keeps from step to step is in the search's `memory`, and saved with it.
         """
         return False
+    def along(self, search):
+        "Make what is trained along with the net: with `state_dict` and `load_state_dict`, to be saved with it."
     def prepare(self, net, clock: Clock, images: str):
         "Bring the net into the state that the next turn needs."
     def plan(self, stages: list, # of (name, last cell, index of the head)

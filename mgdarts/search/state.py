@@ -46,6 +46,7 @@ def save_state(search)->dict:
             "optimizer": renamed(search.optimizer.state_dict(), SAVED) if search.optimizer else None,
             "adam": on_host(search.adam.state_dict()) if search.adam else None,
             "trial": on_host(search.trial), "memory": on_host(search.memory),
+            "along": on_host(search.along.state_dict()) if search.along else None,
             "lambda": asdict(search.lam) if search.lam else None,
             "mom": on_host(search.mom), "sums": on_host(search.sums), "config": plain(asdict(search.cfg)),
             "rules": plain(asdict(search.rules)), "spec": asdict(search.whole), "seed": search.seed}
@@ -88,6 +89,8 @@ def load_state(search, state: dict):
     if search.adam: search.adam.load_state_dict(copy.deepcopy(state["adam"]))
     search.trial, search.safe_state = copy.deepcopy(state.get("trial")), state
     search.memory = copy.deepcopy(state.get("memory", {}))
+    search.along = search.parts.schedule.along(search)
+    if search.along: search.along.load_state_dict(state["along"])
     search.lam = Lambda(**state["lambda"]) if state["lambda"] else None
     mom, sums = (state[k].to(search.device, copy=True) for k in ("mom", "sums"))
     if len(sums) < 6: sums = torch.cat([sums[:3], sums[1:2], sums[3:]]) # the stage's own R_size came later

@@ -11,7 +11,7 @@ from .rules import Final
 from .stages import decide
 
 # %% auto #0
-__all__ = ['kinds_of', 'per_cell', 'score_among', 'Trial']
+__all__ = ['kinds_of', 'per_cell', 'score_among', 'code_of', 'ops_of', 'conclude', 'conclude_with_best', 'Attempts', 'Trial']
 
 # %% ../../nbs/search/trial.ipynb #36e84001
 def kinds_of(spec)->list: # cell numbers, ascending
@@ -38,24 +38,62 @@ def score_among(net, ops: Tensor, # [kinds, edges, operations] bool
         for now, was in zip(c.statistics, before): now.copy_(was)
     return found
 
+# %% ../../nbs/search/trial.ipynb #bf921f37
+def code_of(spec, ops: Tensor # [kinds, edges, operations] bool
+           )->str:
+    "A candidate in words: `sep_conv_3x3:0-2 skip_connect:1-2 ...`, kinds of cells apart by ` | `."
+    def word(e, o): return f"{spec.ops[o]}:{spec.edges[e][0]}-{spec.edges[e][1]}"
+    return " | ".join(" ".join(word(e, o) for e, o in kind.nonzero().tolist()) for kind in ops)
+
+def ops_of(spec, code: str)->Tensor: # [kinds, edges, operations] bool
+    "The candidate that `code_of` says."
+    kinds = code.split(" | ")
+    out = torch.zeros(len(kinds), len(spec.edges), len(spec.ops), dtype=torch.bool)
+    for k, words in enumerate(kinds):
+        for name, _, edge in (w.partition(":") for w in words.split()):
+            src, dst = map(int, edge.split("-"))
+            out[k, spec.edges.index((src, dst)), spec.ops.index(name)] = True
+    return out
+
+def conclude(search, keep: Tensor, # [kinds, edges, operations] bool
+             **how): # JSON-ready: what else is to be known of the choice
+    "Tell of the table, and let the search become one candidate, whether it stands in the table or not."
+    spec, trial = search.spec, search.trial
+    rows = [{"order": i, "score": s, "code": code_of(spec, ops)}
+            for i, (ops, s) in enumerate(zip(trial["found"], trial["scores"]))]
+    chosen = code_of(spec, keep)
+    order = next((r["order"] for r in rows if r["code"] == chosen), None)
+    search.emit("candidates", candidates=rows, chosen={"order": order, "code": chosen, **how})
+    decide(search, keep=per_cell(spec, keep))
+
+def conclude_with_best(search, samples: int): # how many there must be
+    "Once there are enough scores, the best candidate stays."
+    scores = search.trial["scores"]
+    if len(scores) < samples: return
+    conclude(search, search.trial["found"][max(range(samples), key=scores.__getitem__)])
+
 # %% ../../nbs/search/trial.ipynb #02d8785f
 @dataclass(frozen=True)
-class Trial(Final):
-    "Decide by candidates. What is tried is in the search's `trial`, and saved with it."
-    samples: int # candidates
-    batches: int # batches that choose among them
+class Attempts(Final):
+    "Decide step by step. What is tried is in the search's `trial`, and saved with it."
+    batches: int # batches that choose among candidates
 
     def at_end(self, search):
         search.trial = {"todo": [], "now": search.net.op_live[kinds_of(search.spec)].cpu(), "found": [], "scores": []}
     def attempt(self, search):
         search.state.steps += 1
         self.one(search, search.net.op_live[kinds_of(search.spec)].cpu(), search.trial)
-        scores = search.trial["scores"]
-        if len(scores) == self.samples:
-            best = max(range(len(scores)), key=scores.__getitem__)
-            decide(search, keep=per_cell(search.spec, search.trial["found"][best]))
     def one(self, search, whole: Tensor, # [kinds, edges, operations] bool: what there is to choose from
-            trial: dict # todo, now, found, scores: changed in place
+            trial: dict # todo, now, found, scores, and what else a method needs: changed in place
            ):
         "One decision, or one score."
         raise NotImplementedError
+
+@dataclass(frozen=True)
+class Trial(Attempts):
+    "Decide by candidates, of which the best one stays."
+    samples: int # candidates
+
+    def attempt(self, search):
+        super().attempt(search)
+        conclude_with_best(search, self.samples)

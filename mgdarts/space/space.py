@@ -75,7 +75,6 @@ class Space:
     stem_params: int
     stem_macs: int # of one image
     __dataclass_fields__: ClassVar[dict] # what it takes to be a dataclass
-
     # what a subclass says
     @classmethod
     def of_config(cls, cfg: Config, classes: int, size: int, in_channels: int = 3)->Space:
@@ -95,7 +94,8 @@ class Space:
     def write_cell(self, cell: ArchCell)->dict|list: return write_operations(cell)
     def read_cell(self, c: int, d)->ArchCell: return read_operations(c, d)
 
-    # what follows
+    alike = property(lambda self: self.constraint in ALIKE) # cells of a kind have the same operations
+    two = property(lambda self: self.constraint in TWO) # a node has two edges, with an operation each
     @cached_property
     def operations(self)->tuple: return tuple(OPERATIONS[name] for name in self.ops)
     @property
@@ -104,10 +104,6 @@ class Space:
     def convs(self)->tuple: return tuple(op.searched for op in self.cell[0].ops) # which have weights to search
     @property
     def node_sizes(self)->tuple: return tuple(len(edges) * len(self.ops) for edges in self.graph.into if edges)
-    @property
-    def alike(self)->bool: return self.constraint in ALIKE # cells of a kind have the same operations
-    @property
-    def two(self)->bool: return self.constraint in TWO # a node has two edges, with an operation each
     @property
     def kinds(self)->list: # for each cell, the first cell that shares its operations and their strengths
         first = {c.reduction: c.index for c in reversed(self.cell)}

@@ -17,7 +17,13 @@ YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": Tr
            "data": {"workers": -1},
            "rules": {"truncate": .5, "credit_momentum": .8, "credit_step": .1, "identity": False,
                      "redraw": 100, "complexity": 0., "drawn_decay": 0.,
-                     "growth": [5 / 17, 11 / 17, 1.], "parts": [0, 0, 0], "attention": "none"}} # as runs before were
+                     "growth": [5 / 17, 11 / 17, 1.], "parts": [0, 0, 0], "attention": "none",
+                     "normalise": "none", "judge": "shared", "judge_epochs": 5, "rounds": 10, "draw": 100, "top": 1000,
+                     "pool": 10000, "predictor": "mlp", "hidden": 1000, "labelled": 423, "comparator_epochs": 1000,
+                     "policy_steps": 10000, "own_every": 100, "base_every": 500,
+                     "antisymmetric": False, "score": "naswot", "depth": 2.5, "cycle": 1,
+                     "cycle_warmup": 1, "distill": 1., "temperature": 2., "plain": 5., "plain_share": .2,
+                     "lr_evaluation": .2}} # knobs, as runs before were
 
 def checksum(*parts)->str:
     "Of configurations and other plain data, wherever the images lie. A younger knob at its default changes none."

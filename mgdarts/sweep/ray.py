@@ -85,6 +85,9 @@ def join(ray, # the module
         except ConnectionError: # says Ray where no cluster is known
             raise InputError("there is no Ray cluster here: start one with ray start --head, name its --address "
                              "HOST:PORT, or say --address local") from None
+        except KeyboardInterrupt:
+            ray.shutdown() # what has been started of it
+            raise
         except getattr(ray.exceptions, "AuthenticationError", ()):
             raise InputError("the cluster wants a token that is not known here: set RAY_AUTH_TOKEN as on its "
                              "nodes") from None

@@ -49,7 +49,11 @@ def main(method, impl, dtype, steps, *settings):
     Loader.batch = lambda self, *at: tuple(t.to(kind) if t.is_floating_point() else t for t in real(self, *at))
     Loader.eval = lambda self: ((x.to(kind), y) for x, y in shown(self))
     search, losses, alive = make_search(cfg), [], []
-    search.events.listen(lambda e: search.net.to(kind), "batch")  # before a step, whatever has grown
+    def widen(event):
+        "Before a step, whatever has grown, and what is trained along with it."
+        for part in (search.net, *(m for m in vars(search.along or search).values() if isinstance(m, torch.nn.Module))):
+            part.to(kind)
+    search.events.listen(widen, "batch")
     search.events.listen(lambda e: losses.append(e.loss), "step")
     search.events.listen(lambda e: alive.append([e.type, masks(search.net)]), "commit", "regrow", "stage")
     while not search.finished and (int(steps) == 0 or len(losses) < int(steps)): search.step()
