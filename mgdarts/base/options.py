@@ -222,8 +222,8 @@ class Rules(Cycles, Judging, Paths, Widening):
     normalise: str = knob("none", "a weighted normalisation of what an edge gives: of each candidate, or of their mix "
         "(our reading of l-DARTS)", choices=("none", "each", "mix"))
     ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
-    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; small positive numbers; or what one batch "
-        "says of each unit before any training: its saliency (SNIP), or another score", choices=STARTS)
+    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; small positive numbers; or what one "
+        "batch says of each unit before any training: its saliency (SNIP), or another score", choices=STARTS)
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
         choices=PRESSURES)
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
