@@ -348,6 +348,13 @@ PUBLISHED = {
                     "rules.edge_norm": False, "rules.zero": False, "rules.weights_only": .5, "search.adam": False,
                     "search.optimisation": "contribution", "rules.samples": 10, "rules.batches": 4,
                     "rules.truncate": .5, "rules.credit_momentum": .8, "rules.credit_step": .1},
+    **{name: {"search.length": epochs, "search.clip": .25, "search.optimisation": "joint", "rules.zero": False,
+              "rules.init": "zero", "rules.weights_only": 1., **more}  # a super-net trained as for `random`
+       for name, epochs, more in (("ctnas", 120, {"rules.labelled": 423, "rules.comparator_epochs": 1000,
+                                                  "rules.policy_steps": 10000, "rules.own_every": 100,
+                                                  "rules.base_every": 500}),
+                                  ("weaknas", 100, {"rules.pool": 10000, "rules.rounds": 10, "rules.draw": 100,
+                                                    "rules.top": 1000}))},
     "cdarts": {"search.batch": 256, "search.lr_weights": .2, "rules.lr_evaluation": .2, "search.lr_end": -1.,
                "search.weight_decay": 0., "search.arch_decay": 0., "search.length": 32, "search.warmup": 2,
                "rules.weights_only": -1., "search.optimisation": "cyclic", "rules.depth": 2.5, "rules.cycle": 1,
