@@ -70,7 +70,7 @@ class SuperNet(nn.Module):
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.parts = strengths[0], strengths + self.shapes
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
-        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are, the stage, its first cell
+        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are; the stage, its start
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
         self.discretising, self.stage, self.first = False, 0, 0
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
