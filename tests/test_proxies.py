@@ -98,10 +98,11 @@ def test_naswot_by_hand():
     assert abs(SCORES["naswot"](net, x) - float(torch.linalg.slogdet(k)[1])) < 1e-9
 
 
-@pytest.mark.parametrize("init", ("synflow", "grasp", "fisher", "naswot", "jacobian"))
-@pytest.mark.parametrize("method", ("mg-darts", "darts-v1"))
+@pytest.mark.parametrize("init, method", [(init, "mg-darts") for init in ("synflow", "grasp", "fisher", "naswot",
+                                          "jacobian")] + [("synflow", "darts-v1")])
 def test_a_start(init, method):
-    cfg = preset("smoke", method, **TINY, **{"rules.init": init})
+    few = {"rules.ops": "skip_connect,sep_conv_3x3"} if init in ("naswot", "jacobian") else {}
+    cfg = preset("smoke", method, **TINY, **few, **{"rules.init": init})
     search = make_search(cfg, load_data(cfg.data, 0))
     search.events.listen(lambda e: alphas.append(search.net.alpha.detach().clone()), "stage")
     alphas = []
@@ -111,7 +112,7 @@ def test_a_start(init, method):
     if method == "darts-v1": assert alpha[1].equal(alpha[2]) # cells that are alike
 
 
-@pytest.mark.parametrize("score", ("synflow", "jacobian", "snip"))
+@pytest.mark.parametrize("score", ("synflow", "jacobian"))
 def test_a_decision(score):
     cfg = preset("smoke", "zero-cost-pt", **TINY, **{"rules.score": score, "rules.samples": 1, "rules.batches": 1,
                                                      "rules.ops": "skip_connect,sep_conv_3x3"})
