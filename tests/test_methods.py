@@ -11,8 +11,8 @@ from mgdarts.net import files as architecture
 from mgdarts.net.count import counts
 from mgdarts.cli import main as cli
 from mgdarts.runs.make import bare_search
-from mgdarts.base.options import (DECISIONS, PRESSURES, REGISTRIES, InputError, Method, Rules, Search, configure,
-                                  refuse_unhandled)
+from mgdarts.base.options import (ALIKE, DECISIONS, PRESSURES, REGISTRIES, TWO, InputError, Method, Rules, Search,
+                                  configure, refuse_unhandled)
 from mgdarts.base.data import load_data
 from mgdarts.methods.registry import METHODS, add_method, parts_of, preset
 from mgdarts.methods.dass import Scores
@@ -82,7 +82,7 @@ def test_search_derive_retrain(method, tmp_path, capsys):
                 into = [op.src for op in cell.ops if op.dst == j and op.op != "skip_connect"]
                 assert into == beside
             assert into and (config(method).space.constraint == 3 or len(into) == len(set(into)) == 2)
-    if config(method).space.constraint < 3:
+    if config(method).space.constraint in ALIKE:
         kinds = {}
         for cell, spec in zip(arch.cells, arch.spec.cell):
             ops = [(o.op, o.src, o.dst) for o in cell.ops]
@@ -99,13 +99,16 @@ def test_search_derive_retrain(method, tmp_path, capsys):
 def test_the_registry_and_the_knobs_agree():
     assert tuple(METHODS) == ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas",
                               "beta-darts", "dass", "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random",
-                              "shapley-nas", "csc-darts", "l-darts", "ctnas", "weaknas", "cdarts")
+                              "shapley-nas", "csc-darts", "l-darts", "ctnas", "weaknas", "cdarts", "u-darts",
+                              "pa-darts", "aca-pc-darts")
     choices = {f.name: f.metadata["choices"] for f in Rules.__dataclass_fields__.values()}
-    assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform"}
+    assert set(choices["relaxation"]) == {"sigmoid", "softmax", "gumbel", "binary", "dirichlet", "uniform",
+                                          "path"}
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample",
                                            "predictor", "comparator"}
     assert set(choices["superpose"]) == {"none", "kernels", "kernels+filters"}
-    assert set(choices["init"]) == {"zero", "normal", "saliency", "synflow", "grasp", "fisher", "jacobian", "naswot"}
+    assert set(choices["init"]) == {"zero", "normal", "positive", "saliency", "synflow", "grasp", "fisher", "jacobian",
+                                    "naswot"}
     assert set(choices["score"]) == set(SCORES)
     assert set(choices["regulariser"]) == {"size+threshold", "size", "none"}
     optimisation = Search.__dataclass_fields__["optimisation"].metadata["choices"]
@@ -126,12 +129,13 @@ def test_the_registry_and_the_knobs_agree():
     ({"method": "gold-nas", "rules.superpose": "kernels"}, "rules.superpose=none"),
     ({"method": "gold-nas", "rules.partial": 2}, "rules.partial=1"),
     ({"method": "dass", "rules.superpose": "kernels"}, "rules.keep=1"),
-    ({"method": "darts-v2", "rules.aux": 0.4}, "rules.aux=0"),
+    ({"method": "zero-cost-pt", "rules.aux": 0.4}, "rules.aux=0"),
     ({"method": "cdarts", "rules.aux": 0.4}, "rules.aux=0"),
     ({"method": "cdarts", "space.constraint": 2}, "space.constraint=1"),
     ({"method": "shapley-nas", "rules.relaxation": "gumbel"}, "without a draw"),
     ({"method": "l-darts", "rules.relaxation": "gumbel"}, "without a draw"),
     ({"method": "shapley-nas", "space.kind": "mobilenet"}, "space.kind=darts"),
+    ({"method": "u-darts", "rules.discretiser": "sample"}, "rules.discretiser=argmax"),
 ])
 def test_rules_that_do_not_go_together(settings, says):
     with pytest.raises(InputError, match=says): preset("smoke", **settings)
@@ -207,19 +211,19 @@ def test_events_of_a_step(splits):
                                                       "backward": ["images"], "update": ["groups", "images"]}
 
 
-@pytest.mark.parametrize("constraint", (1, 2, 3))
+@pytest.mark.parametrize("constraint", (1, 2, 3, 4))
 @pytest.mark.parametrize("method", ("mg-darts", "darts-v1", "pc-darts", "gdas"))
 def test_the_three_spaces(method, constraint, splits):
-    """Table VI: space 1 has two edges a node and cells that are alike, space 2 cells that are alike, space 3 neither;
-    free connections end at the target."""
+    """Table VI: space 1 has two edges a node and cells that are alike, space 2 cells that are alike, space 3 neither,
+    and space 4 two edges a node; free connections end at the target."""
     own = {"search.stages": 1, "search.regrow": 0, "search.granularities": "operation", "search.stage_keep": 0.5,
            "search.max_epochs": 3} if method == "mg-darts" else {}
     search = make_search(config(method, **own, **{"space.constraint": constraint, "search.target_m": .015
                                                   if method != "mg-darts" else .03}), splits)
     search.run()
     live = search.net.op_live.cpu()
-    if constraint < 3: assert live[1].equal(live[2]) # the reduction cells
-    if constraint == 1: # learned thresholds may leave a node one edge
+    if constraint in ALIKE: assert live[1].equal(live[2]) # the reduction cells
+    if constraint in TWO: # learned thresholds may leave a node one edge
         assert live.sum(-1).max() == 1
         assert all(live[c, list(DARTS_GRAPH.into[j])].any(-1).sum() in ((1, 2) if method == "mg-darts" else (2,))
                    for c in range(3) for j in DARTS_GRAPH.nodes)

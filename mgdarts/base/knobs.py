@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% auto #0
-__all__ = ['knob', 'Judging', 'Cycles']
+__all__ = ['knob', 'Judging', 'Cycles', 'Paths', 'Widening']
 
 # %% ../../nbs/base/knobs.ipynb #c33bb3d2
 def knob(default, # value when nothing is said
@@ -56,3 +56,21 @@ class Cycles:
     plain: float = knob(5.0, "CDARTS: weight of |alpha| of skips and pools at first; it falls to 0", 0.0)
     plain_share: float = knob(0.2, "CDARTS: share of the epochs that move alpha, after which it is 0", 0.001, 1.0)
     lr_evaluation: float = knob(0.2, "CDARTS: learning rate of the evaluation net", 0.0, 10.0)
+
+# %% ../../nbs/base/knobs.ipynb #ca24b08f
+@dataclass
+class Paths:
+    "Paths that are drawn at random, and what holds simple operations on them back (U-DARTS)."
+    redraw: int = knob(100, "steps for which a path stays that is drawn at random", 1)
+    complexity: float = knob(0.0, "price of drawn operations on alpha, more for simple ones (U-DARTS: 0.0175)", 0.0)
+    drawn_decay: float = knob(0.0, "weight decay of alpha where its operation is drawn, beside search.arch_decay "
+        "everywhere", 0.0)
+
+@dataclass
+class Widening:
+    "Nets one after the other, of which each may see more of the channels (P-DARTS, PA-DARTS)."
+    growth: tuple = knob((5 / 17, 11 / 17, 1.0), "depth of nets that grow, as shares of space.cells", 0.0, 1.0)
+    parts: tuple = knob((0, 0, 0), "rules.partial in each of these nets, or as much as leaves an even number of "
+        "channels in each part; 0: rules.partial", 0, 64)
+    attention: str = knob("none", "what chooses the channels that operations see, where they do not see all: they are "
+        "the first ones; or channel attention (PA-DARTS)", choices=("none", "cbam"))

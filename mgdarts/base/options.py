@@ -7,13 +7,13 @@ from __future__ import annotations
 import ast, dataclasses, difflib, json, math, os
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
-from .knobs import Cycles, Judging, knob
+from .knobs import Cycles, Judging, Paths, Widening, knob
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
-           'SPACE_KINDS', 'PARTS', 'LATER', 'InputError', 'closest', 'Part', 'need', 'Registry', 'Space', 'Data',
-           'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled', 'darts_only',
-           'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
+           'SPACE_KINDS', 'ALIKE', 'TWO', 'PARTS', 'LATER', 'InputError', 'closest', 'Part', 'need', 'Registry',
+           'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
+           'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -87,6 +87,7 @@ OPERATIONS = ("skip_connect", "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "d
               "max_pool_3x3") # of the DARTS-like space
 OPERATION_NAMES: list[str] = list(OPERATIONS) # what is added joins these
 SPACE_KINDS = ["darts", "mobilenet"]
+ALIKE, TWO = (1, 2), (1, 4) # values of `Space.constraint`: cells of a kind are alike; a node has two edges
 
 @dataclass
 class Space:
@@ -99,7 +100,7 @@ class Space:
     aux_size: str = knob("medium", "auxiliary heads of the early stages (Table X)",
         choices=("small", "medium", "large"))
     constraint: int = knob(3, "Table VI: 1: an operation an edge and two edges a node, cells of a kind alike; 2: "
-        "connections free; 3: cells independent too", choices=(1, 2, 3))
+        "connections free; 3: cells independent too; 4: as 1, and cells independent", choices=(1, 2, 3, 4))
     stem: str = knob("auto", "3x3 stem, or the strided ImageNet stem; auto: by image size",
         choices=("auto", "cifar", "imagenet"))
 
@@ -203,10 +204,11 @@ class Train:
 
 # %% ../../nbs/base/options.ipynb #6d5b38b4
 @dataclass
-class Rules(Cycles, Judging):
+class Rules(Cycles, Judging, Paths, Widening):
     "What a search is composed of."
     relaxation: str = knob("sigmoid", "how strong the operations of an edge are, given alpha: each for itself; "
-        "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random",
+        "softmax; one at a time, drawn by Gumbel's trick or by binary gates; a Dirichlet draw; one at random; one "
+        "at random for some steps, as strong as alpha says",
         choices=STRENGTHS)
     zero: bool = knob(False, "an operation that gives nothing competes on every edge (DARTS's none)")
     edge_norm: bool = knob(False, "edges into a node compete in a softmax of their own (PC-DARTS)")
@@ -220,8 +222,8 @@ class Rules(Cycles, Judging):
     normalise: str = knob("none", "a weighted normalisation of what an edge gives: of each candidate, or of their mix "
         "(our reading of l-DARTS)", choices=("none", "each", "mix"))
     ops: tuple = knob(OPERATIONS, "operations that the search begins with", choices=OPERATION_NAMES)
-    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; or what one batch says of each unit, "
-        "before any training: its saliency (SNIP), or another score", choices=STARTS)
+    init: str = knob("zero", "alpha and beta at the start: 0; a little noise; small positive numbers; or what one "
+        "batch says of each unit before any training: its saliency (SNIP), or another score", choices=STARTS)
     regulariser: str = knob("size+threshold", "what pushes: R_size and R_threshold, R_size alone, or nothing",
         choices=PRESSURES)
     beta_decay: float = knob(0.0, "weight of beta-DARTS's regulariser at the end; it grows from 0", 0.0)
@@ -388,7 +390,8 @@ def validate(cfg: Config)->Config: # the same object
     need(not cfg.preset or cfg.preset.replace("-", "").replace("_", "").isalnum(),
          "preset must be a plain word: runs are named after it")
     _check_parts(cfg)
-    need(len(r.skip_dropout) == 3 and len(r.tau) == 2, "rules.skip_dropout has three values, rules.tau two")
+    need(len(r.skip_dropout) == len(r.growth) == len(r.parts) == 3 and len(r.tau) == 2,
+         "rules.skip_dropout, rules.growth and rules.parts have three values, rules.tau two")
     need(len(r.ops) == len(set(r.ops)) > 0, "rules.ops needs one or more different operations")
     need(r.share_min <= r.share_max, "rules.share_min must not be above rules.share_max")
     need(cfg.data.subset and cfg.data.test_subset, "data.subset and data.test_subset must be above 0")

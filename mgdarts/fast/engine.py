@@ -36,6 +36,7 @@ def plan_of(cell, in_groups: bool = False # whether to look for few large calls
     "Plan a cell; None for what no chapter knows. On GPUs maps have channels in multiples of 8, for their matrix units."
     kind = type(cell) # no subclass: it may compute something else
     if kind is not Cell: return discrete.plan_discrete(cell) if kind is DerivedCell else None
+    if cell.attention: return None
     found = plan_groups(cell, channel_multiple(cell.omega)) if in_groups else None
     return found or darts.plan_cell(cell) or mobile.plan_layer(cell)
 

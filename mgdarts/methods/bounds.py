@@ -90,7 +90,7 @@ class AuxiliaryHead(Pressure):
         need(cfg.space.kind == "darts",
              "the MobileNet-like space is searched without a further auxiliary head: set rules.aux=0, or "
              "space.kind=darts")
-        need(cfg.search.optimisation not in ("second-order", "cyclic", "none"), "rules.aux has no loss to weigh in "
+        need(cfg.search.optimisation not in ("cyclic", "none"), "rules.aux has no loss to weigh in "
              f"with search.optimisation={cfg.search.optimisation}: set rules.aux=0")
 
 # %% ../../nbs/methods/bounds.ipynb #ed67b83b

@@ -32,11 +32,12 @@ class TwoLevel(Schedule):
 @dataclass(frozen=True)
 class Normal(Start):
     "Alpha, and what else has a strength, as DARTS and PC-DARTS start."
+    def numbers(self, shape, g: torch.Generator)->Tensor: return 1e-3 * torch.randn(shape, generator=g)
     @torch.no_grad()
     def fresh(self, net):
         for i, name in enumerate(net.strong):
             p, g = getattr(net, name), net._generator(6, *(i,) * (i > 0))
-            p.copy_((1e-3 * torch.randn(p.shape, generator=g))[net.spec.kinds])
+            p.copy_(self.numbers(p.shape, g)[net.spec.kinds])
 
 # %% ../../nbs/methods/darts.ipynb #2cb651ef
 @DECISIONS.add("argmax")

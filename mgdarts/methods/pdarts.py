@@ -15,7 +15,7 @@ from ..search.rules import Decision, Schedule
 from ..space.graph import Graph
 
 # %% auto #0
-__all__ = ['GROWTH', 'SURVIVORS', 'P_DARTS', 'survivors', 'Growing', 'SkipDropout', 'fewer_skips', 'FewerSkips']
+__all__ = ['GROWTH', 'SURVIVORS', 'P_DARTS', 'survivors', 'Growing', 'most_parts', 'SkipDropout', 'fewer_skips', 'FewerSkips']
 
 # %% ../../nbs/methods/pdarts.ipynb #e8096ca3
 GROWTH = (5 / 17, 11 / 17, 1.) # depth of the nets
@@ -34,13 +34,16 @@ def survivors(strength: Tensor, # [cells, edges, operations], 0 where pruned
 class Growing(Schedule):
     "Three super-nets one after the other, deeper each time, with fewer operations; each takes half of the epochs."
     growing: bool
+    growth: tuple = GROWTH # depth of the nets
+    parts: tuple = (0, 0, 0) # partial channels of each net; 0: as `rules.partial` says
     renews = True
     def wanted(self): return self.growing
     def plan(self, stages, spec):
-        return [(f"stage {i + 1}", max(3, round(share * spec.cells)) - 1, 2) for i, share in enumerate(GROWTH)]
+        return [(f"stage {i + 1}", max(3, round(share * spec.cells)) - 1, 2) for i, share in enumerate(self.growth)]
     def epochs(self, length): return max(1, length // 2)
     def net_of(self, spec, rules, stage, end): # none is gone from the third net
-        return replace(spec, cells=end + 1), replace(rules, zero=rules.zero and stage < 2)
+        part = most_parts(spec.channels, self.parts[stage]) if self.parts[stage] else rules.partial
+        return replace(spec, cells=end + 1, partial=part), replace(rules, zero=rules.zero and stage < 2, partial=part)
     def survivors(self, net, stage):
         live = net.op_live.cpu()
         keep = survivors((net.importance() * net.op_live).cpu(), live, SURVIVORS[stage + 1])
@@ -48,6 +51,12 @@ class Growing(Schedule):
     def check(self, cfg):
         need(cfg.search.stages == 3 and cfg.rules.discretiser == "argmax",
              "rules.growing needs three stages and rules.discretiser=argmax")
+        need(cfg.rules.partial > 1 or not any(self.parts), "rules.parts changes how many parts channels are in: set "
+             "rules.partial to 2 or more")
+
+def most_parts(channels: int, most: int)->int:
+    "So many parts at most that an even number of channels is in each: a strided skip connection halves it."
+    return max((k for k in range(1, most + 1) if channels % (2 * k) == 0), default=1)
 
 # %% ../../nbs/methods/pdarts.ipynb #bc424586
 @SCHEDULES.also

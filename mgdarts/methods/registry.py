@@ -6,6 +6,7 @@
 from __future__ import annotations
 from ..base.options import Config, Method, closest, configure, need, resolve
 from ..base.presets import MOBILE, PRESETS
+from .aca_pc_darts import ACA_PC_DARTS
 from .bounds import FIXED_RATE, GOLD_NAS
 from .cdarts import CDARTS
 from .csc_darts import CSC_DARTS
@@ -14,11 +15,13 @@ from .darts import BETA_DARTS, DARTS_V1
 from .dass import DASS
 from .l_darts import L_DARTS
 from .mg_darts import MG_DARTS
+from .pa_darts import PA_DARTS
 from .pcdarts import PC_DARTS
 from .pdarts import P_DARTS
 from .sampled import GDAS, PROXYLESS, RANDOM
 from .shapley import SHAPLEY_NAS
 from .tanglenas import TANGLENAS
+from .u_darts import U_DARTS
 from .unroll import DARTS_V2
 from .weaknas import WEAKNAS
 from .zerocost import ZERO_COST_PT
@@ -30,7 +33,8 @@ __all__ = ['METHODS', 'add_method', 'preset', 'parts_of', 'pairs', 'settings_of'
 # %% ../../nbs/methods/registry.ipynb #2f5dca97
 METHODS = {m.name: m for m in (MG_DARTS, DARTS_V1, DARTS_V2, PC_DARTS, GDAS, P_DARTS, GOLD_NAS, BETA_DARTS, DASS,
                                TANGLENAS, PROXYLESS, ZERO_COST_PT, FIXED_RATE, RANDOM,
-                               SHAPLEY_NAS, CSC_DARTS, L_DARTS, CTNAS, WEAKNAS, CDARTS)}
+                               SHAPLEY_NAS, CSC_DARTS, L_DARTS, CTNAS, WEAKNAS, CDARTS, U_DARTS, PA_DARTS,
+                               ACA_PC_DARTS)}
 
 def add_method(method: Method)->Method: # the same
     "Let a method be known by its name. `ValueError` where the name is taken by another."

@@ -31,7 +31,7 @@ def unrolled(net: nn.Module,
         values = {**own, **w}
         for k in of: values[k] = values[k].detach().requires_grad_()
         held = {k: b.clone() for k, b in net.named_buffers()}
-        value = loss(lambda x: functional_call(net, {**values, **held}, (x,)), *data, regularised, values)
+        value = loss(lambda *given: functional_call(net, {**values, **held}, given), *data, regularised, values)
         found = torch.autograd.grad(value, [values[k] for k in of], allow_unused=True)
         average(found)
         return dict(zip(of, found))
@@ -56,7 +56,9 @@ def ahead(search):
     moving = ((names[id(p)], search.optimizer.state.get(p, {}).get("momentum_buffer")) for p in sgd["params"])
     def loss(f, x, y, regularised, values):
         smoothing = 0. if regularised else cfg.label_smoothing
-        ce = F.cross_entropy(f(x), y, label_smoothing=smoothing)
+        heads, pressures = [], search.parts.pressures
+        ce = F.cross_entropy(f(x, heads) if any(p.heads for p in pressures) else f(x), y, label_smoothing=smoothing)
+        ce = sum((more for p in pressures for more in p.of_heads(heads, y, smoothing)), ce)
         return sum(of_alpha(search, values["alpha"]), ce) if regularised else ce
     found = unrolled(net, loss, fetch(search), fetch(search, "arch"), of["weights"], of["strengths"], sgd["lr"],
                      cfg.momentum, cfg.weight_decay, {k: v for k, v in moving if v is not None})

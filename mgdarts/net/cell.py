@@ -18,7 +18,7 @@ from ..space.norms import EPS, batch_norm
 
 # %% auto #0
 __all__ = ['FIRST', 'threshold_of', 'Pass', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations',
-           'equations', 'Cell', 'track', 'levels', 'outer_taps']
+           'equations', 'attended', 'Cell', 'track', 'levels', 'outer_taps']
 
 # %% ../../nbs/net/cell.ipynb #e8d168f6
 def threshold_of(cell: StoredCell, gate: Gate)->int:
@@ -174,6 +174,30 @@ def equations(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Te
         states.append(total)
     return torch.cat(out, 1)
 
+# %% ../../nbs/net/cell.ipynb #e0fe368b
+def attended(cell: StoredCell, maps: tuple, alpha: Tensor, run: Pass, edges: Tensor|None, chosen: Tensor|None
+            )->Tensor: # as `equations`
+    "Compute the same where attention chooses the channels that operations see."
+    spec, places, states, where, rest, out = cell.spec, cell.places.split(cell.place_sizes), [], [], [], []
+    def take(x): # a whole state; nothing reads the last one
+        if len(states) == spec.graph.states - 1: return
+        x, at = cell.attention(len(states), x, spec.width)
+        states.append(x[:, at])
+        where.append(at)
+        rest.append(x.index_fill(1, at, 0))
+    given, others = input_states(run, maps)
+    for i, x in enumerate(given): take(torch.cat([x, *others[i:i + 1]], 1))
+    for node, live in cell.nodes.items():
+        total = given[0].new_zeros(len(given[0]), spec.width + spec.rest, spec.side, spec.side)
+        if spec.rest: total = total + round_operations(cell, node, rest, edges)
+        for op in live:
+            src, weight = spec.graph.edges[op.edge][0], alpha[op.edge * len(spec.ops) + op.op]
+            if chosen is not None and not chosen[op.edge, op.op]: total = total + weight # as above
+            else: total = total.index_add(1, where[src], weighed(run, op, states[src], weight, places))
+        out.append(total)
+        take(total)
+    return torch.cat(out, 1)
+
 # %% ../../nbs/net/cell.ipynb #10064640
 class Cell(StoredCell):
     "One cell of the super-net."
@@ -193,7 +217,7 @@ class Cell(StoredCell):
                )->tuple: # ([N, live out, H', W'], means, variances)
         "Compute the cell, and the statistics of its batch norms, filters then pools: NaN for what was not computed."
         run = Pass(self, t_gate, t_weight, omega, gate, drop)
-        y = equations(self, maps, alpha, run, edges, chosen)
+        y = (attended if self.attention else equations)(self, maps, alpha, run, edges, chosen)
         sizes = self.gate_sizes + self.pool_sizes
         missing = ((y.new_full((n,), math.nan),) * 2 for n in sizes)
         found = [run.statistics.get(i, nan) for i, nan in enumerate(missing)]
@@ -239,6 +263,7 @@ def track(cell: StoredCell, mean: Tensor, var: Tensor, # [filters, then pooled c
     for old, new in zip(cell.statistics, (v for pair in news for v in pair)):
         new = new.to(old)
         old.lerp_(torch.where(new.isnan(), old, new) if some else new, momentum)
+    if cell.attention: cell.attention.track(momentum)
 
 # %% ../../nbs/net/cell.ipynb #61edf627
 def levels(cell: Cell, n: int)->Tensor: # [filters] int64

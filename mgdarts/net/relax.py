@@ -37,6 +37,9 @@ class Strength(Part):
         return {}
     def edges(self, net)->Tensor|None: # [cells, edges]
         "Weights of the edges; None where this part does not weigh them."
+    def there(self, net)->Tensor: # [cells, edges, operations] bool
+        "Which operations count in the present step."
+        return net.op_live[:len(net.cells)]
     def prepare(self, net, clock, # time in the search's stage: see `mgdarts.search.rules.Clock`
                 images: str): # which images a turn is on: train or arch
         "Bring the net into the state that the next turn needs."
@@ -58,6 +61,10 @@ class Relaxation(Strength):
                )->Tensor: # [..., n], 0 where not live
         "What the choices weigh."
         raise NotImplementedError
+    def chosen(self, net, weights: Tensor # [cells, edges, operations]
+              )->Tensor: # the same, bool
+        "Which operations are computed where others than those that are drawn are not."
+        return weights > 0
     def mean(self, alpha: Tensor, live: Tensor)->Tensor:
         "What they weigh on average, for those who look on or decide."
         return self.weights(alpha, live)
@@ -136,6 +143,8 @@ class Shape(Part):
                spec)->Tensor: # the same: what has kernels of its own
         "Which operations are stored."
         return ops
+    def made(self, cell, g: torch.Generator): # `mgdarts.net.cell.Cell`; for what is drawn
+        "Give a cell that has been made what this part adds to it."
     def mix(self, net, m: Mixture)->Mixture:
         "A forward pass's mixture, with what this part adds."
         return m

@@ -5,6 +5,7 @@
 # %% ../../nbs/net/stored.ipynb #2fa6bb11
 from __future__ import annotations
 import math
+from typing import Any, cast
 from dataclasses import dataclass
 import torch
 from torch import nn, Tensor
@@ -272,7 +273,7 @@ class StoredCell(nn.Module):
                 ):
         super().__init__()
         self.spec, self.index, self.layout = lay.spec, CellIndex(lay.spec), nothing_of(lay)
-        self.gated, self.scored, self.normalise = gated, scored, normalise
+        self.gated, self.scored, self.normalise, self.attention = gated, scored, normalise, cast(Any, None)
         self.pool_norm = without = pool_norm or normalise != "none" # whether there are norms without filters
         self.normed, self.pool_slots = normed_of(self.index, pool_norm, normalise == "each"), torch.zeros(0).long()
         for name in ("pool_mean", "pool_var") * without + ("mean", "var"): self.register_buffer(name, torch.zeros(0))

@@ -70,8 +70,8 @@ class SuperNet(nn.Module):
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.parts = strengths[0], strengths + self.shapes
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
-        # scores are in force, drop-out on skips; whether thresholds are in force, the stage and its first cell
-        self.noise, self.tau, self.paths, self.sparse, self.skip_dropout = None, 1., False, False, 0.
+        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are; the stage, its start
+        self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
         self.discretising, self.stage, self.first = False, 0, 0
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.strong = brought(self) # names of the parameters that have a strength
@@ -122,7 +122,9 @@ def add_cell(net: SuperNet, ops: Tensor, alive: Tensor): # [edges, operations] a
     c, rules = len(net.cells), net.rules
     stored, g = layout(net.spec.cell[c], ops, alive), net._generator(2, c)
     how = rules.gates, rules.keep < 1, rules.pool_norm, rules.normalise
-    net.cells.append(Cell(stored, g, *how).to(net.alpha.device))
+    cell = Cell(stored, g, *how)
+    for p in net.shapes: p.made(cell, g)
+    net.cells.append(cell.to(net.alpha.device))
 
 def open_stage(net: SuperNet, end: int, # last cell of the sub-net
                stage: int # 0-based; the last stage ends in the classifier
@@ -170,7 +172,7 @@ def mixture(net: SuperNet, paths: bool = False # whether only what is drawn is c
     if net.mask is not None: m.alpha = m.alpha * net.mask.flatten(1)
     if m.edges is not None: m.alpha = (m.alpha.view(shape) * m.edges[..., None]).flatten(1)
     for p in net.shapes: m = p.mix(net, m)
-    if paths: m.chosen = (m.alpha.detach() > 0).view(shape).cpu()
+    if paths: m.chosen = net.strength.chosen(net, m.alpha.detach().view(shape)).cpu()
     return m
 
 def masked(net: SuperNet, c: int, m: Mixture)->tuple: # ([searched weights], [filters])
@@ -183,7 +185,7 @@ def masked(net: SuperNet, c: int, m: Mixture)->tuple: # ([searched weights], [fi
 @torch.no_grad()
 def tie(net: SuperNet):
     "Give what cells of a kind share the sum of its gradients, in each of them."
-    if net.spec.constraint == 3: return
+    if not net.spec.alike: return
     for p in (net.t_alpha, *(getattr(net, n) for n in net.strong)):
         if p.grad is not None: p.grad = torch.zeros_like(p.grad).index_add_(0, net.kinds, p.grad)[net.kinds]
 

@@ -29,7 +29,7 @@ def random_candidate(search, whole: Tensor, # [kinds, edges, operations] bool: w
     "Draw a candidate."
     net, spec = search.net, search.spec
     strength = torch.rand(whole.shape, generator=net._generator(8, n)) * whole
-    if spec.constraint == 1: return strongest_two(strength, spec.graph)
+    if spec.two: return strongest_two(strength, spec.graph)
     by = by_strength(net, per_cell(spec, strength))
     return by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]
 

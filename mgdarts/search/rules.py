@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 from torch import Tensor
-from ..base.options import REGISTRIES, PRESSURES, SCHEDULES, STARTS, Part, need
+from ..base.options import ALIKE, REGISTRIES, PRESSURES, SCHEDULES, STARTS, Part, need
 
 # %% auto #0
 __all__ = ['WARMUP', 'Clock', 'Turn', 'Schedule', 'Joint', 'Iterative', 'Untrained', 'Pressure', 'Decision', 'Pruning', 'Final',
@@ -173,9 +173,9 @@ class Pruning(Decision):
     prunes = True
 
     def check(self, cfg):
-        s, alike = cfg.search, cfg.space.constraint
-        need(alike == 3 or s.stages == 1 and s.regrow == 0, f"space.constraint={alike} has cells that are alike, which "
-             "are searched together: set search.stages=1 and search.regrow=0")
+        s, of = cfg.search, cfg.space.constraint
+        need(of not in ALIKE or s.stages == 1 and s.regrow == 0, f"space.constraint={of} has cells that are alike, "
+             "which are searched together: set search.stages=1 and search.regrow=0")
 
 @dataclass(frozen=True)
 class Final(Decision):

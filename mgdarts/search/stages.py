@@ -158,7 +158,7 @@ def close_stage(search, status: str # reached, or target not reached
                ):
     "End a stage: regrow, then the next, or the end."
     s, last = search.state, search.state.stage == len(search.stages) - 1
-    if last and search.by_size and search.spec.constraint == 1:
+    if last and search.by_size and search.spec.two:
         prune_to(search, keep=strongest_two(final_strength(search.net), search.spec.graph))
         status = "reached" if met(search.net.count().params, s.target) else "target not reached"
     count = search.net.count()
@@ -185,7 +185,7 @@ def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None # [c
     "Prune all but some operations, or by strength what the space allows or the target asks for."
     s, parts = search.state, search.parts
     assert strength is not None or keep is not None
-    if strength is not None and search.spec.constraint == 1:
+    if strength is not None and search.spec.two:
         keep = strongest_two(strength, search.spec.graph)
         for p in parts.decisions: keep = p.connected(keep, strength, search.spec)
     if not parts.whole: settle(search)

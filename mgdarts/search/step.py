@@ -69,8 +69,8 @@ def fetch(search, images: str = "train" # or arch
 # %% ../../nbs/search/step.ipynb #b1794a5f
 def of_alpha(search, alpha: Tensor)->list: # of scalars
     "What the parts add to the loss because of alpha alone."
-    n, clock = len(search.net.cells), search.clock
-    return [more for p in search.parts.pressures for more in p.of_alpha(alpha[:n], search.net.op_live[:n], clock)]
+    n, clock, there = len(search.net.cells), search.clock, search.net.strength.there(search.net)
+    return [more for p in search.parts.pressures for more in p.of_alpha(alpha[:n], there, clock)]
 
 # %% ../../nbs/search/step.ipynb #f77661d7
 def loss_of(search, x: Tensor, y: Tensor, # images, labels

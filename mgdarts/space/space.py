@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
-from ..base.options import Config, InputError
+from ..base.options import ALIKE, TWO, Config, InputError
 from .found import ArchCell, Op
 from .graph import Graph
 from .operation import OPERATIONS
@@ -66,7 +66,7 @@ class Space:
     size: int # image side, pixels
     in_channels: int
     stem: str # cifar, imagenet, or auto: by size
-    constraint = 3 # Table VI: 1 and 2: cells of a kind are alike
+    constraint = 3 # Table VI, in `alike` and `two`
     partial = 1 # operations see one part in so many of the channels
     graph: Graph # of each cell
     ops: tuple # names of the candidates on every edge
@@ -75,7 +75,6 @@ class Space:
     stem_params: int
     stem_macs: int # of one image
     __dataclass_fields__: ClassVar[dict] # what it takes to be a dataclass
-
     # what a subclass says
     @classmethod
     def of_config(cls, cfg: Config, classes: int, size: int, in_channels: int = 3)->Space:
@@ -95,7 +94,8 @@ class Space:
     def write_cell(self, cell: ArchCell)->dict|list: return write_operations(cell)
     def read_cell(self, c: int, d)->ArchCell: return read_operations(c, d)
 
-    # what follows
+    alike = property(lambda self: self.constraint in ALIKE) # cells of a kind have the same operations
+    two = property(lambda self: self.constraint in TWO) # a node has two edges, with an operation each
     @cached_property
     def operations(self)->tuple: return tuple(OPERATIONS[name] for name in self.ops)
     @property
@@ -107,7 +107,7 @@ class Space:
     @property
     def kinds(self)->list: # for each cell, the first cell that shares its operations and their strengths
         first = {c.reduction: c.index for c in reversed(self.cell)}
-        return [c.index if self.constraint == 3 else first[c.reduction] for c in self.cell]
+        return [first[c.reduction] if self.alike else c.index for c in self.cell]
     @property
     def stem_kind(self)->str: return self.stem if self.stem != "auto" else "cifar" if self.size <= 64 else "imagenet"
     @property

@@ -16,6 +16,8 @@ __all__ = ['YOUNGER', 'checksum', 'Job', 'job_of']
 YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
            "data": {"workers": -1},
            "rules": {"truncate": .5, "credit_momentum": .8, "credit_step": .1, "identity": False,
+                     "redraw": 100, "complexity": 0., "drawn_decay": 0.,
+                     "growth": [5 / 17, 11 / 17, 1.], "parts": [0, 0, 0], "attention": "none",
                      "normalise": "none", "judge": "shared", "judge_epochs": 5, "rounds": 10, "draw": 100, "top": 1000,
                      "pool": 10000, "predictor": "mlp", "hidden": 1000, "labelled": 423, "comparator_epochs": 1000,
                      "policy_steps": 10000, "own_every": 100, "base_every": 500,

@@ -84,7 +84,7 @@ def thin(search: Search, g: torch.Generator):
     "Bring a search's net to its target, or to what its method decides on, whatever goes."
     net, cells = search.net, len(search.net.cells)
     drawn = torch.rand(net.op_live[:cells].shape, generator=g)
-    if search.spec.constraint != 3: drawn = drawn[:2][[int(c.reduction) for c in search.spec.cell[:cells]]] # alike
+    if search.spec.alike: drawn = drawn[:2][[int(c.reduction) for c in search.spec.cell[:cells]]] # alike
     drawn = drawn * net.op_live[:cells]
     if search.by_size and "filter" in search.cfg.granularities and search.rules.gates:
         def some(gates): return gates & (torch.arange(len(gates)) * 3 % 10 < FILTERS)
