@@ -38,6 +38,8 @@ class Scores(Shape):
         fit_scored(net, target)
         return net.count()
     def check(self, cfg):
+        need(not self.fit or cfg.search.aim[0] == "params", "scores fit a net to its target by masking weights, which "
+             "are multiplied all the same: set search.target_m alone, or rules.fit=false")
         need(cfg.rules.superpose == "none",
              "scores belong to kernels of their own: set rules.superpose=none, or rules.keep=1")
         super().check(cfg)
@@ -67,4 +69,5 @@ def fit_scored(net: SuperNet, target: float # parameters, plain number
 
 # %% ../../nbs/methods/dass.ipynb #043da5e3
 DASS = Method("dass", "dense first, then scores for weights, straight through", "Mousavi et al.: DASS, ACM TECS 2023",
-              {**TWO_LEVEL, "rules.keep": .9, "rules.sparse": 2 / 7, "search.length": 70, "rules.fit": False})
+              {**TWO_LEVEL, "rules.keep": .9, "rules.sparse": 2 / 7, "search.length": 70, "rules.fit": False},
+              checked="shares and the scores' gradient by hand")

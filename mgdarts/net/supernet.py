@@ -20,7 +20,7 @@ from ..space.space import GRANULARITIES, Space, aux_head, stage_head
 # %% auto #0
 __all__ = ['part_generator', 'grid', 'brought', 'hold', 'SuperNet', 'put_out', 'allowed', 'add_cell', 'open_stage',
            'edge_weights', 'importance', 'thresholds', 'mixture', 'masked', 'tie', 'full_gates', 'channels_left',
-           'top_size', 'count', 'rebuild']
+           'top_width', 'top_size', 'count', 'rebuild']
 
 # %% ../../nbs/net/supernet.ipynb #e7b15c93
 def part_generator(seed: int, *what: int)->torch.Generator:
@@ -73,6 +73,7 @@ class SuperNet(nn.Module):
         # scores are in force, drop-out on skips, a path for some steps; whether thresholds are; the stage, its start
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
         self.discretising, self.stage, self.first = False, 0, 0
+        self.priced = None # by what R_size prices operations that are not counted: a `mgdarts.net.cost.Cost`
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.strong = brought(self) # names of the parameters that have a strength
         self.alpha, self.t_alpha, self.t_beta, self.t_omega = (nn.Parameter(torch.zeros(grid(spec))) for _ in range(4))
@@ -218,11 +219,16 @@ def channels_left(net: SuperNet, ops: Tensor|None = None, gates: list|None = Non
     return out
 
 # %% ../../nbs/net/supernet.ipynb #1fbf9179
-def top_size(net: SuperNet, unit: Tensor|None # [units] bool of the last cell
-            )->Size:
+def top_width(net: SuperNet, unit: Tensor|None # [units] bool of the last cell
+             )->int|None:
+    "Return the channels in front of the classifier; None while there is none, but an auxiliary head."
+    if unit is None or isinstance(net.head, AuxHead): return None
+    return int(net.cells[-1].index.out(unit).sum())
+
+def top_size(net: SuperNet, unit: Tensor|None)->Size:
     "Count the classifier behind these channels; an auxiliary head counts as nothing."
-    if unit is None or isinstance(net.head, AuxHead): return Size()
-    return Size.whole(*net.spec.top(int(net.cells[-1].index.out(unit).sum())))
+    width = top_width(net, unit)
+    return Size() if width is None else Size.whole(*net.spec.top(width))
 
 @torch.no_grad()
 def count(net: SuperNet, ops: Tensor|None = None, # [cells, edges, operations] bool: operations that would be live

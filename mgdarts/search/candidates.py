@@ -15,7 +15,7 @@ from ..base.ranks import total
 from ..net.architecture import Architecture
 from ..net.sample import even_cells
 from .decide import by_strength, strongest_two
-from .prune import choose
+from .prune import Sizes, choose
 from .train import Trainer
 from .trial import Attempts, kinds_of, per_cell, score_among
 
@@ -31,7 +31,8 @@ def random_candidate(search, whole: Tensor, # [kinds, edges, operations] bool: w
     strength = torch.rand(whole.shape, generator=net._generator(8, n)) * whole
     if spec.two: return strongest_two(strength, spec.graph)
     by = by_strength(net, per_cell(spec, strength))
-    return by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]
+    gone = choose(net, by, search.state.target, wait=False, sizes=Sizes(net, by, search.cost))
+    return by.masks(gone)["ops"][kinds_of(spec)]
 
 # %% ../../nbs/search/candidates.ipynb #b391b1b4
 def shared_accuracy(search, ops: Tensor, # [kinds, edges, operations] bool
