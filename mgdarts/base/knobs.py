@@ -29,8 +29,8 @@ class Aims:
         "without masked weights", 0.0)
     target_macs_m: float = knob(0.0, "multiply-adds of the derived net for a picture of data.size, in millions, with "
         "those of masked weights; 0: the target is search.target_m", 0.0)
-    target_ms: float = knob(0.0, "latency of the derived net in milliseconds a batch, predicted from search.latency; 0: "
-        "the target is search.target_m", 0.0)
+    target_ms: float = knob(0.0, "latency of the derived net in milliseconds a batch, by search.latency; "
+        "0: the target is search.target_m", 0.0)
     latency: str = knob("", "file with the times of the space's operations on a device, written by mgdarts latency")
 
     @property

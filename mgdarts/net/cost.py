@@ -99,7 +99,7 @@ class Macs(Params):
     def kernel(self, seg): return seg.side ** 2
     def cell(self, index, ops, unit): return int((existing(index, ops, unit)[0] * index.kernels["side2"]).sum())
     def ends(self, spec, width): return spec.stem_macs + (0 if width is None else spec.top(width)[1])
-    def whole(self, spec): return self.ends(spec, spec.cell[-1].out) + sum(c.macs for c in spec.cell)
+    def whole(self, spec): return spec.macs
     def added(self, spec, c, chosen, at, width):
         full, op = spec.cell[c], spec.operations[at[1]]
         kernels = shapes(op, op.widths_by_port((width,) * len(op.ports)), full.stride(at[0]))
