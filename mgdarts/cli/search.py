@@ -76,7 +76,8 @@ def told(result: dict # of a search
     return [("target reached" + ("" if kind == "derived" else ", as counted before alignment"), result["reached"]),
             ("parameters of the derived network", size["params"]), *_asked(result),
             ("parameters before alignment", size["params_searched"]), ("MACs", result["macs"]),
-            *latency_rows(result.get("latency")), ("operations", result["ops"]), *((f"retention, {k}s", v) for k, v in result["retention"].items()),
+            *latency_rows(result.get("latency")), ("operations", result["ops"]),
+            *((f"retention, {k}s", v) for k, v in result["retention"].items()),
             ("with masked weights", result["derived"]["params_deployable"]), ("epochs", result["epochs"]),
             ("seconds", result["wall_s"]), ("run", result["run"])]
 

@@ -5,6 +5,7 @@
 # %% ../../nbs/net/cost.ipynb #206d63c6
 from __future__ import annotations
 import math
+import torch
 from torch import Tensor
 from .architecture import Architecture
 from .channels import CellIndex, existing, more_norms
@@ -25,6 +26,7 @@ class Cost:
     knob = "" # of `search` that asks for it
     what, plain, unit = "", "", "" # in words: what it is, what is counted, a million of that
     sparse = False # whether a masked weight costs nothing
+    even = True # whether early stages leave what they would have of a target; else whatever `stage_keep` says
 
     def cell(self, index: CellIndex, ops: Tensor, # [edges, operations] bool: operations that live
              unit: Tensor # [units] bool: channels of the derived network, from `CellIndex.align`
@@ -38,6 +40,12 @@ class Cost:
     def whole(self, spec: Space)->int:
         "Return what the full super-net costs."
         raise NotImplementedError
+    def share(self, spec: Space, end: int # last cell of a sub-net
+             )->float:
+        "Return how much of what the full super-net costs is in a sub-net's stem and cells."
+        cells = [(CellIndex(c), torch.ones(c.grid, dtype=torch.bool), torch.ones(c.units, dtype=torch.bool))
+                 for c in spec.cell[:end + 1]]
+        return (self.ends(spec, None) + sum(self.cell(*c) for c in cells)) / self.whole(spec)
     def added(self, spec: Space, c: int, chosen: set, # {(edge, operation)} that cell `c` has
               at: tuple[int, int], width: int # the operation that comes; channels of all its ports
              )->int:
@@ -71,6 +79,7 @@ def op_params(op, widths: dict, stride: int)->int: # an Operation, port -> chann
 class Params(Cost):
     "Deployable parameters, without masked weights."
     name, knob, what, plain, unit, sparse = "params", "target_m", "size", "parameters", "million parameters", True
+    even = False # nearly all are in the last stage
     channel = 2 # numbers of a batch norm
 
     def kernel(self, seg: Segment)->int:
@@ -94,7 +103,7 @@ PARAMS = Params()
 class Macs(Params):
     "Multiply-adds of a picture, those of masked weights included."
     name, knob, what, plain, unit = "macs", "target_macs_m", "cost", "multiply-adds", "million multiply-adds"
-    sparse, channel = False, 0
+    sparse, even, channel = False, True, 0
 
     def kernel(self, seg): return seg.side ** 2
     def cell(self, index, ops, unit): return int((existing(index, ops, unit)[0] * index.kernels["side2"]).sum())

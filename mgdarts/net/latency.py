@@ -16,8 +16,8 @@ from ..space.cell import CellSpec
 from ..space.space import Space
 
 # %% auto #0
-__all__ = ['Piece', 'operation_piece', 'read_pieces', 'pieces', 'stem_key', 'head_key', 'Grid', 'place_of', 'Timed', 'to_time',
-           'CellTimes', 'live_in', 'Latency', 'discrete_widths', 'soft_latency']
+__all__ = ['Piece', 'operation_piece', 'read_pieces', 'pieces', 'stem_width', 'stem_key', 'head_key', 'Grid', 'place_of', 'Timed',
+           'to_time', 'CellTimes', 'live_in', 'Latency', 'discrete_widths', 'soft_latency']
 
 # %% ../../nbs/net/latency.ipynb #2341ebb4
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ def pieces(full: CellSpec)->tuple: # of Piece
     if len(full.graph.nodes) > 1: out.append(Piece(f"join@{full.side}", "join", (), (("state", full.graph.inputs),)))
     return tuple(out)
 
+def stem_width(spec: Space)->int: return getattr(spec, "channels") # each space has its own way to say it
 def stem_key(spec: Space)->str: return f"stem {spec.kind}:{spec.stem_kind}@{spec.size}"
 def head_key(spec: Space)->str: return f"head {spec.kind}@{spec.cell[-1].side}"
 
@@ -120,7 +121,7 @@ def to_time(spec: Space, shares: tuple = (.25, .5, 1.) # of the full width, the 
             first.setdefault(p.key, (full, p))
     def line(n): return tuple(sorted({max(min(2, n), round(share * n)) for share in shares}))
     free = "channels" in {f.name for f in fields(spec)} # else it follows from something else
-    stem = tuple(sorted({max(2, 2 * round(s * spec.channels / 2)) for s in shares})) if free else (spec.channels,)
+    stem = tuple(sorted({max(2, 2 * round(s * stem_width(spec) / 2)) for s in shares})) if free else (stem_width(spec),)
     return [Timed(stem_key(spec), (stem,)), Timed(head_key(spec), (line(spec.cell[-1].out),)),
             *(Timed(key, tuple(map(line, sizes)), *first[key]) for key, sizes in most.items())]
 
@@ -181,7 +182,7 @@ class Latency(Cost):
         t = self.times(index.spec)
         return round(float(t(ops, t.widths(unit))))
     def ends(self, spec, width):
-        begin = 1e6 * self.table["overhead_ms"] + self.once(stem_key(spec), spec.channels)
+        begin = 1e6 * self.table["overhead_ms"] + self.once(stem_key(spec), stem_width(spec))
         return round(begin + (0. if width is None else self.once(head_key(spec), width)))
     def whole(self, spec):
         cells = [(CellIndex(c), torch.ones(c.grid, dtype=torch.bool), torch.ones(c.units, dtype=torch.bool))

@@ -4,6 +4,7 @@
 
 # %% ../../nbs/search/loop.ipynb #05101f71
 from __future__ import annotations
+from typing import cast
 import torch
 from ..base.events import Emitter, Event, evaluate
 from ..base.ranks import total
@@ -59,7 +60,7 @@ class Search:
         self.by_size, self.length = self.parts.decision.prunes, self.parts.epochs(cfg.length)
         self.warm_epochs = self.parts.schedule.warm_epochs(cfg.warmup, self.length)
         need(latency or not cfg.latency, f"search.latency={cfg.latency} was not read")
-        self.latency, self.cost = latency, latency if cfg.aim[0] == "latency" else COUNTED[cfg.aim[0]]
+        self.latency, self.cost = latency, COUNTED.get(cfg.aim[0]) or cast(Latency, latency)
         refuse_unsearchable(self)
         self.stages = self.parts.plan(plan(spec, cfg.stages, self.by_size and cfg.stage_keep[-1] > 0), spec)
         self.state, self.lam, self.optimizer, self.adam, self.trial = SearchState(), None, None, None, None

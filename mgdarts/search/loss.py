@@ -113,7 +113,7 @@ def prices(net: SuperNet,
     n, costs = len(net.cells), None
     if mu:
         by = COUNTED.get(what) or net.priced or PARAMS
-        costs = torch.stack([cost(c, *net.thresholds(i), by) for i, c in enumerate(net.cells)])
+        costs = torch.stack([cost(c, *net.thresholds(i), by=by) for i, c in enumerate(net.cells)])
         costs = costs / average_cost(net.spec, by)
     return size_by_cell(net.alpha[:n], net.op_live[:n], net.spec.node_sizes, costs, reg, mu)
 

@@ -70,7 +70,8 @@ def stage_target(search, end: int # last cell of the stage
     s, cfg, final = search.state, search.cfg, search.cfg.aim[1]
     if search.fine_tuning or not search.by_size: return final
     keep = cfg.stage_keep[s.stage] * s.start
-    return max(keep, final) if end == search.spec.cells - 1 else keep
+    if end == search.spec.cells - 1: return max(keep, final)
+    return max(keep, search.cost.share(search.spec, end) * final) if search.cost.even else keep
 
 # %% ../../nbs/search/stages.ipynb #b120eb18
 def begin_joint(search):
