@@ -20,7 +20,7 @@ from mgdarts.net.count import counts
 from mgdarts.net.derive import derive
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.latency import Grid, Latency, soft_latency, to_time
-from mgdarts.net.sample import fitted, random_architecture, random_like
+from mgdarts.net.sample import at_width, fitted, random_architecture, random_like
 from mgdarts.net.supernet import SuperNet
 from mgdarts.runs import latency as timing, run as runs
 from mgdarts.runs.latency import How, compared, measure, read_table
@@ -158,7 +158,8 @@ def test_interpolation_like_a_slow_one(line, data):
     at = next(i for i in range(1, len(line)) if w <= line[i])
     (x0, y0), (x1, y1) = (line[at - 1], values[at - 1]), (line[at], values[at])
     slow = y0 + (y1 - y0) * (w - x0) / (x1 - x0)
-    found = Grid([{"widths": [[1, 2]], "ms": [1., 2.]}, {"widths": [line], "ms": values}])(torch.tensor([[1, 0], [w, 0]]))
+    two = Grid([{"widths": [[1, 2]], "ms": [1., 2.]}, {"widths": [line], "ms": values}])
+    found = two(torch.tensor([[1, 0], [w, 0]]))
     assert float(found[1]) / 1e6 == pytest.approx(slow)
 
 
@@ -180,9 +181,11 @@ def test_what_is_priced_on_average_and_reaches_filters():
     full = torch.stack([cost(c, None, None, by=by).detach() for c in net.cells])
     assert float(full.mean()) == pytest.approx(average_cost(DARTS, by), rel=1e-5)
     net.priced = by
-    constant, both = prices(net, "latency", 1., 0.).sum(), prices(net, "latency", 1., 1.).sum()
-    assert float(both) == pytest.approx(2 * float(constant), rel=.1)
-    both.backward()
+    constant, both = (float(prices(net, "latency", 1., mu).sum().detach()) for mu in (0., 1.))
+    assert both == pytest.approx(2 * constant, rel=.1)
+    with torch.no_grad():
+        for c in net.cells: c.beta.normal_(generator=torch.Generator().manual_seed(0))  # else no filter leads
+    prices(net, "latency", 1., 1.).sum().backward()
     assert all(c.beta.grad.abs().sum() > 0 for c in net.cells)
     thin = soft_latency(by, net.cells[0], .5 * filter_shares(net.cells[0], None))
     assert bool((thin <= full[0] * 1e6 + 1e-3).all()) and bool((thin < full[0] * 1e6).any())
@@ -202,37 +205,36 @@ def test_random_networks_and_widths_meet_other_costs(spec, name):
     assert .99 * target <= by.of_arch(arch) <= target and arch == random_architecture(spec, target, 2, cost=by)
     assert met(by.of_arch(random_like(arch, 5, by)), by.of_arch(arch))
     if spec is MOBILE: return
-    narrow = fitted(arch, by.of_arch(arch) * .7, by)
-    assert .95 * .7 * by.of_arch(arch) <= by.of_arch(narrow) <= .7 * by.of_arch(arch)
+    asked = (by.of_arch(at_width(arch, 2)) + by.of_arch(arch)) / 2
+    assert .95 * asked <= by.of_arch(fitted(arch, asked, by)) <= asked
 
 
 # ---- searches
 
 SEARCHES = {"mg-darts": {"search.max_epochs": 30}, "fixed-rate": {"search.max_epochs": 30},
             "darts-v1": {"rules.fit": True, "search.length": 2},
-            "random": {"search.length": 2, "rules.samples": 2, "rules.fit": True}}
+            "random": {"search.length": 1, "rules.samples": 2, "rules.fit": True}}
 
 
 @pytest.mark.parametrize("method", list(SEARCHES))
 def test_searches_end_at_their_multiply_adds(method, tmp_path):
-    asked = {"search.target_macs_m": .15, "data.subset": 192, "search.prune_every": 1, **SEARCHES[method]}
+    asked = {"search.target_macs_m": .2, "data.subset": 128, "search.prune_every": 1, **SEARCHES[method]}
     result = runs.search(preset("smoke", method=method, **asked), tmp_path / "run")
     macs = result["derived"]["macs"]
-    assert result["target"] == 150_000 and result["cost"] == macs and result["cost_of"] == "macs"
-    assert result["gap"] == pytest.approx(macs / 150_000 - 1)
-    assert result["reached"] and .99 * 150_000 <= macs <= 150_000
+    assert result["target"] == 200_000 and result["cost"] == macs and result["cost_of"] == "macs"
+    assert result["gap"] == pytest.approx(macs / 200_000 - 1)
+    assert result["reached"] and .99 * 200_000 <= macs <= 200_000
     assert by_dispatcher(architecture.load(tmp_path / "run")) == macs
 
 
-def small(tmp_path, spec=DARTS, **more):
+def small(tmp_path):
     "A search of seconds, with a table of known prices."
     prices = tmp_path / "prices.json"
-    write_json(prices, {**table(spec), "device": "cpu", "device_name": "made up", "how": vars(How()),
+    write_json(prices, {**table(DARTS), "device": "cpu", "device_name": "made up", "how": vars(How()),
                         "space": {}, "environment": {}})
-    whole = Latency(read_json(prices, "a table")).whole(spec)
-    asked = {"search.target_ms": round(.4 * whole / 1e6, 3), "search.latency": str(prices), "data.subset": 192,
-             "search.prune_every": 1, "search.max_epochs": 30} | more
-    return preset("smoke", **asked)
+    whole = Latency(read_json(prices, "a table")).whole(DARTS)
+    return preset("smoke", **{"search.target_ms": round(.5 * whole / 1e6, 3), "search.latency": str(prices),
+                              "data.subset": 128, "search.prune_every": 1, "search.max_epochs": 30, "search.stages": 1})
 
 
 def test_a_search_ends_at_its_latency_and_resumes_to_the_same_bits(tmp_path):
@@ -246,7 +248,7 @@ def test_a_search_ends_at_its_latency_and_resumes_to_the_same_bits(tmp_path):
     assert by.of_arch(architecture.load(tmp_path / "whole")) == whole["cost"]
 
     def stop(event):
-        if event.type == "epoch" and event.epoch == 5: raise KeyboardInterrupt
+        if event.type == "epoch" and event.epoch == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): runs.search(cfg, tmp_path / "cut", listeners=(stop,), save_every=0)
     (tmp_path / "prices.json").unlink()  # the run has its own copy
     runs.search(None, tmp_path / "cut", resume=True)
@@ -271,8 +273,8 @@ def test_a_state_goes_on_with_its_own_table_alone(tmp_path):
 
 
 def test_the_other_space_too(tmp_path):
-    small_space = {"space.kind": "mobilenet", "space.cells": 5, "data.size": 16}
-    cfg = preset("smoke", **small_space, **{"search.target_macs_m": 1.2, "data.subset": 128, "search.prune_every": 1})
+    cfg = preset("smoke", **{"space.kind": "mobilenet", "space.cells": 5, "data.size": 16, "search.target_macs_m": 1.2,
+                             "data.subset": 128, "search.prune_every": 1, "search.stages": 1, "search.max_epochs": 20})
     result = runs.search(cfg, tmp_path / "run")
     assert met(result["derived"]["macs"], 1.2e6) == result["reached"]
     assert result["derived"]["macs"] == by_dispatcher(architecture.load(tmp_path / "run"))
@@ -339,7 +341,9 @@ def flat(v): return [x for e in v for x in flat(e)] if isinstance(v, list) else 
 
 def test_threads_are_put_back():
     before = torch.get_num_threads()
-    measure(DARTS, How(threads=2, repeats=1, least=1e-5), (1.,))
+    with pytest.raises(InputError), timing.with_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+        raise InputError
     assert torch.get_num_threads() == before
 
 
@@ -357,8 +361,8 @@ def test_the_command_checks_and_shows(measured, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("args, said", [
-    (["--device", "cuda:7"], "not there"), (["--device", "auto"], "which device"), (["--runtime", "tflite"], "--runtime"),
-    (["--widths", "2"], "--widths"), (["--threads", "0"], "threads"), (["--check", "/nowhere"], "no table")])
+    (["--device", "cuda:7"], "not there"), (["--device", "auto"], "which device"),
+    (["--runtime", "tflite"], "--runtime"), (["--widths", "2"], "--widths"), (["--threads", "0"], "threads"), (["--check", "/nowhere"], "no table")])
 def test_bad_orders_write_nothing(args, said, tmp_path, capsys):
     assert main(["latency", str(tmp_path / "t.json"), "--preset", "smoke", *args]) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
@@ -391,7 +395,7 @@ def test_onnx_runtime_times_the_same_pieces():
 
 def test_a_killed_measurement_leaves_nothing(tmp_path):
     path = tmp_path / "table.json"
-    code = f"from mgdarts.cli.main import main; main(['latency', {str(path)!r}, '--preset', 'smoke'])"
+    code = f"from mgdarts.cli.main import main; main(['latency', {str(path)!r}, '--preset', 'smoke', '--widths', '1'])"
     child = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert "turn 1" in child.stderr.readline()
     child.kill()
