@@ -362,7 +362,8 @@ def test_the_command_checks_and_shows(measured, tmp_path, capsys):
 
 @pytest.mark.parametrize("args, said", [
     (["--device", "cuda:7"], "not there"), (["--device", "auto"], "which device"),
-    (["--runtime", "tflite"], "--runtime"), (["--widths", "2"], "--widths"), (["--threads", "0"], "threads"), (["--check", "/nowhere"], "no table")])
+    (["--runtime", "tflite"], "--runtime"), (["--widths", "2"], "--widths"), (["--threads", "0"], "threads"),
+    (["--check", "/nowhere"], "no table")])
 def test_bad_orders_write_nothing(args, said, tmp_path, capsys):
     assert main(["latency", str(tmp_path / "t.json"), "--preset", "smoke", *args]) == 2
     assert said in capsys.readouterr().err and not list(tmp_path.iterdir())
