@@ -69,7 +69,7 @@ def latency(path: Annotated[Path, typer.Argument(
             threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
             batch: Annotated[int, typer.Option(min=1, help="Images at once.")] = 1,
             widths: Annotated[str, typer.Option(help="Shares of the full widths, comma-separated.")] = "0.25,0.5,1",
-            repeats: Annotated[int, typer.Option(min=1, help="Turns of everything; medians of them count.")] = 7,
+            repeats: Annotated[int, typer.Option(min=1, help="Turns of everything; medians of them count.")] = 15,
             check: Annotated[Optional[list[Path]], typer.Option(
                 metavar="RUN-or-ARCH", help="Measure this network instead, against what TABLE says; may be repeated.")
                 ] = None,

@@ -93,8 +93,10 @@ class How:
     runtime: str = "torch" # or onnx
     threads: int = 1
     batch: int = 1 # images
-    repeats: int = 7 # turns of everything
-    least: float = 2e-3 # seconds that a turn takes at least; what is shorter is done again and again
+    repeats: int = 15 # turns of everything
+    # seconds that a turn takes at least, where what is shorter is done again and again: less than what a busy machine
+    # lets a process have at a time, so that most turns are not interrupted
+    least: float = 5e-4
 
 def in_torch(module: nn.Module, maps: tuple, how: How)->Callable:
     "Compute a module by PyTorch."
