@@ -14,7 +14,7 @@ from .size import NetCount
 from .supernet import SuperNet, top_width
 from ..space.cell import Segment
 from ..space.found import shapes
-from ..space.space import Space
+from ..space.space import Space, supernet_macs
 
 # %% auto #0
 __all__ = ['PARAMS', 'MACS', 'COUNTED', 'SHORT', 'Cost', 'op_params', 'Params', 'Macs', 'spent']
@@ -108,7 +108,7 @@ class Macs(Params):
     def kernel(self, seg): return seg.side ** 2
     def cell(self, index, ops, unit): return int((existing(index, ops, unit)[0] * index.kernels["side2"]).sum())
     def ends(self, spec, width): return spec.stem_macs + (0 if width is None else spec.top(width)[1])
-    def whole(self, spec): return spec.macs
+    def whole(self, spec): return supernet_macs(spec)
     def added(self, spec, c, chosen, at, width):
         full, op = spec.cell[c], spec.operations[at[1]]
         kernels = shapes(op, op.widths_by_port((width,) * len(op.ports)), full.stride(at[0]))

@@ -70,10 +70,9 @@ class SuperNet(nn.Module):
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.parts = strengths[0], strengths + self.shapes
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
-        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are; the stage, its start
+        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are; the stage, its start, a cost
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
-        self.discretising, self.stage, self.first = False, 0, 0
-        self.priced = None # by what R_size prices operations that are not counted: a `mgdarts.net.cost.Cost`
+        self.discretising, self.stage, self.first, self.priced = False, 0, 0, None
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.strong = brought(self) # names of the parameters that have a strength
         self.alpha, self.t_alpha, self.t_beta, self.t_omega = (nn.Parameter(torch.zeros(grid(spec))) for _ in range(4))

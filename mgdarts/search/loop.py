@@ -30,6 +30,7 @@ __all__ = ['refuse_unsearchable', 'Search', 'clock_of', 'validate', 'snapshot', 
 def refuse_unsearchable(search):
     "`InputError` where the target is out of reach, or there is not a step to make."
     spec, cost, target = search.whole, search.cost, search.cfg.aim[1]
+    need(search.latency or not search.cfg.latency, f"search.latency={search.cfg.latency} was not read")
     cost.fits(spec)
     whole, fixed, asked = cost.whole(spec), cost.ends(spec, spec.cell[-1].out), f"search.{cost.knob}={target / 1e6:g}"
     need(not search.by_size or target < whole, f"{asked} is not below the super-net's own {cost.what}, "
@@ -51,15 +52,13 @@ class Search:
                  seed: int = 0, device: str|torch.device = "cpu", engine: Engine|None = None, # None: the reference
                  events: Emitter|None = None,
                  check_every: int = 50, # steps between two looks at whether the loss is finite
-                 rules: Rules|None = None, # what the search is composed of
-                 latency: Latency|None = None # what `cfg.latency` names, read
+                 rules: Rules|None = None, latency: Latency|None = None # its parts; what `cfg.latency` names, read
                 ):
         self.rules, self.cfg, self.whole, self.loaders, self.seed = rules or Rules(), cfg, spec, loaders, seed
         self.aux_size, self.device, self.engine = aux_size, torch.device(device), engine
         self.events, self.check_every, self.parts = events or Emitter(), check_every, Parts(self.rules, cfg)
         self.by_size, self.length = self.parts.decision.prunes, self.parts.epochs(cfg.length)
         self.warm_epochs = self.parts.schedule.warm_epochs(cfg.warmup, self.length)
-        need(latency or not cfg.latency, f"search.latency={cfg.latency} was not read")
         self.latency, self.cost = latency, COUNTED.get(cfg.aim[0]) or cast(Latency, latency)
         refuse_unsearchable(self)
         self.stages = self.parts.plan(plan(spec, cfg.stages, self.by_size and cfg.stage_keep[-1] > 0), spec)
@@ -93,9 +92,7 @@ class Search:
         self.just.add(type)
         s = self.state
         self.events.emit(Event(type, s.steps, s.epoch if epoch is None else epoch, self.stage_name, loss, data))
-    def optimise(self):
-        "One optimisation step alone."
-        optimise(self)
+    def optimise(self): optimise(self) # one optimisation step alone
     def step(self):
         "One optimisation step; after the last of an epoch, whatever is due: validation, a commit, the next stage."
         step(self)
