@@ -87,7 +87,7 @@ class Contribution(Schedule):
     truncate: float
     credit_momentum: float
     credit_step: float
-    images = ("train", "arch")
+    images, learns, whole = ("train", "arch"), False, False
 
     def turns(self, clock): return WARMUP
     def before(self, search):
