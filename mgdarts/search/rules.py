@@ -112,7 +112,6 @@ class Iterative(Schedule):
 @dataclass(frozen=True)
 class Untrained(Iterative):
     "Nothing is to be trained."
-    everywhere = False
 
 # %% ../../nbs/search/rules.ipynb #49667801
 @PRESSURES.add("none")
