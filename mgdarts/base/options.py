@@ -216,7 +216,7 @@ class Rules(Cycles, Judging, Paths, Widening):
     identity: bool = knob(False, "an identity beside every edge, in the search and in the derived network (CSC-DARTS)")
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)",
         1, 64)
-    superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)",
+    superpose: str = knob("none", "kernels of several sizes in one, filters of several widths, or both (TangleNAS)",
         choices=SHAPES)
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")

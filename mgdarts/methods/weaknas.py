@@ -17,9 +17,9 @@ __all__ = ['WEAKNAS', 'features', 'ridge', 'perceptron', 'next_round', 'distinct
 
 # %% ../../nbs/methods/weaknas.ipynb #668a7e33
 def features(spec, ops: Tensor # [n, kinds, edges, choices] bool
-            )->Tensor: # float64 [n, kinds * edges * (operations + 1)]
-    "Candidates as vectors: which operations there are, and which edges."
-    return torch.cat([ops.flatten(1), ops.any(-1).flatten(1)], 1).double()
+            )->Tensor: # float64 [n, entries]
+    "Candidates as vectors, as their space codes them."
+    return torch.cat(spec.code(ops), 1).double()
 
 # %% ../../nbs/methods/weaknas.ipynb #7810a95b
 def ridge(x: Tensor, y: Tensor, # [n, m]; [n]
