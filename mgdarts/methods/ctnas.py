@@ -52,7 +52,7 @@ class Comparator(nn.Module):
              )->Tensor: # [...]
         return a @ self.out[0] + b @ self.out[1] + self.offset
 
-# %% ../../nbs/methods/ctnas.ipynb #eabfda22
+# %% ../../nbs/methods/ctnas.ipynb #7e64a2f5
 class ChainComparator(Comparator):
     "The same for chains of layers."
     def __init__(self, entries: int, # of a candidate's code
@@ -166,7 +166,7 @@ class Policy(nn.Module):
                 out[rows, edge, op] = True
         return out, d.logp, d.entropy
 
-# %% ../../nbs/methods/ctnas.ipynb #9cf711fa
+# %% ../../nbs/methods/ctnas.ipynb #50a3c98f
 class ChainPolicy(nn.Module):
     "Draws chains of layers."
     def __init__(self, ops: int, widths: int, g: torch.Generator, width: int = 64):

@@ -43,7 +43,7 @@ def superposed(w: Tensor, # [cells, edges, operations] weights of the operations
             if o != chain[0]: share[o] = those / whole.clamp(min=1e-12)
     return torch.stack(out, -1).flatten(1), torch.stack(share, -1).flatten(1)
 
-# %% ../../nbs/methods/tanglenas.ipynb #2850a7da
+# %% ../../nbs/methods/tanglenas.ipynb #70786b92
 def stored_for(net, chains: list # from `nests`
               )->tuple: # [cells, edges, operations]: (bool: what is stored, int64: which of these holds an operation)
     "Where the kernels of operations are."

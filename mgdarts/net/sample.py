@@ -69,7 +69,7 @@ def narrowed(arch: Architecture, params: float, channels: int # C, at which it i
         if count(at_width(arch, channels, widths)).params <= params: return widths, c
     return None, 0
 
-# %% ../../nbs/net/sample.ipynb #72413608
+# %% ../../nbs/net/sample.ipynb #23f6c441
 def layers_at(arch: Architecture, width: float, # multiplier of all widths
               scale: float = 1. # of the filters inside of operations
              )->Architecture: # without masks
@@ -86,7 +86,7 @@ def layers_at(arch: Architecture, width: float, # multiplier of all widths
         cells.append(ArchCell(tuple(op(c, o) for o in cell.ops), states))
     return Architecture(arch.name, spec, tuple(cells), {}, {**arch.provenance, "width": width})
 
-# %% ../../nbs/net/sample.ipynb #b5cdd788
+# %% ../../nbs/net/sample.ipynb #48a867be
 def largest(make, low: float, high: float, fits, steps: int = 30): # number -> Architecture; the first number does
     "Find the largest of what a number makes that still fits."
     for _ in range(steps):
@@ -121,7 +121,7 @@ def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
     return tuple(ArchCell(tuple(op(e, o, w) for e, o in sorted(c)), (w,) * spec.graph.states)
                  for c, w in zip(chosen, widths))
 
-# %% ../../nbs/net/sample.ipynb #6491563f
+# %% ../../nbs/net/sample.ipynb #cf2cd0ab
 @lru_cache(maxsize=8)
 def choice_sizes(spec: Space)->tuple: # (int64 [cells, edges, choices] parameters of each choice, those around them)
     "Count what each choice costs."
