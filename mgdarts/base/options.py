@@ -459,6 +459,7 @@ class Method:
     settings: dict # knob -> value
     standing: str = "as published" # but for what its chapter names; or "from its abstract", or "a reading"
     scaled: dict = field(default_factory=dict) # preset -> settings of its own at that scale
+    checked: str = "" # what its code was held against
 
 # %% ../../nbs/base/options.ipynb #84245cd4
 def refuse_unknown(cells: list # a notebook's code cells so far: IPython's `In`

@@ -14,4 +14,5 @@ __all__ = ['ACA_PC_DARTS']
 ACA_PC_DARTS = Method("aca-pc-darts", "a reading of its search: PC-DARTS without skip connections, and no refill",
                       "ACA, the paper's reference 35, from two abstracts",
                       {**PC_DARTS.settings, "rules.ops": tuple(o for o in OPERATIONS if o != "skip_connect"),
-                       "rules.zero": False}, "a reading (the search stage, without the refill)")
+                       "rules.zero": False}, "a reading (the search stage, without the refill)",
+                      checked="PC-DARTS but for the candidates")

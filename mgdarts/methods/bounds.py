@@ -101,8 +101,10 @@ GOLD_NAS = Method("gold-nas", "a price that grows, and a fixed bound on an opera
                    "search.lambda_growth": 2., "search.lambda_cap": 1e6, "search.prune_low": 4 / 784,
                    "search.prune_high": 4 / 784, "rules.gates": False, "rules.aux": .4,
                    "rules.ops": ("skip_connect", "sep_conv_3x3"), "rules.regulariser": "size",
-                   "rules.discretiser": "share"})
+                   "rules.discretiser": "share"},
+                  checked="bounds and second head by hand")
 FIXED_RATE = Method("fixed-rate", "so many of the weakest operations and filters each time",
                     "the paper's baselines, section V-E",
                     {**ONE_LEVEL, "search.granularities": ("operation", "filter"), "rules.regulariser": "none",
-                     "rules.discretiser": "rate"})
+                     "rules.discretiser": "rate"},
+                    checked="units, counted")

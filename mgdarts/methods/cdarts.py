@@ -210,4 +210,5 @@ CDARTS = Method("cdarts", "a deeper network of what is found so far, trained alo
                 "Yu et al.: Cyclic Differentiable Architecture Search, TPAMI 2022",
                 {**TWO_LEVEL, "search.optimisation": "cyclic", "search.length": 32, "search.warmup": 2,
                  "search.batch": 256, "search.lr_weights": .2, "search.lr_end": -1., "search.weight_decay": 0.,
-                 "search.arch_decay": 0., "rules.weights_only": -1.})
+                 "search.arch_decay": 0., "rules.weights_only": -1.},
+                checked="nothing taught: DARTS; the divergence against PyTorch's")

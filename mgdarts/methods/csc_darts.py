@@ -51,4 +51,5 @@ class IdentityKept(Decision):
 # %% ../../nbs/methods/csc_darts.ipynb #f786e0a2
 CSC_DARTS = Method("csc-darts", "DARTS to second order on half of the channels, an identity beside every edge",
                    "CSC-DARTS, the paper's reference 33",
-                   {**DARTS_V2.settings, "rules.partial": 2, "rules.identity": True}, "from its abstract")
+                   {**DARTS_V2.settings, "rules.partial": 2, "rules.identity": True}, "from its abstract",
+                   checked="without the identity: DARTS V2 on half of the channels, to the bit")

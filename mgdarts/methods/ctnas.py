@@ -320,4 +320,5 @@ CTNAS = Method("ctnas", "a policy, rewarded by a comparator of architectures",
                scaled={"smoke": {"rules.labelled": 8, "rules.comparator_epochs": 40, "rules.policy_steps": 30,
                                  "rules.own_every": 10, "rules.base_every": 15},
                        "cpu": {"rules.labelled": 60, "rules.comparator_epochs": 200, "rules.policy_steps": 500,
-                               "rules.own_every": 50, "rules.base_every": 100}})
+                               "rules.own_every": 50, "rules.base_every": 100}},
+               checked="antisymmetry, known rankings, the policy's gradient in closed form")

@@ -79,6 +79,8 @@ TWO_LEVEL = {"search.stages": 1, "search.stage_keep": (0.,), "search.regrow": 0.
              "rules.weights_only": 0., "rules.fit": True}
 
 DARTS_V1 = Method("darts-v1", "softmax over operations; alpha and weights by turns, to first order",
-                  "Liu, Simonyan, Yang: DARTS, ICLR 2019", TWO_LEVEL)
+                  "Liu, Simonyan, Yang: DARTS, ICLR 2019", TWO_LEVEL,
+                  checked="the authors' code: outputs and gradients")
 BETA_DARTS = Method("beta-darts", "DARTS with a regulariser on alpha that holds all operations back",
-                    "Ye et al.: beta-DARTS, CVPR 2022", {**TWO_LEVEL, "rules.beta_decay": 50.})
+                    "Ye et al.: beta-DARTS, CVPR 2022", {**TWO_LEVEL, "rules.beta_decay": 50.},
+                    checked="the regulariser's gradient in closed form")

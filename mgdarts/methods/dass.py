@@ -68,4 +68,5 @@ def fit_scored(net: SuperNet, target: float # parameters, plain number
 
 # %% ../../nbs/methods/dass.ipynb #043da5e3
 DASS = Method("dass", "dense first, then scores for weights, straight through", "Mousavi et al.: DASS, ACM TECS 2023",
-              {**TWO_LEVEL, "rules.keep": .9, "rules.sparse": 2 / 7, "search.length": 70, "rules.fit": False})
+              {**TWO_LEVEL, "rules.keep": .9, "rules.sparse": 2 / 7, "search.length": 70, "rules.fit": False},
+              checked="shares and the scores' gradient by hand")

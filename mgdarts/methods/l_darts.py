@@ -41,4 +41,5 @@ class Normalise(Shape):
 # %% ../../nbs/methods/l_darts.ipynb #2d11a3c3
 L_DARTS = Method("l-darts", "PC-DARTS with a weighted normalisation of what edges give: our reading of a sentence",
                  "the paper's sentence on its reference 36",
-                 {**PC_DARTS.settings, "rules.normalise": "each", "rules.zero": False}, "a reading")
+                 {**PC_DARTS.settings, "rules.normalise": "each", "rules.zero": False}, "a reading",
+                 checked="variance, scale and offset in closed form")

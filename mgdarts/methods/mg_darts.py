@@ -15,4 +15,5 @@ __all__ = ['PARTS', 'MG_DARTS']
 
 # %% ../../nbs/methods/mg_darts.ipynb #a02ee22f
 PARTS = Sigmoid, Kernels, Joint, SizeAndThreshold, Thresholds # what the defaults of the knobs stand for
-MG_DARTS = Method("mg-darts", "operations, filters and weights by learned thresholds, in three stages", "the paper", {})
+MG_DARTS = Method("mg-darts", "operations, filters and weights by learned thresholds, in three stages", "the paper", {},
+                  checked="the authors' code: outputs, gradients, masks, regularisers")

@@ -69,4 +69,5 @@ PA_DARTS = Method("pa-darts", "a reading: attention picks partial channels, more
                   "PA-DARTS, the paper's reference 37; schedule and attention are ours",
                   {**PC_DARTS.settings, "search.stages": 3, "search.stage_keep": (0., 0., 0.), "rules.growing": True,
                    "rules.growth": (1., 1., 1.), "rules.partial": 2, "rules.parts": (8, 4, 2),
-                   "rules.attention": "cbam", "rules.weights_only": .4}, "a reading")
+                   "rules.attention": "cbam", "rules.weights_only": .4}, "a reading",
+                  checked="without weights: the partial mixture of half of the states")

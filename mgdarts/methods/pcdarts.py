@@ -57,4 +57,5 @@ class PartialChannels(Shape):
 PC_DARTS = Method("pc-darts", "operations on a part of the channels, edges in a softmax of their own",
                   "Xu et al.: PC-DARTS, ICLR 2020",
                   {**TWO_LEVEL, "search.batch": 256, "rules.partial": 4, "rules.edge_norm": True, "rules.zero": True,
-                   "rules.weights_only": .3, "search.lr_weights": .1, "search.lr_end": 0., "search.lr_arch": 6e-4})
+                   "rules.weights_only": .3, "search.lr_weights": .1, "search.lr_end": 0., "search.lr_arch": 6e-4},
+                  checked="the authors' code: outputs and gradients")

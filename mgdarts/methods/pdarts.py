@@ -101,4 +101,5 @@ P_DARTS = Method("p-darts", "three nets, deeper each time, with fewer operations
                  "Chen et al.: P-DARTS, ICCV 2019",
                  {**TWO_LEVEL, "search.batch": 96, "search.stages": 3, "search.stage_keep": (0., 0., 0.),
                   "rules.growing": True, "rules.skip_dropout": (.1, .4, .7), "rules.max_skips": 2,
-                  "rules.weights_only": .4, "search.lr_end": 0., "search.lr_arch": 6e-4})
+                  "rules.weights_only": .4, "search.lr_end": 0., "search.lr_arch": 6e-4},
+                 checked="schedule and drop-out by the published formulas")

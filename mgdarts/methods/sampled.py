@@ -88,14 +88,17 @@ class Sample(Judged):
 # %% ../../nbs/methods/sampled.ipynb #5470af06
 GDAS = Method("gdas", "one operation an edge, drawn by Gumbel's trick", "Dong, Yang: GDAS, CVPR 2019",
               {**TWO_LEVEL, "rules.relaxation": "gumbel", "rules.pool_norm": False, "search.batch": 256,
-               "search.length": 250, "search.nesterov": True, "search.weight_decay": 5e-4})
+               "search.length": 250, "search.nesterov": True, "search.weight_decay": 5e-4},
+              checked="the draw's gradient by hand, its frequencies")
 PROXYLESS = Method("proxylessnas", "one path, drawn by binary gates", "Cai, Zhu, Han: ProxylessNAS, ICLR 2019",
                    {**TWO_LEVEL, "rules.relaxation": "binary", "rules.arch_every": 5, "rules.weights_only": 1 / 4,
                     "search.length": 160, "search.batch": 256, "search.label_smoothing": .1, "search.clip": 0.,
                     "search.nesterov": True, "search.weight_decay": 4e-5, "search.lr_end": 0.,
-                    "search.lr_arch": 1e-3, "search.adam_beta": 0., "search.arch_decay": 0.})
+                    "search.lr_arch": 1e-3, "search.adam_beta": 0., "search.arch_decay": 0.},
+                   checked="the gates' gradient by hand, their frequencies")
 SHARED = {**TWO_LEVEL, "rules.relaxation": "uniform", "rules.zero": False, "rules.init": "zero",
           "search.optimisation": "joint", "rules.weights_only": 1., "search.length": 100, "search.clip": .25}
 RANDOM = Method("random", "random architectures of the target's size, judged with shared weights",
                 "Li, Talwalkar: Random search and reproducibility, UAI 2019",
-                {**SHARED, "rules.discretiser": "sample", "rules.samples": 1000, "rules.batches": 10})
+                {**SHARED, "rules.discretiser": "sample", "rules.samples": 1000, "rules.batches": 10},
+                checked="draws and sizes, counted")

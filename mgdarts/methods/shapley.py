@@ -115,4 +115,5 @@ SHAPLEY_NAS = Method("shapley-nas", "alpha by Shapley values: what accuracy lose
                      "Xiao et al.: Shapley-NAS, CVPR 2022",
                      {**TWO_LEVEL, "search.batch": 256, "search.optimisation": "contribution", "search.adam": False,
                       "search.lr_weights": .1, "search.lr_end": 0., "rules.partial": 4, "rules.zero": False,
-                      "rules.weights_only": .5, "rules.samples": 10, "rules.batches": 4})
+                      "rules.weights_only": .5, "rules.samples": 10, "rules.batches": 4},
+                     checked="Shapley values of small games, efficiency")

@@ -100,4 +100,5 @@ class Superposed(Kernels):
 TANGLENAS = Method("tanglenas", "kernels of two sizes in one, mixtures drawn from a Dirichlet distribution",
                    "Sukthanker et al.: Weight-entanglement meets gradient-based NAS, 2023",
                    {**TWO_LEVEL, "rules.relaxation": "dirichlet", "rules.superpose": "kernels", "search.lr_end": 0.,
-                    "search.nesterov": True})
+                    "search.nesterov": True},
+                   checked="the draw's moments and gradient; kernels against a slow version")

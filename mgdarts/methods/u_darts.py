@@ -93,4 +93,5 @@ U_DARTS = Method("u-darts", "cells of their own at full depth, on random paths, 
                  {**DARTS_V2.settings, "space.constraint": 4, "search.length": 100, "search.arch_decay": 0.,
                   "data.search_cutout": True, "rules.relaxation": "path", "rules.redraw": 100,
                   "rules.init": "positive", "rules.complexity": .0175, "rules.drawn_decay": 1e-3, "rules.aux": .4},
-                 "as published (without the long connections)")
+                 "as published (without the long connections)",
+                 checked="prices by hand; its cells with DARTS's strengths")

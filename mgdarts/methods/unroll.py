@@ -76,4 +76,5 @@ class SecondOrder(TwoLevel):
 
 # %% ../../nbs/methods/unroll.ipynb #9c694c53
 DARTS_V2 = Method("darts-v2", "the same, with alpha's gradient through one step of the weights",
-                  "Liu, Simonyan, Yang: DARTS, ICLR 2019", {**TWO_LEVEL, "search.optimisation": "second-order"})
+                  "Liu, Simonyan, Yang: DARTS, ICLR 2019", {**TWO_LEVEL, "search.optimisation": "second-order"},
+                  checked="the authors' code: outputs and gradients")

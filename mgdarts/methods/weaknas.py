@@ -125,4 +125,5 @@ WEAKNAS = Method("weaknas", "a sequence of weak predictors, each for what the la
                  scaled={"smoke": {"rules.rounds": 3, "rules.draw": 4, "rules.top": 10, "rules.pool": 60,
                                    "rules.hidden": 32},
                          "cpu": {"rules.rounds": 4, "rules.draw": 10, "rules.top": 100, "rules.pool": 1000,
-                                 "rules.hidden": 100}})
+                                 "rules.hidden": 100}},
+                 checked="known rankings")

@@ -6,11 +6,12 @@
 from __future__ import annotations
 from dataclasses import dataclass, field
 from ..base.options import configure, from_dict, to_dict
-from ..methods.registry import preset as preset_config
+from ..methods.registry import METHODS, preset as preset_config
+from .data import systems
 from ..sweep.jobs import Job
 
 # %% auto #0
-__all__ = ['Arm', 'job']
+__all__ = ['Arm', 'job', 'label_of']
 
 # %% ../../nbs/paper/arms.ipynb #5cf01d39
 @dataclass(frozen=True)
@@ -35,3 +36,10 @@ def job(arm: Arm, preset: str, seed: int,
     search = None if arm.build else to_dict(from_dict({**to_dict(cfg), "train": to_dict(base)["train"]}))
     train = to_dict(configure(cfg, **(arm.transfer or {}))) if arm.train else None
     return Job(arm.label, seed, search, train, arm.build, arm.keep, arm.random)
+
+# %% ../../nbs/paper/arms.ipynb #f103b31e
+def label_of(method: str)->str:
+    "What a method is called where it stands beside others."
+    name = next((s["name"] for s in systems() if s["method"] == method), method)
+    standing = METHODS[method].standing.split(" (")[0]
+    return name + (f" ({standing})" if standing != "as published" else "")

@@ -58,6 +58,7 @@ TARGETS = {
     "table05": "regrowing ratios", "table06": "memory reduction in three search spaces",
     "table07": "DASS against MG-DARTS", "table08": "granularities", "table09": "optimisation strategies",
     "table10": "auxiliary heads", "methods": "the methods at one size", "thresholds": "where thresholds start",
+    "starts": "where alpha and beta start",
     "fig01": "retention ratios at the same size", "fig02": "the search space", "fig03": "pruning", "fig04": "stages",
     "fig05": "ratios set by hand", "fig06": "fixed rates: retention ratios",
     "fig07": "fixed rates: accuracy against size", "fig08": "thresholds and ratios during the search",

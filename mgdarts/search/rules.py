@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 from torch import Tensor
-from ..base.options import ALIKE, REGISTRIES, PRESSURES, SCHEDULES, STARTS, Part, need
+from ..base.options import ALIKE, DECISIONS, REGISTRIES, PRESSURES, SCHEDULES, STARTS, Part, need
 
 # %% auto #0
 __all__ = ['WARMUP', 'Clock', 'Turn', 'Schedule', 'Joint', 'Iterative', 'Untrained', 'Pressure', 'Decision', 'Pruning', 'Final',
@@ -110,8 +110,15 @@ class Iterative(Schedule):
 
 @SCHEDULES.add("none")
 @dataclass(frozen=True)
-class Untrained(Iterative):
-    "Nothing is to be trained."
+class Untrained(Schedule):
+    "Nothing is trained, however long a search may be: it decides at once."
+    everywhere = True
+    def turns(self, clock): return []
+    def epochs(self, length): return 0
+    def warm_epochs(self, warmup, length): return 0
+    def check(self, cfg):
+        need(not DECISIONS[cfg.rules.discretiser].prunes, "search.optimisation=none trains nothing, so that nothing comes "
+             f"to be pruned: choose another than rules.discretiser={cfg.rules.discretiser}")
 
 # %% ../../nbs/search/rules.ipynb #49667801
 @PRESSURES.add("none")
