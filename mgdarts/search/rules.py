@@ -114,11 +114,8 @@ class Iterative(Schedule):
 @dataclass(frozen=True)
 class Untrained(Schedule):
     "Nothing is trained, however long a search may be: it decides at once."
-<<<<<<< HEAD
     learns = whole = False
-=======
     everywhere = True
->>>>>>> mobile
     def turns(self, clock): return []
     def epochs(self, length): return 0
     def warm_epochs(self, warmup, length): return 0
