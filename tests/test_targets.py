@@ -30,6 +30,7 @@ from mgdarts.search.prune import Sizes, candidates, choose
 from mgdarts.search.stages import met
 from mgdarts.space.darts import NetSpec
 from mgdarts.space.mobile import MobileSpec
+from mgdarts.space.operation import OPERATIONS
 from mgdarts.space.space import count_supernet
 from mgdarts.sweep.jobs import checksum
 
@@ -75,10 +76,11 @@ def by_dispatcher(arch):
 def test_multiply_adds_of_operations_by_hand():
     sep, dil, skip, reduction = 16 ** 2 * 2 * (4 * 9 + 16), 16 ** 2 * (4 * 25 + 16), 0, 8 ** 2 * 8 * 8
     big = NetSpec(4, 3, size=16)
-    added = [MACS.added(big, 0, set(), (0, big.ops.index(name)), 4)
+    def widths(name, w): return OPERATIONS[name].widths_by_port((w,) * len(OPERATIONS[name].ports))
+    added = [MACS.added(big, 0, set(), (0, big.ops.index(name)), widths(name, 4))
              for name in ("sep_conv_3x3", "dil_conv_5x5", "skip_connect", "max_pool_3x3")]
     assert added == [sep, dil, skip, 0]
-    assert MACS.added(big, 1, set(), (0, 0), 8) == reduction  # a strided skip: two halves, 1x1, on half the side
+    assert MACS.added(big, 1, set(), (0, 0), widths("skip_connect", 8)) == reduction  # a strided skip: two halves, 1x1, on half the side
     assert MACS.ends(big, 16) - MACS.ends(big, None) == 16 * 10
 
 

@@ -82,12 +82,13 @@ def move(search, rows: Tensor, # [orders, kinds, edges, operations]
 @dataclass(frozen=True)
 class Contribution(Schedule):
     "The weights by their gradient; alpha before each epoch, by what operations contribute."
+    alone = "its players are the operations of two kinds of cells"
     samples: int # orders of removal
     batches: int # of images for each of them
     truncate: float
     credit_momentum: float
     credit_step: float
-    images = ("train", "arch")
+    images, learns, whole = ("train", "arch"), False, False
 
     def turns(self, clock): return WARMUP
     def before(self, search):
@@ -115,4 +116,5 @@ SHAPLEY_NAS = Method("shapley-nas", "alpha by Shapley values: what accuracy lose
                      {**TWO_LEVEL, "search.batch": 256, "search.optimisation": "contribution", "search.adam": False,
                       "search.lr_weights": .1, "search.lr_end": 0., "rules.partial": 4, "rules.zero": False,
                       "rules.weights_only": .5, "rules.samples": 10, "rules.batches": 4},
+                     scaled={"cpu": {"rules.samples": 4, "rules.batches": 1}},
                      checked="Shapley values of small games, efficiency")

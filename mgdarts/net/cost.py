@@ -47,7 +47,7 @@ class Cost:
                  for c in spec.cell[:end + 1]]
         return (self.ends(spec, None) + sum(self.cell(*c) for c in cells)) / self.whole(spec)
     def added(self, spec: Space, c: int, chosen: set, # {(edge, operation)} that cell `c` has
-              at: tuple[int, int], width: int # the operation that comes; channels of all its ports
+              at: tuple[int, int], widths: dict # the operation that comes; its channels by port
              )->int:
         "Return what one more operation of a discrete network costs."
         raise NotImplementedError
@@ -60,6 +60,9 @@ class Cost:
         units = net.channels_left()
         cells = sum(self.cell(c.index, c.layout.ops, u) for c, u in zip(net.cells, units))
         return cells + self.ends(net.spec, top_width(net, units[-1] if units else None))
+    def anywhere(self, spec: Space)->bool:
+        "Whether it knows networks of a space at all widths, or only at those of `spec`."
+        return True
     def fits(self, spec: Space):
         "`InputError` where it cannot say what networks of a space cost."
     def told(self, cost: int)->dict:
@@ -90,9 +93,8 @@ class Params(Cost):
         return int(weights.sum() + 2 * (norms.sum() + more_norms(index, ops, unit).sum()))
     def ends(self, spec, width): return spec.stem_params + (0 if width is None else spec.top(width)[0])
     def whole(self, spec): return spec.params
-    def added(self, spec, c, chosen, at, width):
-        full, op = spec.cell[c], spec.operations[at[1]]
-        return op_params(op, op.widths_by_port((width,) * len(op.ports)), full.stride(at[0]))
+    def added(self, spec, c, chosen, at, widths):
+        return op_params(spec.cell[c].ops[at[1]], widths, spec.cell[c].stride(at[0]))
     def of_arch(self, arch): return count(arch).params
     def of(self, net, counted=None): return (counted or net.count()).params
     def told(self, cost): return {} # events have it anyway
@@ -109,9 +111,9 @@ class Macs(Params):
     def cell(self, index, ops, unit): return int((existing(index, ops, unit)[0] * index.kernels["side2"]).sum())
     def ends(self, spec, width): return spec.stem_macs + (0 if width is None else spec.top(width)[1])
     def whole(self, spec): return supernet_macs(spec)
-    def added(self, spec, c, chosen, at, width):
-        full, op = spec.cell[c], spec.operations[at[1]]
-        kernels = shapes(op, op.widths_by_port((width,) * len(op.ports)), full.stride(at[0]))
+    def added(self, spec, c, chosen, at, widths):
+        full = spec.cell[c]
+        kernels = shapes(full.ops[at[1]], widths, full.stride(at[0]))
         return sum(math.prod(shape) * side_of(full, k) ** 2 for k, shape in kernels)
     def of_arch(self, arch): return count(arch).macs_dense
     def of(self, net, counted=None): return (counted or net.count()).macs_dense

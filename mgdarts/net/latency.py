@@ -192,10 +192,16 @@ class Latency(Cost):
         "Return what all operations of a full cell take, without what they read."
         t, own = self.times(full), torch.tensor([p.kind == "op" for p in pieces(full)])
         return float(t.grid(t.end - t.first)[own].sum())
-    def added(self, spec, c, chosen, at, width):
+    def added(self, spec, c, chosen, at, widths):
         full, t = spec.cell[c], self.times(spec.cell[c])
         more = t.needed(live_in(full, {*chosen, at})) & ~t.needed(live_in(full, chosen))
-        return round(float((t.grid((t.end > t.first) * width) * more).sum()))
+        x = torch.zeros(len(more), 2, dtype=torch.long)
+        for i in more.nonzero().flatten().tolist():
+            p = t.pieces[i]
+            for axis, (kind, _) in enumerate(p.axes):
+                x[i, axis] = widths["mid" if kind == "mid" else "in" if p.kind == "reads" else "out"]
+        return round(float((t.grid(x) * more).sum()))
+    def anywhere(self, spec): return not spec.cell[0].fixed # what is fixed there is part of the keys
     def of_arch(self, arch):
         cells = [self.times(full)(*discrete_widths(arch, c)) for c, full in enumerate(arch.spec.cell)]
         return self.ends(arch.spec, arch.out(len(cells) - 1)) + sum(round(float(ns)) for ns in cells)
