@@ -98,8 +98,9 @@ def largest(make, low: float, high: float, fits, steps: int = 30): # number -> A
 def fitted_layers(arch: Architecture, most: float, cost: Cost = PARAMS)->Architecture:
     "As `fitted`: in whole hundredths of the width; blocks' filters, all by one factor, make up for the rest."
     def fits(a): return cost.of_arch(a) <= most
-    if not cost.anywhere(arch.spec): return largest(lambda s: layers_at(arch, arch.spec.width, s), 0., EXPANSION, fits)
-    low, high = 4, max(5, round(100 * arch.spec.width)) # the space begins at 5
+    own: float = getattr(arch.spec, "width") # which not every space has
+    if not cost.anywhere(arch.spec): return largest(lambda scale: layers_at(arch, own, scale), 0., EXPANSION, fits)
+    low, high = 4, max(5, round(100 * own)) # the space begins at 5
     while fits(layers_at(arch, high / 100)): low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
