@@ -98,7 +98,7 @@ def search(preset: Preset = "smoke",
     cfg, splits = None, None
     if requeue and (resume or not out): raise InputError("--requeue needs --out, and goes without --resume")
     if resume:
-        if sets or any(v is not None for v in options.values()):
+        if dry_run or sets or any(v is not None for v in options.values()):
             raise InputError("--resume goes on with the run's own configuration: leave out the other options")
     else:
         cfg = configuration(preset, sets, **options)
