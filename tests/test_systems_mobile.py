@@ -36,8 +36,9 @@ SPEC = MobileSpec(5, .25, 10, 16, constraint=1)
 CHOICES = len(SPEC.choices)
 TINY = {"space.kind": "mobilenet", "data.subset": 100, "search.batch": 40, "search.length": 2, "search.max_epochs": 3,
         "search.warmup": 1, "search.prune_every": 1, "search.lambda_step": .05, "train.epochs": 1, "rules.samples": 1,
-        "rules.batches": 1, "rules.recalibrate": 1, "rules.predictor": "ridge", "rules.rounds": 2, "rules.draw": 3, "rules.top": 6, "rules.pool": 12, "rules.hidden": 8,
-        "rules.labelled": 8, "rules.comparator_epochs": 3, "rules.policy_steps": 4, "rules.own_every": 2,
+        "rules.batches": 1, "rules.recalibrate": 1, "rules.predictor": "ridge", "rules.rounds": 2,
+        "rules.draw": 3, "rules.top": 6, "rules.pool": 12, "rules.hidden": 8, "rules.labelled": 8,
+        "rules.comparator_epochs": 3, "rules.policy_steps": 4, "rules.own_every": 2,
         "rules.base_every": 3}
 
 
