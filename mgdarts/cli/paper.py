@@ -8,9 +8,9 @@ import os, sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..base.options import InputError
+from ..base.options import InputError, need
 from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Preset,
-                                Retries, Sets, Timeouts, place, settings_in, show, table)
+                                Retries, Sets, Timeouts, place, settings_in, show, table, typed)
 
 # %% auto #0
 __all__ = ['CLAIM', 'order', 'reproduce', 'claims']
@@ -55,6 +55,8 @@ def reproduce(what: Annotated[str, typer.Argument(
     where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
                   partition=partition, time=time, timeouts=timeouts, cluster=cluster)
     if what.endswith(".json"):
+        other = typed("preset", "seeds", "dataset", "device", "arms", "out", "sets")
+        need(not other, f"a record is made again as it was: leave out {', '.join(other)}")
         from mgdarts.paper import study
         from mgdarts.sweep.on import executor_in
         done = [study.remake(Path(what), executor_in(where, jobs=jobs), data_dir)]
