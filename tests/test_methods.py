@@ -136,9 +136,36 @@ def test_the_registry_and_the_knobs_agree():
     ({"method": "l-darts", "rules.relaxation": "gumbel"}, "without a draw"),
     ({"method": "shapley-nas", "space.kind": "mobilenet"}, "space.kind=darts"),
     ({"method": "u-darts", "rules.discretiser": "sample"}, "rules.discretiser=argmax"),
+    ({"method": "darts-v2", "rules.regulariser": "size"}, "rules.regulariser pushes through a loss"),
+    ({"method": "cdarts", "rules.regulariser": "size+threshold"}, "rules.regulariser pushes through a loss"),
+    ({"method": "shapley-nas", "rules.beta_decay": 5.}, "rules.beta_decay pushes through a loss"),
+    ({"method": "zero-cost-pt", "rules.beta_decay": 5.}, "rules.beta_decay pushes through a loss"),
+    ({"search.optimisation": "second-order"}, "learned thresholds learn from the whole loss|pushes through a loss"),
+    ({"method": "gold-nas", "search.optimisation": "none"}, "nothing comes to be pruned"),
 ])
 def test_rules_that_do_not_go_together(settings, says):
     with pytest.raises(InputError, match=says): preset("smoke", **settings)
+
+
+def test_thresholds_on_other_images_than_the_weights(splits):
+    "MG-DARTS on two levels: alpha and thresholds move in turns of their own, and what they prune grows back."
+    search = make_search(preset("smoke", **{"search.optimisation": "first-order", "search.max_epochs": 8,
+                                            "search.prune_every": 1}), splits)
+    groups = set()
+    search.events.listen(lambda e: groups.add((e.data["images"], e.data["groups"])), "update")
+    events = []
+    search.events.listen(events.append, "commit", "regrow")
+    search.run()
+    assert ("arch", ("strengths", "thresholds", "weight_thresholds")) in groups and ("train", ("weights",)) in groups
+    assert {e.type for e in events} == {"commit", "regrow"} and any(sum(e.data["pruned"].values()) for e in events[:-1]
+                                                                   if e.type == "commit")
+
+
+def test_without_training_nothing_is_trained(splits):
+    search = make_search(preset("smoke", "zero-cost-pt"), splits)
+    before = [p.detach().clone() for p in search.net.parameters()]
+    for _ in range(5): search.run("step")
+    assert search.trial["todo"] and all(map(torch.equal, before, search.net.parameters()))
 
 
 # ---------------------------------------------------------------- parts from outside

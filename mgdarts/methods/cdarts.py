@@ -163,6 +163,7 @@ def joint_loss(search, x: Tensor, y: Tensor, # images, labels
 @dataclass(frozen=True)
 class Cyclic(TwoLevel):
     "A deeper network of what is found so far is trained in turn with the super-net."
+    whole = False
     depth: float # cells of the network, in cells of the super-net
     cycle: int # epochs
     cycle_warmup: int # epochs before them, of the network alone

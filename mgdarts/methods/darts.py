@@ -19,13 +19,13 @@ __all__ = ['TWO_LEVEL', 'DARTS_V1', 'BETA_DARTS', 'TwoLevel', 'Normal', 'Argmax'
 @SCHEDULES.add("first-order")
 @dataclass(frozen=True)
 class TwoLevel(Schedule):
-    "Alpha on other images than the weights."
+    "Alpha, and thresholds where there are any, on other images than the weights."
     arch_every: int # steps between two moves of alpha
     images = ("train", "arch")
 
     def turns(self, clock):
         due = clock.total % self.arch_every == 0
-        return [Turn("arch", ("strengths",))] * due + [Turn("train", ("weights",))]
+        return [Turn("arch", ("strengths", "thresholds", "weight_thresholds"))] * due + [Turn("train", ("weights",))]
 
 # %% ../../nbs/methods/darts.ipynb #7483bbf0
 @STARTS.add("normal")
@@ -63,7 +63,7 @@ def beta_decay(alpha: Tensor, # [cells, edges, operations]
 class BetaDecay(Pressure):
     "A regulariser that holds all operations back, more with every epoch."
     beta_decay: float # its weight at the end
-    timed = True
+    knob, needs, timed = "rules.beta_decay", "learns", True
     def wanted(self): return self.beta_decay > 0
     def of_alpha(self, alpha, live, clock):
         return [self.beta_decay * clock.turn / max(clock.length, 1) * beta_decay(alpha, live)]

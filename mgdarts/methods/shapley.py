@@ -87,7 +87,7 @@ class Contribution(Schedule):
     truncate: float
     credit_momentum: float
     credit_step: float
-    images = ("train", "arch")
+    images, learns, whole = ("train", "arch"), False, False
 
     def turns(self, clock): return WARMUP
     def before(self, search):
@@ -115,4 +115,5 @@ SHAPLEY_NAS = Method("shapley-nas", "alpha by Shapley values: what accuracy lose
                      {**TWO_LEVEL, "search.batch": 256, "search.optimisation": "contribution", "search.adam": False,
                       "search.lr_weights": .1, "search.lr_end": 0., "rules.partial": 4, "rules.zero": False,
                       "rules.weights_only": .5, "rules.samples": 10, "rules.batches": 4},
+                     scaled={"cpu": {"rules.samples": 4, "rules.batches": 1}},
                      checked="Shapley values of small games, efficiency")

@@ -78,7 +78,7 @@ class Complexity(Pressure):
     complexity: float
     drawn_decay: float
     ops: tuple # operations that the search begins with
-    everywhere = False
+    everywhere, knob, needs = False, "rules.complexity", "learns"
     def wanted(self): return self.complexity > 0 or self.drawn_decay > 0
     def of_alpha(self, alpha, live, clock):
         names = tuple(name for name in OPERATIONS if name in {*NetSpec.ops, *self.ops}) # as the space has them

@@ -69,6 +69,7 @@ def ahead(search):
 @dataclass(frozen=True)
 class SecondOrder(TwoLevel):
     "Alpha's gradient for weights that have taken one step."
+    whole = False
     def gradient(self, search, turn):
         if turn.images != "arch": return False
         ahead(search)

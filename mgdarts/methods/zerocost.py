@@ -89,6 +89,7 @@ ZERO_COST_PT = Method("zero-cost-pt", "trial and error on an untrained net",
                       {**TWO_LEVEL, "search.optimisation": "none", "search.length": 0,
                        "rules.discretiser": "perturbation", "rules.zero": False, "rules.init": "zero",
                        "rules.samples": 10, "rules.batches": 100},
+                      scaled={"cpu": {"rules.samples": 2, "rules.batches": 1}},
                       checked="decisions by hand, scores by their formulas on a tiny net")
 
 # %% ../../nbs/methods/zerocost.ipynb #8ce97d09

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 import plotly.graph_objects as go
 from ..base.events import RunFailed
-from ..base.options import DECISIONS, PRESSURES, SCHEDULES, STRENGTHS, Config, InputError, to_dict
+from ..base.options import DECISIONS, PRESSURES, SCHEDULES, STRENGTHS, InputError, to_dict
 from ..methods.registry import METHODS, preset
 from ..runs.run import search
 from ..views.theme import GREY, theme
@@ -29,7 +29,9 @@ def all_pairs()->list: # of {knob: value}, two knobs each
 QUICK = ("darts-v1", "random", "gdas", "gold-nas", "fixed-rate")
 TINY = {"threads": 1, "data.subset": 120, "search.length": 2, "search.max_epochs": 3, "search.warmup": 1,
         "search.prune_every": 1, "search.batch": 16, "search.lambda_step": .1, "search.target_m": .02,
-        "rules.samples": 1, "rules.batches": 1, "rules.ops": ("skip_connect", "sep_conv_3x3", "max_pool_3x3")}
+        "rules.samples": 1, "rules.batches": 1, "rules.ops": ("skip_connect", "sep_conv_3x3", "max_pool_3x3"),
+        "rules.rounds": 2, "rules.draw": 2, "rules.top": 4, "rules.pool": 8, "rules.hidden": 8, "rules.labelled": 8,
+        "rules.comparator_epochs": 2, "rules.policy_steps": 4, "rules.own_every": 2, "rules.base_every": 2}
 
 def around(pair: dict)->list: # of methods' names
     "Which methods a pair is tried on top of."
@@ -50,16 +52,14 @@ def attempt(pair: dict, method: str)->str: # why it is refused; empty: it was de
         except InputError as e: raise RunFailed(f"{method} with {pair}: refused after it had begun: {e}") from e
     return ""
 
-def compose(pair: dict,
-            most: int = 5 # methods that are tried
-           )->dict: # JSON-ready: the pair, a method that it goes with, or why not
-    "Try a pair on top of one method after the other."
+def compose(pair: dict)->dict: # JSON-ready: the pair, a method that it goes with, or why not
+    "Try a pair on top of one method after the other. Of the reasons that refuse it the one that speaks of it is told."
     refused = []
-    for method in around(pair)[:most]:
+    for method in around(pair):
         why = attempt(pair, method)
         if not why: return {"pair": pair, "method": method, "why": ""}
         refused.append(why)
-    return {"pair": pair, "method": None, "why": refused[0]}
+    return {"pair": pair, "method": None, "why": max(refused, key=lambda r: sum(str(v) in r for v in pair.values()))}
 
 # %% ../../nbs/paper/compositions.ipynb #0d720a53
 def matrix(rows: list # of dictionaries, as `compose` makes them

@@ -154,7 +154,7 @@ class Size(Pressure):
     cost: str # resource: params or macs
     reg: float # constant price of an operation
     mu: float # price of its cost
-    controls = True
+    needs, controls = "whole", True
     def prices(self, net): return prices(net, self.cost, self.reg, self.mu)
 
 @PRESSURES.add("size+threshold")

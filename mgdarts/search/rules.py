@@ -8,7 +8,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 from torch import Tensor
-from ..base.options import ALIKE, REGISTRIES, PRESSURES, SCHEDULES, STARTS, Part, need
+from ..base.options import ALIKE, DECISIONS, REGISTRIES, PRESSURES, SCHEDULES, STARTS, Part, need
 
 # %% auto #0
 __all__ = ['WARMUP', 'Clock', 'Turn', 'Schedule', 'Joint', 'Iterative', 'Untrained', 'Pressure', 'Decision', 'Pruning', 'Final',
@@ -53,6 +53,8 @@ class Schedule(Part):
     images = ("train",) # which loaders it needs
     renews = False # whether each stage has a super-net of its own
     draws = False # whether it asks for random numbers
+    learns = True # whether alpha learns from a loss
+    whole = True # whether that is the whole loss, with what pushes on sizes and thresholds
 
     def turns(self, clock: Clock)->list: # of `Turn`
         "The updates of a step after the warm-up."
@@ -110,9 +112,15 @@ class Iterative(Schedule):
 
 @SCHEDULES.add("none")
 @dataclass(frozen=True)
-class Untrained(Iterative):
-    "Nothing is to be trained."
-    everywhere = False
+class Untrained(Schedule):
+    "Nothing is trained, however long a search may be: it decides at once."
+    learns = whole = False
+    def turns(self, clock): return []
+    def epochs(self, length): return 0
+    def warm_epochs(self, warmup, length): return 0
+    def check(self, cfg):
+        need(not DECISIONS[cfg.rules.discretiser].prunes, "search.optimisation=none trains nothing, so that nothing "
+             f"comes to be pruned: choose another than rules.discretiser={cfg.rules.discretiser}")
 
 # %% ../../nbs/search/rules.ipynb #49667801
 @PRESSURES.add("none")
@@ -120,6 +128,8 @@ class Untrained(Iterative):
 class Pressure(Part):
     "What pushes on operations and thresholds."
     everywhere = True
+    knob = "rules.regulariser" # that asks for it
+    needs = "" # what a schedule must be for it to have an effect: learns, or whole
     controls = False # whether lambda moves
     heads = False # whether it looks at auxiliary heads of the whole net
     timed = False # whether it weighs differently in every step
@@ -139,6 +149,10 @@ class Pressure(Part):
                  clock: Clock)->list: # of scalars
         "What is added to the loss because of alpha alone."
         return []
+    def check(self, cfg):
+        needed = not self.needs or getattr(SCHEDULES[cfg.search.optimisation], self.needs)
+        need(needed, f"{self.knob} pushes through a loss, and search.optimisation={cfg.search.optimisation} does not "
+             f"learn alpha from that: leave out {self.knob}, or choose another search.optimisation")
 
 # %% ../../nbs/search/rules.ipynb #21da4313
 @dataclass(frozen=True)

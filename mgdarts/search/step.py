@@ -121,7 +121,8 @@ def gradient(search, turn: Turn, alone: bool # whether gradients are made for th
 def update(search, turn: Turn):
     "Move what moves in this turn."
     cfg, net, clock = search.cfg, search.net, search.clock
-    if not clock.warmup and cfg.regrow and search.by_size: update_momentum(search.mom, net.alpha, cfg.regrow_gamma)
+    if not clock.warmup and cfg.regrow and search.by_size and net.alpha.grad is not None:
+        update_momentum(search.mom, net.alpha, cfg.regrow_gamma)
     net.tie()
     for group in search.optimizer.param_groups:
         if group["name"] not in turn.groups:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import dataclass
 import torch
-from ..base.options import DECISIONS, need
+from ..base.options import DECISIONS, SCHEDULES, need
 from ..net.discretise import common_start, start_thresholds
 from ..net.supernet import SuperNet
 from .loss import live_thresholds
@@ -102,3 +102,5 @@ class Thresholds(Pruning):
         super().check(cfg)
         need(cfg.rules.relaxation == "sigmoid", f"learned thresholds cut sigma(alpha), and rules.relaxation="
              f"{cfg.rules.relaxation} is not that: choose another rules.discretiser")
+        need(SCHEDULES[cfg.search.optimisation].whole, "learned thresholds learn from the whole loss, and "
+             f"search.optimisation={cfg.search.optimisation} does not: choose another rules.discretiser")
