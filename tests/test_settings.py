@@ -30,8 +30,8 @@ def refused(capsys, says, *args):
     (["search", "--seed", "1", "--set", "seed=2", "--dry-run"], "--set seed is also said by an option"),
     (["count", "--width", "1.0"], "--width is of the MobileNet-like space"),
     (["count", "--space", "mobilenet", "--channels", "8"], "--channels is of the DARTS-like space"),
-    (["plan", "--seeds", "1"], "--seeds: only with --sweep"),
-    (["plan", "--sweep", "smoke", "--batch", "8"], "--batch: not with --sweep"),
+    (["plan", "--seeds", "1"], "without --sweep: leave out --seeds"),
+    (["plan", "--sweep", "smoke", "--batch", "8"], "--sweep plans many runs: leave out --batch"),
 ])
 def test_what_is_said_twice_or_in_vain(args, says, capsys): refused(capsys, says, *args)
 

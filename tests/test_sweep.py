@@ -13,7 +13,10 @@ import pytest
 from mgdarts.base.files import read_json, write_json
 from mgdarts.base.options import InputError
 from mgdarts.cli.main import main
+from mgdarts.cli.sweep import add_to, target_of
+from mgdarts.cli.sweep import sweep as sweep_command
 from mgdarts.sweep.executors import Local, run_jobs
+from mgdarts.sweep.on import executor_in
 from mgdarts.sweep.ray import Ray
 from mgdarts.sweep.spec import runs_of
 from mgdarts.sweep.table import read_plan
@@ -64,7 +67,8 @@ def plain(tmp_path_factory):
     ({"methods": ["dartz"]}, "unknown method"), ({"methods": [["darts-v1"]]}, "must be text"),
     ({"preset": "smok"}, "unknown preset"), ({"set": {"chanels": 4}}, "did you mean"),
     ({"set": {"channels": [4, "4"]}}, "twice"), ({"set": {"channels": {"a": 1}}}, "cannot be"),
-    ({"set": {"seed": 3}}, "say seeds"), ({"set": {"channels": 4, "space.channels": 8}}, "set twice"),
+    ({"set": {"channels": []}}, "has no value"), ({"set": {"seed": 3}}, "say seeds"),
+    ({"set": {"channels": 4, "space.channels": 8}}, "set twice"),
     ({"runs": [3]}, "list of mappings"), ({"runs": [{"labels": "a"}]}, "unknown key"), ({"arms": ["r = 0"]}, "target"),
     ({"runs": [{"label": "a"}, {"label": "b"}]}, "once as a"), ({"train": "yes"}, "true or false"),
     ({"target": "tabel05"}, "table05"), ({"target": "table05", "methods": ["gdas"]}, "does not go with"),
@@ -81,7 +85,11 @@ def test_what_is_wrong_in_a_specification_is_a_line(spec, said, tmp_path, capsys
     [], ["--seeds", "0"], ["nothing.yaml", "--out", "x"], ["--resume"], ["--resume", "--out", "nothing"],
     ["--resume", "--seeds", "0", "--out", "x"], ["--seeds", "0", "--out", "x", "--on", "rya"],
     ["--seeds", "0", "--out", "x", "--gpus", ".5"], ["--seeds", "0", "--out", "x", "--on", "ray", "--cpus", "0"],
-    ["--seeds", "0", "--out", "x", "--on", "ray", "--address", "127.0.0.1:1"], ["--set", "channels", "--out", "x"]])
+    ["--seeds", "0", "--out", "x", "--on", "ray", "--address", "127.0.0.1:1"], ["--set", "channels", "--out", "x"],
+    ["--seeds", "0", "--out", "x", "--on", "ray", "--gpus", "-1"], ["--seeds", "0", "--out", "x", "--jobs", "-1"],
+    ["--seeds", "0", "--out", "x", "--on", "slurm", "--gpus", ".5"], ["--resume", "--dry-run"],
+    ["--suggest", "optuna", "--space", "mu=0..1", "--out", "x", "--dry-run"],
+    ["--seeds", "0", "--out", "x", "--space", "mu=0..1"], ["--seeds", "0", "--out", "x", "--trials", "3"]])
 def test_what_is_wrong_on_the_command_line_is_a_line(args, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert sweep(*args) == 2
@@ -188,6 +196,8 @@ def test_without_ray_all_else_works_and_asking_for_it_names_the_extra(tmp_path):
 import sys
 for name in ("ray", "submitit", "optuna"): sys.modules[name] = None
 from mgdarts.cli.main import main
+from mgdarts.cli.sweep import add_to, target_of
+from mgdarts.cli.sweep import sweep as sweep_command
 sys.exit(main(sys.argv[1:]))
 """
     def run(*args):
@@ -213,6 +223,26 @@ def test_a_table_of_the_paper_is_a_sweep_too(tmp_path, capsys, monkeypatch, here
     assert [e.name for e in entries([out])] == [row["run"]]
     spec |= {"preset": "cpu"}
     assert sweep(written(tmp_path, spec), "--out", out) == 2 and "another sweep" in capsys.readouterr().err
+
+
+def test_shares_of_devices_are_numbers_however_they_are_typed():
+    pytest.importorskip("ray")
+    assert executor_in("ray gpus=.5 memory=2 jobs=3") == Ray(gpus=0.5, memory=2.0, jobs=3)
+
+
+def test_a_target_that_there_is_not_is_known_before_and_a_wrong_arm_leaves_the_sweep_as_it_was(tmp_path, capsys,
+                                                                                              monkeypatch):
+    def refuses(*_): raise InputError("no arm")
+    monkeypatch.setattr(sys.modules[sweep_command.__module__], "reproduced", refuses)
+    out = tmp_path / "out"
+    assert sweep(written(tmp_path, {"target": "tabel05"}), "--out", out, "--dry-run") == 2
+    assert sweep(written(tmp_path, {"target": "table05", "arms": ["r = zero"]}), "--out", out) == 2
+    add_to(out, right := target_of({"target": "table05", "arms": ["r = 0"]}))  # nothing of the wrong one was begun
+    (out / "r-0-s0").mkdir()
+    write_json(out / "r-0-s0" / "config.json", {})
+    assert sweep(written(tmp_path, {"target": "table05", "arms": ["r = 0", "r = zero"]}), "--out", out) == 2
+    assert read_json(out / "plan.json", "a sweep")["arms"] == right["arms"]
+    assert "another sweep" not in capsys.readouterr().err
 
 
 def test_a_damaged_plan_or_table_is_a_line(tmp_path, capsys):

@@ -28,6 +28,8 @@ class Judging:
     judge: str = knob("shared", "who judges a candidate: the super-net, whose weights all share, or a short training "
         "from scratch", choices=("shared", "training"))
     judge_epochs: int = knob(5, "epochs of such a training", 1, 10000)
+    recalibrate: int = knob(0, "batches of training images by which batch norms are set anew before a candidate is "
+        "judged by the super-net", 0, 10000)
     score: str = knob("naswot", "Zero-Cost-PT: what an untrained net is judged by",
         choices=("synflow", "snip", "grasp", "fisher", "jacobian", "naswot"))
     rounds: int = knob(10, "WeakNAS: rounds of judging, each followed by a new predictor", 1, 10000)

@@ -13,7 +13,7 @@ from .knobs import Cycles, Judging, Paths, Widening, knob
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
            'SPACE_KINDS', 'ALIKE', 'TWO', 'PARTS', 'LATER', 'InputError', 'closest', 'Part', 'need', 'Registry',
            'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
-           'darts_only', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
+           'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -31,6 +31,7 @@ def closest(word, # what was given
 class Part:
     "A piece of a method. Its fields are its knobs, under the names that they have in a configuration."
     everywhere = False # whether it serves every search space, not the DARTS-like one alone
+    alone = "it is made for cells whose nodes have several edges" # why it does not
 
     @classmethod
     def of(cls, *owners): # parts of a configuration: `Rules`, `Search`
@@ -217,7 +218,7 @@ class Rules(Cycles, Judging, Paths, Widening):
     identity: bool = knob(False, "an identity beside every edge, in the search and in the derived network (CSC-DARTS)")
     partial: int = knob(1, "operations see one part in so many of the channels, the rest goes round them (PC-DARTS)",
         1, 64)
-    superpose: str = knob("none", "kernels of two sizes in one, or filters of several widths too (TangleNAS)",
+    superpose: str = knob("none", "kernels of several sizes in one, filters of several widths, or both (TangleNAS)",
         choices=SHAPES)
     gates: bool = knob(True, "filters have gates sigma(beta) and batch norm learns a scale; off: neither, as in DARTS")
     pool_norm: bool = knob(False, "pools of the super-net end in a batch norm that learns nothing, as in DARTS")
@@ -363,16 +364,21 @@ def refuse_unhandled(rules: Rules):
             raise InputError(f"rules.{f.name} is handled by no part that is loaded: import mgdarts.methods.registry")
 
 def _check_parts(cfg):
-    "Refuse parts that do not go together, or with the space."
-    parts = [p for registry in REGISTRIES if registry for p in registry.parts(cfg.rules, cfg.search)]
-    darts_only(cfg, all(p.everywhere for p in parts))
-    for p in parts: p.check(cfg)
+    "Refuse parts that do not go with the space, or together."
+    found = [(registry, registry.parts(cfg.rules, cfg.search)) for registry in REGISTRIES if registry]
+    for registry, parts in found:
+        for i, p in enumerate(parts): _check_space(cfg, p, registry.knob if i == 0 else "")
+    for _, parts in found:
+        for p in parts: p.check(cfg)
 
-def darts_only(cfg: Config, everywhere: bool # whether the choice serves every space
-              ):
-    "`InputError` in the MobileNet-like space, unless the choice serves it too."
-    need(everywhere or cfg.space.kind == "darts", "in the MobileNet-like space operations are searched by learned "
-         "thresholds only: choose method mg-darts, or space.kind=darts")
+def _check_space(cfg, part, knob: str # that the part is a value of; empty: it stands beside
+                ):
+    "Refuse a part that does not serve the space."
+    if part.everywhere or cfg.space.kind == "darts": return
+    name = resolve(cfg, knob or next(iter(type(part).__annotations__))) # its first knob of its own
+    owner, f = knobs(cfg)[name]
+    need(False, f"{name}={getattr(owner, f.name)} does not go with space.kind={cfg.space.kind}, as {part.alone}: choose "
+         "another method, or space.kind=darts")
 
 # %% ../../nbs/base/options.ipynb #26552e85
 def validate(cfg: Config)->Config: # the same object

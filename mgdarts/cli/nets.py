@@ -10,14 +10,14 @@ from typing import Annotated, Optional
 import typer
 from ..base.options import Config, InputError, configure, need
 from .cost import plan_sweep
-from .shared import Json, page_to_write, show, table, typed
+from .shared import Json, page_to_write, refuse_given, show, table
 from ..space.darts import NetSpec
 from ..space.mobile import MobileSpec
 from ..space.space import count_supernet
 
 # %% auto #0
-__all__ = ['Channels', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'USUAL', 'PEAK', 'PARTS', 'GB', 'NAMES', 'OF_MANY', 'OF_ONE',
-           'Usual', 'net_size', 'net_spec', 'net_name', 'count', 'plan_answer', 'plan']
+__all__ = ['Channels', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'USUAL', 'PEAK', 'PARTS', 'GB', 'NAMES', 'Usual', 'net_size',
+           'net_spec', 'net_name', 'count', 'plan_answer', 'plan']
 
 # %% ../../nbs/cli/nets.ipynb #5e13fe4f
 Channels = Annotated[Optional[int], typer.Option(help="Filters C of the first stage, in the DARTS-like space.")]
@@ -27,7 +27,7 @@ Side = Annotated[Optional[int], typer.Option(
     help="Image side in pixels: 32 by default; 224 in the MobileNet-like space.")]
 Classes = Annotated[Optional[int], typer.Option(
     help="Number of classes: 10 by default; 1000 in the MobileNet-like space.")]
-Space = Annotated[str, typer.Option(help="Search space: darts or mobilenet.")]
+Space = Annotated[Optional[str], typer.Option(help="Search space: darts, the default, or mobilenet.")]
 Width = Annotated[Optional[float], typer.Option(
     help="Multiplier of all widths in the MobileNet-like space: 1.2 by default.")]
 
@@ -81,10 +81,10 @@ def _published(spec: MobileSpec)->dict:
     return {"params": found["params_deployable"], "macs": found["macs"]}
 
 # %% ../../nbs/cli/nets.ipynb #5998ed2b
-def count(channels: Channels = None, cells: Cells = None, space: Space = "darts", width: Width = None,
+def count(channels: Channels = None, cells: Cells = None, space: Space = None, width: Width = None,
           classes: Classes = None, size: Side = None, as_json: Json = False):
     "Parameters of a super-net: main part, stages, auxiliary heads; beside them, the MobileNet-like published network."
-    _, spec = net_spec(space, channels, width, cells, size, classes)
+    _, spec = net_spec(space or "darts", channels, width, cells, size, classes)
     out = count_supernet(spec)
     if isinstance(spec, MobileSpec): out["weaknas"] = _published(spec)
     rows = [("main part", out["main"]), ("stem", out["stem"]),
@@ -123,16 +123,13 @@ def plan_answer(plans: dict, # 3 or 1 stages -> dictionaries of `StepMemory`; wi
     return out
 
 # %% ../../nbs/cli/nets.ipynb #7b7bcccd
-OF_MANY = ("seeds", "devices", "devices_a_run", "bandwidth")
-OF_ONE = ("channels", "cells", "space", "width", "batch", "stages", "recompute", "size", "classes", "amp", "figure")
-
-def plan(channels: Channels = None, cells: Cells = None, space: Space = "darts", width: Width = None,
-         batch: Annotated[int, typer.Option(help="Images a step.")] = 96,
+def plan(channels: Channels = None, cells: Cells = None, space: Space = None, width: Width = None,
+         batch: Annotated[Optional[int], typer.Option(help="Images a step; 96 by default.")] = None,
          stages: Annotated[Optional[int], typer.Option(
              help="3, or 1: the whole net at once. Default: both, and their ratio.")] = None,
-         recompute: Annotated[str, typer.Option(
-             help="Cells whose maps are computed again in the backward pass: none, earlier (those of earlier stages) "
-                  "or all.")] = "earlier",
+         recompute: Annotated[Optional[str], typer.Option(
+             help="Cells whose maps are computed again in the backward pass: none, earlier (those of earlier stages, "
+                  "the default) or all.")] = None,
          size: Side = None, classes: Classes = None,
          amp: Annotated[bool, typer.Option("--amp", help="Maps in bfloat16.")] = False,
          device: Annotated[str, typer.Option(
@@ -142,15 +139,21 @@ def plan(channels: Channels = None, cells: Cells = None, space: Space = "darts",
              metavar="SPEC", help="Hours of many runs instead: a sweep's file, a preset, a table or figure, or paper.")
              ] = None,
          seeds: Annotated[Optional[str], typer.Option(help="With --sweep: seeds, comma-separated.")] = None,
-         devices: Annotated[str, typer.Option(help="With --sweep: how many devices there are.")] = "1,8,64",
-         devices_a_run: Annotated[int, typer.Option(help="With --sweep: devices that share a run.")] = 1,
+         devices: Annotated[Optional[str], typer.Option(
+             help="With --sweep: how many devices there are; 1,8,64 by default.")] = None,
+         devices_a_run: Annotated[Optional[int], typer.Option(
+             help="With --sweep: devices that share a run; 1 by default.")] = None,
          bandwidth: Annotated[Optional[float], typer.Option(
              help="Between those, in 10^9 bytes a second; default: as two processes of a CPU had, 10 on GPUs.")] = None,
          as_json: Json = False):
     "Peak training memory of every stage, predicted without allocating it; with --sweep, hours of many runs."
-    other = typed(*(OF_MANY if not sweep else OF_ONE))
-    need(not other, f"{', '.join(other)}: {'only with' if not sweep else 'not with'} --sweep")
-    if sweep: return plan_sweep(sweep, devices, devices_a_run, bandwidth, seeds, device, as_json)
+    if sweep:
+        refuse_given("--sweep plans many runs", channels=channels, cells=cells, space=space, width=width, batch=batch,
+                     stages=stages, recompute=recompute, size=size, classes=classes, amp=amp, figure=figure)
+        return plan_sweep(sweep, devices or "1,8,64", devices_a_run or 1, bandwidth, seeds, device, as_json)
+    refuse_given("one net is planned, without --sweep", seeds=seeds, devices=devices, devices_a_run=devices_a_run,
+                 bandwidth=bandwidth)
+    space, batch, recompute = space or "darts", 96 if batch is None else batch, recompute or "earlier"
     asked = {"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp, "device": device}
     cfg, spec = net_spec(space, channels, width, cells, size, classes, 24, **asked)
     if stages not in (None, 1, 3): raise InputError(f"--stages {stages}: choose 1 or 3")

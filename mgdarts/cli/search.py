@@ -10,8 +10,8 @@ from typing import Annotated, Optional
 import typer
 from ..base.options import DECISIONS, Config, InputError, configure, need
 from ..base.presets import LONG
-from .shared import (DataDir, Dataset, Device, Elastic, Json, Preset, SaveEvery, Seed, Sets,
-                                configuration, given, reported, settings_in, show, table, typed)
+from .shared import (DataDir, Dataset, Device, Elastic, Json, SaveEvery, Scale, Seed, Sets,
+                                configuration, given, reported, refuse_given, settings_in, show, table)
 
 # %% auto #0
 __all__ = ['Requeue', 'Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'refuse_searching', 'train']
@@ -76,7 +76,7 @@ Requeue = Annotated[bool, typer.Option(
 Out = Annotated[Optional[Path], typer.Option(help="Run folder; a new one under runs/ if not given.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train a random architecture of the same size instead.")]
 
-def search(preset: Preset = "smoke",
+def search(preset: Scale = None,
            method: Annotated[Optional[str], typer.Option(help="One of those that mgdarts methods lists.")] = None,
            dataset: Annotated[Optional[str], typer.Option(
                help="digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder of images under the data folder.")
@@ -98,10 +98,10 @@ def search(preset: Preset = "smoke",
     cfg, splits = None, None
     if requeue and (resume or not out): raise InputError("--requeue needs --out, and goes without --resume")
     if resume:
-        other = typed("preset", "method", "dataset", "data_dir", "seed", "device", "dry_run", "sets")
-        need(not other, f"--resume goes on with the run's own configuration: leave out {', '.join(other)}")
+        refuse_given("--resume goes on with the run's own configuration", preset=preset, **options, dry_run=dry_run,
+                     sets=sets)
     else:
-        cfg = configuration(preset, sets, **options)
+        cfg = configuration(preset or "smoke", sets, **options)
         join_for(cfg)
         resume = requeue and first(lambda: begun(out, cfg))
         if out and not resume: first(lambda: new_folder(out)) # a name that is taken is better known before

@@ -13,15 +13,16 @@ from ..base.options import Config, InputError, need, resolve
 from ..base.presets import PRESETS
 
 # %% auto #0
-__all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'On', 'Address', 'Cpus',
-           'Gpus', 'Memory', 'Partition', 'Minutes', 'Timeouts', 'Cluster', 'Retries', 'Jobs', 'typed', 'place',
-           'settings_in', 'given', 'configuration', 'table', 'speaks', 'show', 'reported', 'page_to_write']
+__all__ = ['Json', 'Sets', 'Preset', 'Scale', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'On', 'Address',
+           'Cpus', 'Gpus', 'Memory', 'Partition', 'Minutes', 'Timeouts', 'Cluster', 'Retries', 'Jobs', 'refuse_given',
+           'place', 'settings_in', 'given', 'configuration', 'table', 'speaks', 'show', 'reported', 'page_to_write']
 
 # %% ../../nbs/cli/shared.ipynb #b546300c
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Sets = Annotated[Optional[list[str]], typer.Option(
     "--set", metavar="KEY=VALUE", help="Set a configuration key, for example --set channels=8; may be repeated.")]
 Preset = Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")]
+Scale = Annotated[Optional[str], typer.Option("--preset", help="One of: " + ", ".join(PRESETS) + "; smoke by default.")]
 Dataset = Annotated[Optional[str], typer.Option(help="Dataset.")]
 DataDir = Annotated[Optional[str], typer.Option(help="Folder of the datasets.")]
 Seed = Annotated[Optional[int], typer.Option(help="Seed of everything random.")]
@@ -43,15 +44,12 @@ Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a co
                                         "has room for; 1: in this process, one by one.")]
 
 # %% ../../nbs/cli/shared.ipynb #a1512274
-def typed(*names: str # of a command's parameters
-         )->list: # of options, as they are written
-    "Say which options stood on the command line; outside of one, none."
-    import click
-    context = click.get_current_context(silent=True)
-    if context is None: return []
-    here = [p for p in context.command.params if p.name in names
-            and context.get_parameter_source(p.name) == click.core.ParameterSource.COMMANDLINE]
-    return [max(p.opts, key=len) for p in here]
+def refuse_given(why: str, **options # name -> value; None, False or nothing where it was not said
+                ):
+    "`InputError` where an option was said that has no use: the line names it."
+    said = [k for k, v in options.items() if v not in (None, False, [])]
+    names = ["--set" if k == "sets" else f"--{k.replace('_', '-')}" for k in said]
+    need(not said, f"{why}: leave out {', '.join(names)}")
 
 def place(on: str, **options)->str:
     "Say in words where runs are computed: an executor, and those of its options that were given."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.events import RunFailed
-from ..base.options import need
+from ..base.options import InputError, need
 from .suggest import suggested
 from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Retries,
                                 Timeouts, place, settings_in, show, table)
@@ -38,8 +38,10 @@ def asked(spec: Path|None, preset: str|None, methods: str|None, seeds: str|None,
 # %% ../../nbs/cli/sweep.ipynb #a8ab3452
 def target_of(whole: dict, data_dir: str = "")->dict: # parameters of its notebook, and its name as `target`
     "What `mgdarts reproduce` is to be asked for. `InputError` on what does not go with that."
+    from mgdarts.paper.data import target
     for key in ("methods", "runs", "train"):
         need(key not in whole, f"{key} does not go with target in a sweep: its arms say that")
+    if whole["target"] != "all": target(whole["target"])
     values = whole.get("set", {})
     for k, v in values.items(): need(len(v) == 1, f"set {k} has one value where a sweep has a target, not {len(v)}")
     arms = whole.get("arms", "")
@@ -50,20 +52,23 @@ def target_of(whole: dict, data_dir: str = "")->dict: # parameters of its notebo
 
 # %% ../../nbs/cli/sweep.ipynb #3429e318
 def add_to(out: Path, wanted: dict # of `target_of`
-          ):
-    "`InputError` where a folder holds another sweep than one that only adds seeds or arms; else note this one."
+          )->bytes|None: # what was noted before
+    """Note a sweep. `InputError` where the folder holds another one, to which this does not only add seeds or arms. One
+    of which nothing was begun, for an arm that there is not, is none."""
     from mgdarts.base.files import read_json, write_json
     from mgdarts.runs.folder import new_folder
     from mgdarts.sweep.table import PLAN
     def less(d): return {k: v for k, v in d.items() if k not in ("seeds", "arms")}
-    if (out / PLAN).exists():
+    before = (out / PLAN).read_bytes() if (out / PLAN).exists() else None
+    if before and any(p for name in ("config", "record") for p in out.glob(f"*/{name}.json")):
         old = read_json(out / PLAN, "a sweep")
         grown = all(set(old.get(k, "").split(",")) <= {*wanted[k].split(","), ""} for k in ("seeds", "arms"))
         need("target" in old and less(old) == less(wanted) and grown,
              f"{out} holds another sweep: choose another --out, or only add seeds or arms to that one")
-    else: new_folder(out)
+    elif not before: new_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / PLAN, wanted)
+    return before
 
 # %% ../../nbs/cli/sweep.ipynb #4e47d071
 def reproduced(wanted: dict, out: Path, on: str, jobs: int)->list: # rows, JSON-ready
@@ -147,20 +152,27 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
     "Many runs: a grid, a list, seeds; here or on a cluster. The same command again goes on with what is missing."
     from mgdarts.sweep.on import executor_in
     from mgdarts.sweep.suggest import TRIALS
-    from mgdarts.sweep.table import Board, run_sweep
+    from mgdarts.sweep.table import PLAN, Board, run_sweep
     said = spec or preset or methods or seeds or sets or train
     need(not (resume and said), "--resume goes on with what the folder says: leave out the other options")
-    need(out or dry_run, "a sweep needs --out: the folder of its runs")
+    need(out or dry_run and not resume, "a sweep needs --out: the folder of its runs")
+    need(not (suggest and dry_run), "--dry-run does not go with --suggest: what is tried depends on what came before")
+    need(suggest or (space, objective, trials) == ("", "val_acc", 20),
+         "--space, --objective and --trials go with --suggest optuna")
     where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
                   partition=partition, time=time, timeouts=timeouts, cluster=cluster)
-    if suggest or resume and (out / TRIALS).exists():
+    if suggest or resume and not dry_run and (out / TRIALS).exists():
         whole = asked(spec, preset, methods or "mg-darts", seeds, sets, train) if suggest else {}
         return suggested(suggest, whole, out, objective, space, trials, executor_in(where, jobs=jobs), as_json)
     whole = {} if resume else asked(spec, preset, methods, seeds, sets, train)
     wanted = resumed(out) if resume else target_of(whole) if "target" in whole else planned(out, whole)
     if isinstance(wanted, dict):
         if dry_run: return show(wanted, as_json, table("a reproduction", ["", ""], list(wanted.items())))
-        add_to(out, wanted)
-        return told(reproduced(wanted, out, where, jobs), out, as_json)
+        before = add_to(out, wanted)
+        try: rows = reproduced(wanted, out, where, jobs)
+        except InputError:
+            if before: (out / PLAN).write_bytes(before) # what could not be added does not stay
+            raise
+        return told(rows, out, as_json)
     if dry_run: return told(list(map(Board(out or Path("."), wanted).row, wanted)), out, as_json)
     told(run_sweep(wanted, out, executor_in(where, jobs=jobs), as_json), out, as_json)

@@ -128,7 +128,7 @@ class InGroups:
         return y
     def track(self):
         "Let the running statistics of all of them follow."
-        if self.cells and self.net.training: track(self.plan, self.found, self.n)
+        if self.cells and self.net.training: track(self.plan, self.found, self.n, self.net.momentum)
 
 # %% ../../nbs/fast/engine.ipynb #ed2f4a09
 def through_cells(engine, net, x: Tensor, also: list|None = None, seen: dict|None = None # as for `Engine.forward`

@@ -35,6 +35,7 @@ def by_share(net: SuperNet, low: float, high: float, n: int, # the two bounds, a
 @dataclass(frozen=True)
 class ByShare(Pruning):
     "A fixed bound on an operation's share of its node."
+    alone = "the bound was set for nodes of many operations"
     share_min: float
     share_max: float
     share_n: int
@@ -70,6 +71,7 @@ class ByRate(Pruning):
     rate_ops: float
     rate_filters: float
     ops: tuple # operations that the search began with
+    everywhere = True
     def candidates(self, net, more=False):
         cells, spec = net.spec.cell[:len(net.cells)], net.spec
         ops = round(self.rate_ops * len(cells) * len(spec.edges) * min(len(spec.ops), len(self.ops)))
@@ -82,14 +84,11 @@ class ByRate(Pruning):
 class AuxiliaryHead(Pressure):
     "The loss of an auxiliary head two thirds up the super-net, once it is whole."
     aux: float # its weight
-    heads = True
+    heads, alone = True, "the head stands on a cell of a DARTS-like net"
     def wanted(self): return self.aux > 0
     def of_heads(self, heads, y, smoothing):
         return [self.aux * F.cross_entropy(h, y, label_smoothing=smoothing) for h in heads]
     def check(self, cfg):
-        need(cfg.space.kind == "darts",
-             "the MobileNet-like space is searched without a further auxiliary head: set rules.aux=0, or "
-             "space.kind=darts")
         need(cfg.search.optimisation not in ("cyclic", "none"), "rules.aux has no loss to weigh in "
              f"with search.optimisation={cfg.search.optimisation}: set rules.aux=0")
 

@@ -164,6 +164,7 @@ def joint_loss(search, x: Tensor, y: Tensor, # images, labels
 class Cyclic(TwoLevel):
     "A deeper network of what is found so far is trained in turn with the super-net."
     whole = False
+    everywhere, alone = False, "the evaluation net repeats cells of two kinds, and here no layer is like another"
     depth: float # cells of the network, in cells of the super-net
     cycle: int # epochs
     cycle_warmup: int # epochs before them, of the network alone

@@ -13,8 +13,9 @@ from ..search.candidates import Judged, judged, random_candidate
 from ..search.trial import conclude
 
 # %% auto #0
-__all__ = ['BATCH', 'HELD', 'AT_ONCE', 'CTNAS', 'graphs_of', 'uniform', 'Comparator', 'beats', 'pairs_of', 'learn', 'agreement',
-           'Drawing', 'Policy', 'reinforce', 'Comparing', 'Contest', 'study', 'label_own', 'most_wins', 'practise']
+__all__ = ['BATCH', 'HELD', 'AT_ONCE', 'CTNAS', 'graphs_of', 'uniform', 'Comparator', 'ChainComparator', 'is_chain', 'read_as',
+           'beats', 'pairs_of', 'learn', 'agreement', 'Drawing', 'recurrent', 'Policy', 'ChainPolicy', 'reinforce',
+           'Comparing', 'contestants', 'Contest', 'study', 'label_own', 'most_wins', 'practise']
 
 # %% ../../nbs/methods/ctnas.ipynb #2f8ea62c
 def graphs_of(spec, ops: Tensor # [n, kinds, edges, operations] bool: as many operations in each
@@ -50,6 +51,28 @@ class Comparator(nn.Module):
     def logit(self, a: Tensor, b: Tensor # [..., kinds * width] codes
              )->Tensor: # [...]
         return a @ self.out[0] + b @ self.out[1] + self.offset
+
+# %% ../../nbs/methods/ctnas.ipynb #7e64a2f5
+class ChainComparator(Comparator):
+    "The same for chains of layers."
+    def __init__(self, entries: int, # of a candidate's code
+                 g: torch.Generator, width: int = 512, layers: int = 3):
+        nn.Module.__init__(self)
+        sizes = [entries, *[width] * layers]
+        self.weight = nn.ParameterList(uniform(g, i ** -.5, o, i) for i, o in zip(sizes, sizes[1:]))
+        self.bias = nn.ParameterList(uniform(g, i ** -.5, o) for i, o in zip(sizes, sizes[1:]))
+        self.out, self.offset = uniform(g, (2 * width) ** -.5, 2, width), nn.Parameter(torch.zeros(()))
+    def encode(self, code: Tensor # [n, entries]
+              )->Tensor: # [n, width]
+        for w, b in zip(self.weight, self.bias): code = F.relu(F.linear(code, w, b))
+        return code
+
+def is_chain(spec)->bool: return len(spec.edges) == 1
+
+def read_as(spec, ops: Tensor # [n, kinds, edges, choices] bool
+           )->tuple: # of tensors, as `encode` takes them
+    "Candidates as comparators read them."
+    return (torch.cat(spec.code(ops), 1).float(),) if is_chain(spec) else graphs_of(spec, ops)
 
 # %% ../../nbs/methods/ctnas.ipynb #838600e9
 def beats(comparator: Comparator, a: Tensor, b: Tensor, # [..., kinds * width] codes
@@ -105,14 +128,18 @@ class Drawing:
         return at.flatten()
 
 # %% ../../nbs/methods/ctnas.ipynb #76ef341a
+def recurrent(g: torch.Generator, width: int)->nn.LSTMCell:
+    lstm = nn.utils.skip_init(nn.LSTMCell, width, width)
+    for p in lstm.parameters(): p.data = uniform(g, .1, *p.shape).data
+    return lstm
+
 class Policy(nn.Module):
     "Draws cells of a kind."
     def __init__(self, graph, ops: int, g: torch.Generator, width: int = 64):
         super().__init__()
         self.graph, self.width, self.states = graph, width, graph.states - 1 # those that can be read
         self.embedding = uniform(g, .1, self.states + ops, width) # states, then operations
-        self.lstm = nn.utils.skip_init(nn.LSTMCell, width, width)
-        for p in self.lstm.parameters(): p.data = uniform(g, .1, *p.shape).data
+        self.lstm = recurrent(g, width)
         self.key, self.query = uniform(g, .1, width, width), uniform(g, .1, width, width)
         self.value = uniform(g, .1, width)
         self.op, self.op_bias = uniform(g, .1, ops, width), uniform(g, .1, ops)
@@ -137,6 +164,29 @@ class Policy(nn.Module):
                 op = d.choose(F.linear(self.step(d), self.op, self.op_bias), whole[edge])
                 d.x = self.embedding[self.states + op]
                 out[rows, edge, op] = True
+        return out, d.logp, d.entropy
+
+# %% ../../nbs/methods/ctnas.ipynb #50a3c98f
+class ChainPolicy(nn.Module):
+    "Draws chains of layers."
+    def __init__(self, ops: int, widths: int, g: torch.Generator, width: int = 64):
+        super().__init__()
+        self.sizes, self.width = (ops, widths), width
+        self.embedding, self.lstm = uniform(g, .1, ops + widths, width), recurrent(g, width)
+        self.out, self.bias = uniform(g, .1, ops + widths, width), uniform(g, .1, ops + widths)
+
+    def forward(self, n: int, whole: Tensor, g: torch.Generator # how many; [layers, 1, choices] bool: what there is
+               )->tuple: # [n, layers, 1, choices] bool; [n] log-probabilities; [n] entropies
+        d, out, rows = Drawing(n, self.width, g), torch.zeros(n, *whole.shape, dtype=torch.bool), torch.arange(n)
+        (ops, widths), by = self.sizes, whole.unflatten(-1, self.sizes)[:, 0]
+        def choose(first, end, there):
+            d.memory = self.lstm(d.x, d.memory)
+            at = d.choose(F.linear(d.memory[0], self.out[first:end], self.bias[first:end]), there)
+            d.x = self.embedding[first + at]
+            return at
+        for layer, there in enumerate(by):
+            op = choose(0, ops, there.any(-1))
+            out[rows, layer, 0, op * widths + choose(ops, ops + widths, there[op])] = True
         return out, d.logp, d.entropy
 
 # %% ../../nbs/methods/ctnas.ipynb #c39dc97a
@@ -168,13 +218,21 @@ class Comparing(Judged):
 HELD = 4 # one in so many of what is labelled is kept for validation
 AT_ONCE = 20 # epochs of the comparator that make a step of the search
 
+def contestants(spec, whole: Tensor, # [kinds, edges, choices] bool
+                draw)->tuple: # numbers -> generator; (comparator, policies)
+    "Make what a contest is between."
+    kinds, graph, ops = len(whole), spec.graph, whole.shape[-1]
+    if is_chain(spec):
+        policies = [ChainPolicy(len(spec.ops), len(spec.slices), draw(12, 0))]
+        return ChainComparator(sum(v.shape[1] for v in spec.code(whole[None])), draw(11)), nn.ModuleList(policies)
+    policies = (Policy(graph, ops, draw(12, k)) for k in range(kinds))
+    return Comparator(graph.inputs + ops, kinds, draw(11)), nn.ModuleList(policies)
+
 class Contest:
     "Comparator and policies as a search's trial has them; `go_on` makes a step, and puts them back."
     def __init__(self, how: Comparing, search, whole: Tensor, trial: dict):
         self.how, self.search, self.spec, self.whole, self.trial = how, search, search.spec, whole, trial
-        kinds, names = len(whole), search.spec.graph.inputs + whole.shape[-1]
-        self.comparator = Comparator(names, kinds, self.draw(11))
-        self.policies = nn.ModuleList(Policy(self.spec.graph, whole.shape[-1], self.draw(12, k)) for k in range(kinds))
+        self.comparator, self.policies = contestants(self.spec, whole, self.draw)
         self.nets = {"comparator": self.comparator, "policies": self.policies}
         self.adams = {k: torch.optim.Adam(net.parameters(), 2e-4, (.5, .999) if k == "comparator" else (.9, .999),
                                           weight_decay=5e-4) for k, net in self.nets.items()}
@@ -190,11 +248,12 @@ class Contest:
     def draw(self, *what: int)->torch.Generator: return self.search.net._generator(*what)
     def labels(self, some: slice)->tuple: # graphs, scores
         found, scores = self.trial["found"][some], torch.tensor(self.trial["scores"][some], dtype=torch.float64)
-        return graphs_of(self.spec, torch.stack(found)), scores
+        return read_as(self.spec, torch.stack(found)), scores
     def sample(self, n: int, g: torch.Generator)->tuple: # ops, log-probabilities, entropies
+        if is_chain(self.spec): return self.policies[0](n, self.whole, g)
         ops, logp, entropy = zip(*(policy(n, there, g) for policy, there in zip(self.policies, self.whole)))
         return torch.stack(ops, 1), sum(logp), sum(entropy)
-    def code(self, ops: Tensor)->Tensor: return self.comparator.encode(*graphs_of(self.spec, ops))
+    def code(self, ops: Tensor)->Tensor: return self.comparator.encode(*read_as(self.spec, ops))
     def compare(self, a: Tensor, b: Tensor)->Tensor: return beats(self.comparator, a, b, self.how.antisymmetric)
 
     def go_on(self):
@@ -216,7 +275,7 @@ def study(c: Contest, stream: int, number: int):
     own = None
     if c.trial["own"]:
         first, second, labels = (torch.cat(v) for v in zip(*c.trial["own"]))
-        own = graphs_of(c.spec, first), graphs_of(c.spec, second), labels
+        own = read_as(c.spec, first), read_as(c.spec, second), labels
     learn(c.comparator, c.adams["comparator"], *c.known, c.draw(stream, number), c.how.antisymmetric, own)
     if stream == 13: c.trial["epochs"] += 1
 

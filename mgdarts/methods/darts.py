@@ -21,7 +21,7 @@ __all__ = ['TWO_LEVEL', 'DARTS_V1', 'BETA_DARTS', 'TwoLevel', 'Normal', 'Argmax'
 class TwoLevel(Schedule):
     "Alpha, and thresholds where there are any, on other images than the weights."
     arch_every: int # steps between two moves of alpha
-    images = ("train", "arch")
+    images, everywhere = ("train", "arch"), True
 
     def turns(self, clock):
         due = clock.total % self.arch_every == 0
@@ -44,6 +44,7 @@ class Normal(Start):
 @dataclass(frozen=True)
 class Argmax(Final):
     "The strongest operations stay, once the clock is up."
+    everywhere = True
     def at_end(self, search): decide(search, final_strength(search.net))
     def check(self, cfg):
         super().check(cfg)

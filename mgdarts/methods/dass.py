@@ -21,6 +21,7 @@ __all__ = ['DASS', 'Scores', 'keep_scored', 'fit_scored']
 @dataclass(frozen=True)
 class Scores(Shape):
     "Each searched weight has a score; the best of each kernel stay."
+    alone = "its share of weights was set for the operations of DARTS"
     keep: float # share of the weights of each kernel
     sparse: float # last share of the epochs, in which the scores are learned and the weights stand still
     fit: bool # let the share follow from the target

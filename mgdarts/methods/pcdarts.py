@@ -26,6 +26,7 @@ def edge_shares(edge: Tensor, # [..., edges]
 class EdgeNorm(Strength):
     "Edges have a strength of their own."
     edge_norm: bool
+    alone = "a layer has one edge, which nothing competes with"
     def wanted(self): return self.edge_norm
     def brings(self, spec): return {"edge": (spec.cells, len(spec.edges))}
     def edges(self, net):
@@ -39,7 +40,7 @@ class EdgeNorm(Strength):
 class PartialChannels(Shape):
     "Operations see one part in so many of the channels, the rest goes round them."
     partial: int
-    whole = False
+    whole, alone = False, "a layer has no node whose channels could go round its operations"
     def wanted(self): return self.partial > 1
     def edges(self, net): return net.alpha.new_ones(len(net.cells), len(net.spec.edges))
     def settled(self, spec, rules): return replace(spec, partial=1), replace(rules, partial=1)

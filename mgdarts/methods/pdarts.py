@@ -33,6 +33,7 @@ def survivors(strength: Tensor, # [cells, edges, operations], 0 where pruned
 @dataclass(frozen=True)
 class Growing(Schedule):
     "Three super-nets one after the other, deeper each time, with fewer operations; each takes half of the epochs."
+    alone = "its nets grow by cells that are alike, and here no layer is like another"
     growing: bool
     growth: tuple = GROWTH # depth of the nets
     parts: tuple = (0, 0, 0) # partial channels of each net; 0: as `rules.partial` says

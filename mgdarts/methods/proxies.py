@@ -119,7 +119,7 @@ def naswot(net: nn.Module, x: Tensor, y: Tensor|None = None)->float:
     def take(given, _):
         on = (given > 0).flatten(1).float()
         k.add_((on @ on.t() + (1 - on) @ (1 - on).t()).cpu()) # whole numbers: the same bits on all devices
-    with looked_at(net, False), Seen(take, "relu"): logits_of(net, x)
+    with looked_at(net, False), Seen(take, "relu", "hardswish"): logits_of(net, x)
     return float(torch.linalg.slogdet(k)[1])
 
 # %% ../../nbs/methods/proxies.ipynb #bfdbd081

@@ -4,7 +4,7 @@
 
 # %% ../../nbs/methods/registry.ipynb #da65521b
 from __future__ import annotations
-from ..base.options import Config, Method, closest, configure, need, resolve
+from ..base.options import SPACE_KINDS, Config, InputError, Method, closest, configure, need, resolve
 from ..base.presets import MOBILE, PRESETS
 from .aca_pc_darts import ACA_PC_DARTS
 from .bounds import FIXED_RATE, GOLD_NAS
@@ -26,9 +26,11 @@ from .unroll import DARTS_V2
 from .weaknas import WEAKNAS
 from .zerocost import ZERO_COST_PT
 from ..search.rules import Parts
+from ..space.space import Space
+from ..space.spaces import SPACES
 
 # %% auto #0
-__all__ = ['METHODS', 'add_method', 'preset', 'parts_of', 'pairs', 'settings_of']
+__all__ = ['METHODS', 'add_method', 'preset', 'refused_in', 'spaces_of', 'parts_of', 'pairs', 'settings_of']
 
 # %% ../../nbs/methods/registry.ipynb #2f5dca97
 METHODS = {m.name: m for m in (MG_DARTS, DARTS_V1, DARTS_V2, PC_DARTS, GDAS, P_DARTS, GOLD_NAS, BETA_DARTS, DASS,
@@ -53,9 +55,22 @@ def preset(name: str, # one of `mgdarts.base.presets.PRESETS`
     def full(given): return {resolve(Config(), k): v for k, v in given.items()} # the last one to say a name wins
     settings = full(settings)
     scale = PRESETS[name] | (MOBILE.get(name, {}) if settings.get("space.kind") == "mobilenet" else {})
-    own = METHODS[method]
-    merged = full(own.settings) | full(scale) | full(own.scaled.get(name, {})) | settings
+    own, given = METHODS[method], full(METHODS[method].settings)
+    space = SPACES.get((given | full(scale) | settings).get("space.kind", "darts"), Space)
+    merged = given | space.meant(given) | full(scale) | full(own.scaled.get(name, {})) | settings
     return configure(Config(), preset=name, method=method, **merged)
+
+# %% ../../nbs/methods/registry.ipynb #85d3c169
+def refused_in(method: str, kind: str # of a space
+              )->str: # why; empty: it is not
+    "Why a method cannot be in a space."
+    try: preset("smoke", method, **{"space.kind": kind})
+    except InputError as e: return str(e)
+    return ""
+
+def spaces_of(method: str)->list: # of kinds of spaces
+    "The spaces that a method goes with."
+    return [kind for kind in SPACE_KINDS if not refused_in(method, kind)]
 
 # %% ../../nbs/methods/registry.ipynb #2acbe395
 def parts_of(cfg: Config)->Parts:

@@ -82,6 +82,7 @@ def move(search, rows: Tensor, # [orders, kinds, edges, operations]
 @dataclass(frozen=True)
 class Contribution(Schedule):
     "The weights by their gradient; alpha before each epoch, by what operations contribute."
+    alone = "its players are the operations of two kinds of cells"
     samples: int # orders of removal
     batches: int # of images for each of them
     truncate: float

@@ -26,6 +26,7 @@ class Path(Relaxation):
     "U-DARTS: an operation an edge at random, for some steps, as strong as alpha says."
     redraw: int # steps for which a path stays
     hard = draws = True
+    everywhere, alone = False, "its paths have no rule for how wide an operation is"
 
     def mean(self, alpha, live): return torch.sigmoid(alpha) * live
     def prepare(self, net, clock, images):

@@ -16,10 +16,10 @@ from ..search.trial import conclude
 __all__ = ['WEAKNAS', 'features', 'ridge', 'perceptron', 'next_round', 'distinct', 'WeakPredictors', 'more_of_the_pool', 'refit']
 
 # %% ../../nbs/methods/weaknas.ipynb #668a7e33
-def features(ops: Tensor # [n, kinds, edges, operations] bool
-            )->Tensor: # float64 [n, kinds * edges * (operations + 1)]
-    "Candidates as vectors: which operations there are, and which edges."
-    return torch.cat([ops.flatten(1), ops.any(-1).flatten(1)], 1).double()
+def features(spec, ops: Tensor # [n, kinds, edges, choices] bool
+            )->Tensor: # float64 [n, entries]
+    "Candidates as vectors, as their space codes them."
+    return torch.cat(spec.code(ops), 1).double()
 
 # %% ../../nbs/methods/weaknas.ipynb #7810a95b
 def ridge(x: Tensor, y: Tensor, # [n, m]; [n]
@@ -106,7 +106,7 @@ def refit(how: WeakPredictors, search, trial: dict):
     pool, asked, scores, predicted = trial["pool"], trial["asked"], trial["scores"], None
     if asked:
         if guessed := trial["guessed"]: trial["taus"].append(kendall(guessed, scores[-len(guessed):]))
-        x, y = features(pool), torch.tensor(scores, dtype=torch.float64)
+        x, y = features(search.spec, pool), torch.tensor(scores, dtype=torch.float64)
         if how.predictor == "ridge": fit = ridge(x[asked], y)
         else: fit = perceptron(x[asked], y, how.hidden, search.net._generator(9, trial["round"]))
         predicted = fit(x)

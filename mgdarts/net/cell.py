@@ -15,6 +15,7 @@ from .stored import LiveOp, StoredCell
 from ..space.cell import Gate
 from ..space.layers import avg_pool, factorized_reduce, max_pool
 from ..space.norms import EPS, batch_norm
+from ..space.operation import nests
 
 # %% auto #0
 __all__ = ['FIRST', 'threshold_of', 'Pass', 'drop_factors', 'LiveParts', 'input_states', 'weighed', 'round_operations',
@@ -229,7 +230,7 @@ class Cell(StoredCell):
         "Work out the filter gates of the cell (Eq. 2)."
         if widths is not None: # a filter counts for all widths that include it
             counts = widths.flip(-1).cumsum(-1).flip(-1).flatten()
-            return torch.cat([counts, counts.new_ones(1)])[levels(self, widths.shape[-1])]
+            return torch.cat([counts, counts.new_ones(1)])[levels(self)]
         if not self.gated: return torch.ones_like(self.beta)
         g = torch.sigmoid(self.beta)
         if thresholds is None: return g
@@ -266,27 +267,33 @@ def track(cell: StoredCell, mean: Tensor, var: Tensor, # [filters, then pooled c
     if cell.attention: cell.attention.track(momentum)
 
 # %% ../../nbs/net/cell.ipynb #61edf627
-def levels(cell: Cell, n: int)->Tensor: # [filters] int64
-    """For each filter, find its operation's first of `n` widths that includes it.
+def levels(cell: Cell)->Tensor: # [filters] int64
+    """For each filter, find the first of its operation's widths (`CellSpec.shares`) that includes it.
 
-    Places in a flat [edges * operations, n]; past the end for filters of one width.
+    Places in a flat [edges * operations, widths]; past the end for filters of one width.
     """
     if cell._levels_of is not cell.layout:
-        at, none = [], cell.index.none * n
+        shares = torch.tensor(cell.spec.shares, dtype=torch.float64)
+        at, n = [], len(shares)
         for g, i in cell.layout.gates:
-            several = g.learned and g.op >= 0
-            at.append(cell.flat(g) * n + i * n // g.width if several else torch.full_like(i, none))
+            several, first = g.learned and g.op >= 0, (i[:, None] >= shares * g.width - 1e-6).sum(1)
+            at.append(cell.flat(g) * n + first if several else torch.full_like(i, cell.index.none * n))
         cell._levels, cell._levels_of = torch.cat(at).to(cell.omega.device), cell.layout
     return cell._levels
 
 def outer_taps(cell: Cell)->Tensor: # [searched weights] int64
-    "Find the operation of each outer tap of a 5x5 depthwise kernel; the place behind all of them for other weights."
+    """Find the smallest operation that has each outer tap of a depthwise kernel, of those that are parts of one another.
+
+    The place behind all operations for what belongs to the smallest of them, and for other weights.
+    """
     if cell._outer_of is not cell.layout:
-        none, rim, parts = cell.index.none, torch.ones(5, 5, dtype=torch.bool), []
-        rim[1:4, 1:4] = False
+        spec, none, parts = cell.spec, cell.index.none, []
+        chains = {o: chain for chain in nests(spec.ops) for o in chain}
         for seg, shape in cell.layout.kernels:
             if seg.group != "omega": continue
-            if shape[2] == 5: parts.append(torch.where(rim.flatten(), cell.flat(seg), none).repeat(shape[0]))
-            else: parts.append(torch.full((math.prod(shape),), none))
+            place, far = torch.full(shape[2:], none), (torch.arange(seg.k) - seg.k // 2).abs()
+            chain, side = chains.get(seg.op, ()) if seg.depthwise else (), 2 * torch.maximum(far[:, None], far) + 1
+            for inner, o in zip(chain, chain[1:]): place[side > spec.ops[inner].k] = seg.edge * len(spec.ops) + o
+            parts.append(place.flatten().repeat(shape[0] * shape[1]))
         cell._outer, cell._outer_of = torch.cat(parts).to(cell.omega.device), cell.layout
     return cell._outer

@@ -72,7 +72,7 @@ class Engine:
     def kept(self, net, c: int, f, maps: tuple, n: int, some: bool)->Tensor: # images; whether a part is computed
         "Compute a cell, and let its running statistics follow."
         y, mean, var = self.computed(net, c, f, maps)
-        if net.training: net.cells[c].track(mean, var, n, some=some)
+        if net.training: net.cells[c].track(mean, var, n, net.momentum, some)
         return y
     def repeated(self, net, f, inputs: tuple, key)->tuple: # tensors that differ from call to call; of what does not
         """Return `f(*inputs)`, which leaves gradients behind. Equal keys say that nothing but the inputs has changed.

@@ -7,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 import torch, torch.nn.functional as F
 from torch import Tensor
-from ..base.options import DECISIONS, SHAPES, STRENGTHS, Part, darts_only, need
+from ..base.options import DECISIONS, SHAPES, STRENGTHS, TWO, Part, need
 from .discretise import discretise, strongest
 
 # %% auto #0
@@ -51,7 +51,8 @@ class Strength(Part):
 @dataclass(frozen=True)
 class Relaxation(Strength):
     "How strong the operations of an edge count: a function of alpha, with or without a draw."
-    zero: bool # an operation that gives nothing competes on every edge (DARTS's none)
+    zero: bool # an operation that gives nothing competes on every edge that may be empty (DARTS's none)
+    everywhere = True
     hard = False # whether one operation an edge is drawn, so that it alone may be computed
 
     def brings(self, spec): return {"zero": (spec.cells, len(spec.edges))} if self.zero else {}
@@ -75,7 +76,7 @@ class Relaxation(Strength):
         first, kind = net.first_of_kind, net.kind
         a, live = net.alpha[first], net.op_live[first]
         if self.zero: a = torch.cat([a, net.zero[first][..., None]], -1)
-        if self.zero: live = torch.cat([live, torch.ones_like(live[..., :1])], -1)
+        if self.zero: live = torch.cat([live, net.optional[first].view(-1, 1, 1).expand_as(live[..., :1])], -1)
         w = weights(a, live) if weights else self.weights(a, live, net.noise if net.training else None, net.tau)
         return w[..., :net.alpha.shape[-1]][kind]
     def masked(self, net)->Tensor: # [cells, edges, operations]
@@ -92,7 +93,6 @@ class Relaxation(Strength):
 @dataclass(frozen=True)
 class Sigmoid(Relaxation):
     "MG-DARTS: each operation for itself, cut by its threshold where thresholds are in force."
-    everywhere = True
 
     def operations(self, net, weights=None):
         n = len(net.cells)
@@ -156,6 +156,9 @@ class Shape(Part):
     def settled(self, spec, rules)->tuple:
         "The super-net and the rules of what is left when all is decided."
         return spec, rules
+    def cuts(self, net, keep: Tensor # [cells, edges, operations] bool: what is to stay
+            )->Tensor|None: # [cells, edges, operations, widths] bool
+        "At which widths it stays, in a space where that is a choice; None: nothing is known of it."
     def ending(self, net):
         "Make masks permanent before a search prunes for the last time."
     def ended(self, net, target: float, count)->object: # the count, anew where something has changed
@@ -180,7 +183,11 @@ class Kernels(Shape):
     everywhere = True
 
     def check(self, cfg):
-        darts_only(cfg, self.gates and cfg.space.constraint == 3)
+        one, r, layers = cfg.space.constraint in TWO, cfg.rules, cfg.space.kind != "darts"
+        need(not layers or self.gates != one, f"space.kind={cfg.space.kind}: a layer keeps several blocks with gates, and "
+             f"one without: set rules.gates={str(not one).lower()}, or space.constraint={3 if self.gates else 1}")
+        need(not layers or self.gates or "filters" in r.superpose, f"space.kind={cfg.space.kind}: without gates blocks have "
+             "one of several widths: set rules.superpose=filters, or kernels+filters")
         need(not self.pool_norm or cfg.space.kind == "darts",
              "the MobileNet-like space has no pools: set rules.pool_norm=false, or space.kind=darts")
         need(self.gates or cfg.search.granularities == ("operation",), "without gates (rules.gates=false) filters and "

@@ -52,6 +52,7 @@ class SuperNet(nn.Module):
     node_n: Tensor # candidates into each node
     convs: Tensor # bool: which operations have weights to search
     kinds: Tensor # for each cell of the space the first of its kind
+    optional: Tensor # for each cell of the space whether an edge may give nothing
     first_of_kind: Tensor # of the cells that there are: the first one of each kind
     kind: Tensor # and for each cell which of these
     head: Head # from `open`
@@ -74,11 +75,14 @@ class SuperNet(nn.Module):
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
         self.discretising, self.stage, self.first = False, 0, 0
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
+        self.cuts: Tensor|None = None # [cells, edges, operations, widths] bool: the widths that there are; None: all
+        self.momentum = .1 # of running statistics
         self.strong = brought(self) # names of the parameters that have a strength
         self.alpha, self.t_alpha, self.t_beta, self.t_omega = (nn.Parameter(torch.zeros(grid(spec))) for _ in range(4))
         self.t_pre = nn.Parameter(torch.zeros(spec.cells, spec.cell[0].preprocessed))
         self.register_buffer("op_live", torch.ones(grid(spec), dtype=torch.bool))
-        hold(self, node_n=spec.node_sizes, convs=spec.convs, kinds=spec.kinds)
+        hold(self, node_n=spec.node_sizes, convs=spec.convs, kinds=spec.kinds,
+             optional=[c.optional for c in spec.cell])
         self.stem, self.aux = spec.make_stem(self._generator(1)), cast("AuxHead|None", None)
         self.cells = cast("list[Cell]", nn.ModuleList())
 

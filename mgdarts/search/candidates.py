@@ -5,6 +5,7 @@
 # %% ../../nbs/search/candidates.ipynb #59dd0452
 from __future__ import annotations
 import copy
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 import torch
@@ -13,40 +14,90 @@ from ..base.events import evaluate
 from ..base.options import Train
 from ..base.ranks import total
 from ..net.architecture import Architecture
-from ..net.sample import even_cells
+from ..net.sample import choice_sizes
 from .decide import by_strength, strongest_two
 from .prune import choose
 from .train import Trainer
 from .trial import Attempts, kinds_of, per_cell, score_among
+from ..space.found import ArchCell
+from ..space.norms import BatchNorm, settle
 
 # %% auto #0
-__all__ = ['random_candidate', 'shared_accuracy', 'network_of', 'short_training', 'Judged', 'judged', 'kendall']
+__all__ = ['NEAR', 'DRAWS', 'of_its_size', 'random_candidate', 'recalibrated', 'shared_accuracy', 'network_of', 'short_training',
+           'Judged', 'judged', 'kendall']
+
+# %% ../../nbs/search/candidates.ipynb #2f9b560b
+NEAR, DRAWS = .05, 100 # how far below the target a candidate may be; draws for it
+
+def of_its_size(spec, draw, # -> candidate [kinds, edges, choices] bool
+                target: float)->Tensor: # a candidate
+    "Draw until a candidate has the target's size."
+    sizes, fixed = choice_sizes(spec)
+    if not sizes.amin(2).sum() <= target - fixed <= sizes.amax(2).sum(): return draw()
+    best, gap = draw(), float("inf")
+    for _ in range(DRAWS):
+        one = draw()
+        off = (target - fixed - int((sizes * one).sum())) / target
+        if 0 <= off <= NEAR: return one
+        if abs(off) < gap: best, gap = one, abs(off)
+    return best
 
 # %% ../../nbs/search/candidates.ipynb #80e9177f
-def random_candidate(search, whole: Tensor, # [kinds, edges, operations] bool: what there is to choose from
+def random_candidate(search, whole: Tensor, # [kinds, edges, choices] bool: what there is to choose from
                      n: int # its number
-                    )->Tensor: # [kinds, edges, operations] bool
+                    )->Tensor: # [kinds, edges, choices] bool
     "Draw a candidate."
-    net, spec = search.net, search.spec
-    strength = torch.rand(whole.shape, generator=net._generator(8, n)) * whole
-    if spec.two: return strongest_two(strength, spec.graph)
-    by = by_strength(net, per_cell(spec, strength))
+    net, spec, g = search.net, search.spec, search.net._generator(8, n)
+    def draw(): return strongest_two(torch.rand(whole.shape, generator=g) * whole, spec.graph)
+    if len(spec.slices) > 1: return of_its_size(spec, draw, search.state.target)
+    if spec.two: return draw()
+    by = by_strength(net, per_cell(spec, torch.rand(whole.shape, generator=g) * whole))
     return by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]
 
+# %% ../../nbs/search/candidates.ipynb #46548a33
+@contextmanager
+def recalibrated(net, batches # of images
+                ):
+    "A net with the statistics of these batches, all of the same weight, for a while."
+    before, was = [(b, b.clone()) for b in net.buffers()], (net.noise, net.paths, net.training)
+    norms = [m for m in net.modules() if isinstance(m, BatchNorm)]
+    def weigh(share):
+        net.momentum = share
+        for m in norms: m.momentum = share
+    net.noise, net.paths = None, True # whatever the step before has left
+    net.train()
+    with torch.no_grad():
+        for i, x in enumerate(batches):
+            weigh(1 / (i + 1))
+            net(x)
+    weigh(BatchNorm.MOMENTUM)
+    settle(net)
+    net.noise, net.paths, training = was
+    net.train(training)
+    yield net
+    for b, old in before: b.copy_(old)
+
 # %% ../../nbs/search/candidates.ipynb #b391b1b4
-def shared_accuracy(search, ops: Tensor, # [kinds, edges, operations] bool
-                    batches: int # of validation images
+def shared_accuracy(search, ops: Tensor, # [kinds, edges, choices] bool
+                    batches: int, # of validation images
+                    recalibrate: int = 0 # batches of training images
                    )->float: # percent
     "Judge a candidate by the super-net's weights."
-    def accuracy(net): return evaluate([net], islice(search.loaders["val"].eval(), batches), search.device, total)[0][0]
+    def percent(net): return evaluate([net], islice(search.loaders["val"].eval(), batches), search.device, total)[0][0]
+    train, device = search.loaders["train"], search.device
+    def accuracy(net):
+        if not recalibrate: return percent(net)
+        some = (train.batch(0, i % len(train))[0].to(device) for i in range(recalibrate))
+        with recalibrated(net, some): return percent(net)
     return score_among(search.net, ops, accuracy)
 
 # %% ../../nbs/search/candidates.ipynb #0645da46
-def network_of(spec, ops: Tensor # [kinds, edges, operations] bool
+def network_of(spec, ops: Tensor # [kinds, edges, choices] bool
               )->Architecture:
     "Make the architecture of a candidate, at the full width of its space."
-    chosen = [set(map(tuple, cell.nonzero().tolist())) for cell in per_cell(spec, ops)]
-    return Architecture("candidate", spec, even_cells(spec, chosen, [c.width for c in spec.cell]))
+    cells = [ArchCell(tuple(spec.found(c, *at) for at in chosen.nonzero().tolist()),
+                      tuple(n for _, n in spec.cell[c].places.states)) for c, chosen in enumerate(per_cell(spec, ops))]
+    return Architecture("candidate", spec, tuple(cells))
 
 def short_training(search, ops: Tensor, epochs: int)->Trainer:
     "Train a candidate from scratch: not begun."
@@ -62,11 +113,12 @@ class Judged(Attempts):
     "Decide by candidates that are judged."
     judge: str # shared: by the super-net's weights; training: from scratch
     judge_epochs: int # epochs of such a training
+    recalibrate: int # batches of training images for statistics of its own
 
-def judged(how: Judged, search, ops: Tensor, # [kinds, edges, operations] bool: the candidate
+def judged(how: Judged, search, ops: Tensor, # [kinds, edges, choices] bool: the candidate
            trial: dict)->bool: # whether it stands in the table now
     "Go on with judging a candidate by one step; once it has a score, write it down."
-    if how.judge == "shared": score = shared_accuracy(search, ops, how.batches)
+    if how.judge == "shared": score = shared_accuracy(search, ops, how.batches, how.recalibrate)
     else:
         trainer, begun = short_training(search, ops, how.judge_epochs), trial.pop("training", None)
         if begun: trainer.load_state_dict(begun)

@@ -56,13 +56,17 @@ def by_strength(net: SuperNet,
 # %% ../../nbs/search/decide.ipynb #6a92b6f8
 @torch.no_grad()
 def all_but(net: SuperNet,
-            keep: Tensor # [cells, edges, operations] bool
+            keep: Tensor, # [cells, edges, operations] bool
+            cuts: Tensor|None = None # [cells, edges, operations, widths] bool: at which widths; None: at the full one
            )->Candidates:
     "Whatever is not to stay, to be pruned as a whole."
     found = units(net)
-    name, g, live, _ = found[0]
-    nothing = [None] * (len(found) - 1)
-    return bounded(net, [(name, g, live, keep.flatten()), *found[1:]], [float("inf")] + nothing)
+    (name, g, live, _), n = found[0], len(net.cells)
+    bounds: list = [float("inf")] + [None] * (len(found) - 1)
+    if cuts is not None: # of those that stay, the filters that are not part of their width
+        there = [cell.gates(None, w.to(cell.beta)).cpu() for cell, w in zip(net.cells, cuts)]
+        bounds[1:1 + n] = [torch.where(v > 0, -1., float("inf")) for v in there]
+    return bounded(net, [(name, g, live, keep.flatten()), *found[1:]], bounds)
 
 # %% ../../nbs/search/decide.ipynb #69c54480
 @torch.no_grad()

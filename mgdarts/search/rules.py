@@ -115,6 +115,7 @@ class Iterative(Schedule):
 class Untrained(Schedule):
     "Nothing is trained, however long a search may be: it decides at once."
     learns = whole = False
+    everywhere = True
     def turns(self, clock): return []
     def epochs(self, length): return 0
     def warm_epochs(self, warmup, length): return 0

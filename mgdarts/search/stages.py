@@ -180,7 +180,8 @@ def settle(search):
 
 # %% ../../nbs/search/stages.ipynb #5953030a
 @torch.no_grad()
-def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None # [cells, edges, operations]: numbers; bool
+def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None, # [cells, edges, operations]: numbers; bool
+             cuts: Tensor|None = None # [cells, edges, operations, widths] bool: at which widths, where that is a choice
             ):
     "Prune all but some operations, or by strength what the space allows or the target asks for."
     s, parts = search.state, search.parts
@@ -188,11 +189,12 @@ def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None # [c
     if strength is not None and search.spec.two:
         keep = strongest_two(strength, search.spec.graph)
         for p in parts.decisions: keep = p.connected(keep, strength, search.spec)
+        for p in parts.shapes: cuts = p.cuts(search.net, keep) if cuts is None else cuts
     if not parts.whole: settle(search)
     net = search.net
     s.rebuilds += 1
     for p in parts.shapes: p.ending(net)
-    if keep is not None: found, target = all_but(net, keep), 0.
+    if keep is not None: found, target = all_but(net, keep, cuts), 0.
     elif strength is not None: found, target = by_strength(net, strength), s.target
     done = commit(net, target, [search.optimizer, search.adam], s.rebuilds, found, wait=False)
     count = done.after
@@ -202,8 +204,8 @@ def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None # [c
                 params_before=done.before.params, target=s.target, **{"lambda": 0.}, **count.summary())
 
 # %% ../../nbs/search/stages.ipynb #2c42b72e
-def decide(search, strength: Tensor|None = None, keep: Tensor|None = None):
+def decide(search, strength: Tensor|None = None, keep: Tensor|None = None, cuts: Tensor|None = None): # as `prune_to`
     "The end of a search by the clock: prune whatever does not stay, and close."
-    prune_to(search, strength, keep)
+    prune_to(search, strength, keep, cuts)
     search.trial = None
     close_stage(search, "reached")

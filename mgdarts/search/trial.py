@@ -11,7 +11,8 @@ from .rules import Final
 from .stages import decide
 
 # %% auto #0
-__all__ = ['kinds_of', 'per_cell', 'score_among', 'code_of', 'ops_of', 'conclude', 'conclude_with_best', 'Attempts', 'Trial']
+__all__ = ['kinds_of', 'per_cell', 'whole_of', 'apart', 'score_among', 'code_of', 'ops_of', 'conclude', 'conclude_with_best',
+           'Attempts', 'Trial']
 
 # %% ../../nbs/search/trial.ipynb #36e84001
 def kinds_of(spec)->list: # cell numbers, ascending
@@ -23,39 +24,54 @@ def per_cell(spec, ops: Tensor # [kinds, edges, operations]
     "Kinds of cells to cells."
     return ops[[kinds_of(spec).index(k) for k in spec.kinds]]
 
+# %% ../../nbs/search/trial.ipynb #f6abd7e3
+def whole_of(search)->Tensor: # [kinds, edges, choices] bool
+    "What there is to choose from."
+    spec = search.spec
+    return search.net.op_live[kinds_of(spec)].cpu().repeat_interleave(len(spec.slices), -1)
+
+def apart(spec, some: Tensor # [..., edges, choices] bool
+         )->tuple: # ([..., edges, operations], [..., edges, operations, widths] or None where there is one width)
+    "Take operations and their widths apart."
+    if len(spec.slices) == 1: return some, None
+    by = some.unflatten(-1, (len(spec.ops), len(spec.slices)))
+    return by.any(-1), by
+
 # %% ../../nbs/search/trial.ipynb #fa89ff87
 @torch.no_grad()
-def score_among(net, ops: Tensor, # [kinds, edges, operations] bool
+def score_among(net, some: Tensor, # [kinds, edges, choices] bool
                 score # net -> number
                )->float:
     "A score of the net with some operations only. The net is as before afterwards."
     live, statistics = net.op_live.clone(), [[v.clone() for v in c.statistics] for c in net.cells]
-    net.op_live[:len(net.cells)] = per_cell(net.spec, ops).to(live.device)
+    ops, cuts = apart(net.spec, per_cell(net.spec, some).to(live.device))
+    net.op_live[:len(net.cells)], net.cuts = ops, cuts
     net.requires_grad_(False) # gradients are asked of images only
     with torch.enable_grad(): found = score(net)
     net.requires_grad_().op_live.copy_(live)
+    net.cuts = None
     for c, before in zip(net.cells, statistics):
         for now, was in zip(c.statistics, before): now.copy_(was)
     return found
 
 # %% ../../nbs/search/trial.ipynb #bf921f37
-def code_of(spec, ops: Tensor # [kinds, edges, operations] bool
+def code_of(spec, ops: Tensor # [kinds, edges, choices] bool
            )->str:
     "A candidate in words: `sep_conv_3x3:0-2 skip_connect:1-2 ...`, kinds of cells apart by ` | `."
-    def word(e, o): return f"{spec.ops[o]}:{spec.edges[e][0]}-{spec.edges[e][1]}"
+    def word(e, o): return f"{spec.choices[o]}:{spec.edges[e][0]}-{spec.edges[e][1]}"
     return " | ".join(" ".join(word(e, o) for e, o in kind.nonzero().tolist()) for kind in ops)
 
-def ops_of(spec, code: str)->Tensor: # [kinds, edges, operations] bool
+def ops_of(spec, code: str)->Tensor: # [kinds, edges, choices] bool
     "The candidate that `code_of` says."
     kinds = code.split(" | ")
-    out = torch.zeros(len(kinds), len(spec.edges), len(spec.ops), dtype=torch.bool)
+    out = torch.zeros(len(kinds), len(spec.edges), len(spec.choices), dtype=torch.bool)
     for k, words in enumerate(kinds):
         for name, _, edge in (w.partition(":") for w in words.split()):
             src, dst = map(int, edge.split("-"))
-            out[k, spec.edges.index((src, dst)), spec.ops.index(name)] = True
+            out[k, spec.edges.index((src, dst)), spec.choices.index(name)] = True
     return out
 
-def conclude(search, keep: Tensor, # [kinds, edges, operations] bool
+def conclude(search, keep: Tensor, # [kinds, edges, choices] bool
              **how): # JSON-ready: what else is to be known of the choice
     "Tell of the table, and let the search become one candidate, whether it stands in the table or not."
     spec, trial = search.spec, search.trial
@@ -64,7 +80,8 @@ def conclude(search, keep: Tensor, # [kinds, edges, operations] bool
     chosen = code_of(spec, keep)
     order = next((r["order"] for r in rows if r["code"] == chosen), None)
     search.emit("candidates", candidates=rows, chosen={"order": order, "code": chosen, **how})
-    decide(search, keep=per_cell(spec, keep))
+    ops, cuts = apart(spec, per_cell(spec, keep))
+    decide(search, keep=ops, cuts=cuts)
 
 def conclude_with_best(search, samples: int): # how many there must be
     "Once there are enough scores, the best candidate stays."
@@ -77,13 +94,13 @@ def conclude_with_best(search, samples: int): # how many there must be
 class Attempts(Final):
     "Decide step by step. What is tried is in the search's `trial`, and saved with it."
     batches: int # batches that choose among candidates
+    everywhere = True
 
-    def at_end(self, search):
-        search.trial = {"todo": [], "now": search.net.op_live[kinds_of(search.spec)].cpu(), "found": [], "scores": []}
+    def at_end(self, search): search.trial = {"todo": [], "now": whole_of(search), "found": [], "scores": []}
     def attempt(self, search):
         search.state.steps += 1
-        self.one(search, search.net.op_live[kinds_of(search.spec)].cpu(), search.trial)
-    def one(self, search, whole: Tensor, # [kinds, edges, operations] bool: what there is to choose from
+        self.one(search, whole_of(search), search.trial)
+    def one(self, search, whole: Tensor, # [kinds, edges, choices] bool: what there is to choose from
             trial: dict # todo, now, found, scores, and what else a method needs: changed in place
            ):
         "One decision, or one score."

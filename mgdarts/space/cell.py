@@ -91,6 +91,8 @@ class CellSpec:
 
     residual = False # the incoming map is not added to the nodes
     fixed = False # the channels of states are not searched; where they are, a derived network has one width for all
+    optional = True # an edge may give nothing
+    shares = (1 / 4, 1 / 2, 3 / 4, 1.) # widths in which searched filters may be superposed, as shares of all
 
     @property
     def preprocessed(self)->int: return len(self.inputs) # inputs that go through a convolution first

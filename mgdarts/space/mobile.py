@@ -14,7 +14,7 @@ from .operation import BatchNorm, Kernel, OPERATIONS, Operation
 from .space import Space
 
 # %% auto #0
-__all__ = ['EXPANSION', 'SQUEEZE', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'lay_out_layer', 'LayerSpec', 'depths',
+__all__ = ['EXPANSIONS', 'EXPANSION', 'SQUEEZE', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'lay_out_layer', 'LayerSpec', 'depths',
            'halved_ends', 'write_blocks', 'check_blocks', 'read_blocks', 'layers', 'MobileSpec']
 
 # %% ../../nbs/space/mobile.ipynb #ca71696c
@@ -24,7 +24,8 @@ def divisible(v: float, by: int = 8)->int:
     return n if n >= .9 * v else n + by
 
 # %% ../../nbs/space/mobile.ipynb #764e2bc1
-EXPANSION = 6 # filters inside of a block, times those of its input
+EXPANSIONS = (3, 4, 6) # filters inside of a block that others choose between, times those of its input
+EXPANSION = max(EXPANSIONS) # those that a block has in the super-net
 
 class Block(Operation):
     "An inverted residual block: 1x1, norm, activation; depthwise, the same; squeeze-and-excitation; 1x1, norm."
@@ -83,9 +84,12 @@ def lay_out_layer(layer: CellSpec)->Places:
 class LayerSpec(CellSpec):
     "One layer as data: parallel blocks from one map to the next, and the identity beside them where both are alike."
     fixed = True
+    shares = tuple(e / EXPANSION for e in EXPANSIONS)
 
     @property
     def preprocessed(self)->int: return 0
+    @property
+    def optional(self)->bool: return self.residual # where there is an identity, blocks may give nothing
     @property
     def residual(self)->bool: return not self.reduction and self.inputs[0] == self.width # the map is added to blocks
     @cached_property
@@ -164,15 +168,24 @@ class MobileSpec(Space):
     size: int = 224 # image side, pixels
     in_channels: int = 3
     stem: str = "auto" # imagenet halves the image, cifar does not; auto: by size
+    constraint: int = 3
 
     kind, graph, ops = "mobilenet", Graph(1, ((0, 1),)), tuple(BLOCKS)
-    head_fields = ("width", *Space.head_fields)
+    head_fields, slices, alike = ("width", *Space.head_fields), LayerSpec.shares, False # no layer is like another
 
     def __post_init__(self): # files say 1.0, and an equal space is equal there
         if type(self.width) is int and 0 < self.width <= 16: object.__setattr__(self, "width", float(self.width))
     @classmethod
     def of_config(cls, cfg, classes, size, in_channels=3):
-        return cls(cfg.space.cells, cfg.space.width, classes, size, in_channels, cfg.space.stem)
+        space = cfg.space
+        return cls(space.cells, space.width, classes, size, in_channels, space.stem, space.constraint)
+    @classmethod
+    def meant(cls, settings): # there are no pools; without gates, a block's filters are searched as its expansion
+        kernels = "kernels" in settings.get("rules.superpose", "none")
+        blocks = {"rules.superpose": "kernels+filters" if kernels else "filters", "rules.recalibrate": 4}
+        return {"rules.pool_norm": False} | (blocks if settings.get("rules.gates") is False else {})
+    @property
+    def choices(self): return tuple(f"{op}_e{e}" for op in self.ops for e in EXPANSIONS)
     def check(self):
         if isinstance(self.width, (int, float)) and not isinstance(self.width, bool) and .05 <= self.width <= 16: return
         raise InputError(f"architecture: width is {str(self.width)[:40]!r}, which is not a number from 0.05 to 16")

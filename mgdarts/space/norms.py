@@ -78,8 +78,8 @@ class BatchNorm(nn.BatchNorm2d):
         "Let the running statistics follow."
         n = n * HERE.joined
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.MOMENTUM)
-        self.running_var.lerp_(var * (n / max(n - 1, 1)), self.MOMENTUM)
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(var * (n / max(n - 1, 1)), self.momentum)
 
 # %% ../../nbs/space/norms.ipynb #2cc8572e
 def statistics(net: nn.Module)->list: # of tensors

@@ -9,7 +9,7 @@ from ..base.options import OPERATION_NAMES
 
 # %% auto #0
 __all__ = ['PREPROCESS', 'OPERATIONS', 'DARTS_OPS', 'Kernel', 'BatchNorm', 'Operation', 'SepConv', 'DilConv', 'reduction', 'Skip',
-           'Preprocess', 'Pool', 'add_operation']
+           'Preprocess', 'Pool', 'nests', 'add_operation']
 
 # %% ../../nbs/space/operation.ipynb #f40c851a
 @dataclass(frozen=True)
@@ -164,6 +164,14 @@ OPERATIONS: dict[str, Operation] = {op.name: op for op in (
     DilConv("dil_conv_3x3", 3), DilConv("dil_conv_5x5", 5),
     Pool("avg_pool_3x3", "avg_pool"), Pool("max_pool_3x3", "max_pool"))}
 DARTS_OPS = tuple(OPERATIONS) # the operations of DARTS; their order is the one of alpha and of files
+
+def nests(ops: tuple # of Operation
+         )->list: # of tuples of places, small to large
+    "List the operations that are parts of larger ones: alike but for the side of their kernel, which has a middle."
+    found: dict = {}
+    for o, op in enumerate(ops):
+        if getattr(op, "k", 0) % 2: found.setdefault((type(op), op.kind), []).append((op.k, o))
+    return [tuple(o for _, o in sorted(of)) for of in found.values() if len(of) > 1]
 
 def add_operation(op: Operation)->Operation: # the same
     "Make an operation known by its name, to settings too. `ValueError` where another one has the name."

@@ -68,6 +68,7 @@ class Space:
     stem: str # cifar, imagenet, or auto: by size
     constraint = 3 # Table VI, in `alike` and `two`
     partial = 1 # operations see one part in so many of the channels
+    slices = (1.,) # widths of an operation that a candidate may have, as shares of its searched filters
     graph: Graph # of each cell
     ops: tuple # names of the candidates on every edge
     cell: tuple # the `CellSpec` of every cell
@@ -90,9 +91,30 @@ class Space:
     def top(self, width: int)->tuple:
         "Return (parameters, MACs) of the classifier on `width` channels."
         return (width + 1) * self.classes, width * self.classes
+    @classmethod
+    def meant(cls, settings: dict # knob, by its full name -> value
+             )->dict: # of the same kind
+        "Return what settings of a method that were made for cells come to here, where that is something else."
+        return {}
     def check(self): "Refuse impossible sizes that only this space has: `InputError`."
     def write_cell(self, cell: ArchCell)->dict|list: return write_operations(cell)
     def read_cell(self, c: int, d)->ArchCell: return read_operations(c, d)
+
+    # what a candidate is: on an edge one of the choices, each an operation at one of its widths
+    @property
+    def choices(self)->tuple: return self.ops # their names; one for each operation and width, in this order
+    def found(self, c: int, edge: int, choice: int # cell; numbers of them
+             )->Op:
+        "Return what a choice stands for."
+        (o, width), (src, dst), cell = divmod(choice, len(self.slices)), self.edges[edge], self.cell[c]
+        def channels(port): return round(cell.place(edge, o, port)[1] * (self.slices[width] if port == "mid" else 1))
+        return Op(self.ops[o], src, dst, tuple(map(channels, cell.ops[o].ports)))
+    def code(self, some # [n, kinds, edges, choices] bool tensor: candidates
+            )->tuple: # of bool tensors [n, ...]
+        "Return candidates as predictors read them: operations and edges, or operations and widths."
+        if len(self.slices) == 1: return some.flatten(1), some.any(-1).flatten(1)
+        by = some.unflatten(-1, (len(self.ops), len(self.slices)))
+        return by.any(-1).flatten(1), by.any(-2).flatten(1)
 
     alike = property(lambda self: self.constraint in ALIKE) # cells of a kind have the same operations
     two = property(lambda self: self.constraint in TWO) # a node has two edges, with an operation each

@@ -12,7 +12,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 import torch
 from ..base.events import Stopped
-from ..base.options import InputError
+from ..base.options import InputError, need
 from .work import attempt, do
 
 # %% auto #0
@@ -136,6 +136,9 @@ class Local:
     "On this machine."
     jobs: int = 0 # at the same time; 0: one a core, one on a GPU; 1: in this process, one by one
     retries: int = 3 # how often a job is tried again whose process was killed
+
+    def __post_init__(self):
+        for k in ("jobs", "retries"): need(getattr(self, k) >= 0, f"--{k} must not be negative")
 
     def at_once(self, groups: list)->int:
         "How many groups go on at the same time, at most."

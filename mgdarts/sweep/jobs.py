@@ -21,7 +21,7 @@ YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": Tr
                      "normalise": "none", "judge": "shared", "judge_epochs": 5, "rounds": 10, "draw": 100, "top": 1000,
                      "pool": 10000, "predictor": "mlp", "hidden": 1000, "labelled": 423, "comparator_epochs": 1000,
                      "policy_steps": 10000, "own_every": 100, "base_every": 500,
-                     "antisymmetric": False, "score": "naswot", "depth": 2.5, "cycle": 1,
+                     "antisymmetric": False, "recalibrate": 0, "score": "naswot", "depth": 2.5, "cycle": 1,
                      "cycle_warmup": 1, "distill": 1., "temperature": 2., "plain": 5., "plain_share": .2,
                      "lr_evaluation": .2}} # knobs, as runs before were
 

@@ -27,7 +27,7 @@ def executor(on: str, # one of `EXECUTORS`
     return EXECUTORS[on](**options)
 
 # %% ../../nbs/sweep/on.ipynb #62e4aa52
-KINDS = {"int": int, "float": float, "float|None": float} # of options; others are text
+KINDS = {"int": int, "float": float} # of options; others are text
 
 def executor_in(words: str, # the name, then options as NAME=VALUE
                 **more # options besides
@@ -37,6 +37,6 @@ def executor_in(words: str, # the name, then options as NAME=VALUE
     options = pairs(",".join(rest.replace(",", " ").split()))
     for f in fields(EXECUTORS.get(name, Local)):
         if f.name not in options: continue
-        try: options[f.name] = KINDS.get(f.type, str)(options[f.name])
+        try: options[f.name] = KINDS.get(f.type.split()[0], str)(options[f.name]) # "float | None": None is not typed
         except ValueError: raise InputError(f"option {f.name}={options[f.name]} of {name} is no number") from None
     return executor(name, **{**more, **options})

@@ -64,6 +64,7 @@ def values_in(given: dict # knob -> value or list of values
         need(name not in OWN, f"{key!r} is no knob of a grid: say {OWN.get(name)}")
         need(name not in out, f"knob {name} is set twice in a sweep")
         out[name] = value if isinstance(value, list) else [value]
+        need(out[name], f"knob {key} of a sweep has no value: leave it out, or say some")
         for v in out[name]:
             for part in v if isinstance(v, list) else [v]:
                 need(isinstance(part, (str, int, float)), f"knob {key} of a sweep cannot be {v!r}"[:200])
