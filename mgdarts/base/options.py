@@ -377,8 +377,8 @@ def _check_space(cfg, part, knob: str # that the part is a value of; empty: it s
     if part.everywhere or cfg.space.kind == "darts": return
     name = resolve(cfg, knob or next(iter(type(part).__annotations__))) # its first knob of its own
     owner, f = knobs(cfg)[name]
-    need(False, f"{name}={getattr(owner, f.name)} does not go with space.kind={cfg.space.kind}, as {part.alone}: choose "
-         "another method, or space.kind=darts")
+    need(False, f"{name}={getattr(owner, f.name)} does not go with space.kind={cfg.space.kind}, as {part.alone}: "
+         "choose another method, or space.kind=darts")
 
 # %% ../../nbs/base/options.ipynb #26552e85
 def validate(cfg: Config)->Config: # the same object

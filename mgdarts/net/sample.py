@@ -6,6 +6,7 @@
 from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
+from typing import cast
 import torch
 from ..base.options import InputError
 from .architecture import Architecture, operation
@@ -13,12 +14,12 @@ from .count import count, place
 from ..space.found import ArchCell, Op, shapes
 from ..space.mobile import BLOCKS, EXPANSION, MobileSpec, divisible
 from ..space.operation import Operation
-from ..space.space import Space
+from ..space.space import Space, choice_of
 
 # %% auto #0
-__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'layers_at', 'largest', 'fitted_layers', 'op_params', 'even_cells',
-           'choice_sizes', 'fill', 'too_small', 'random_cells', 'random_blocks', 'random_architecture', 'random_like',
-           'weaknas']
+__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'op_params', 'even_cells', 'choice_sizes', 'fill', 'too_small',
+           'random_cells', 'random_blocks', 'random_architecture', 'random_like', 'weaknas', 'layers_at', 'largest',
+           'fitted_layers']
 
 # %% ../../nbs/net/sample.ipynb #e55b954a
 def at_width(arch: Architecture, channels: int, # C
@@ -69,45 +70,6 @@ def narrowed(arch: Architecture, params: float, channels: int # C, at which it i
         if count(at_width(arch, channels, widths)).params <= params: return widths, c
     return None, 0
 
-# %% ../../nbs/net/sample.ipynb #23f6c441
-def layers_at(arch: Architecture, width: float, # multiplier of all widths
-              scale: float = 1. # of the filters inside of operations
-             )->Architecture: # without masks
-    "Give an architecture whose layers have fixed widths those of a wider or narrower space."
-    spec, cells = replace(arch.spec, width=width), []
-    def op(c, o):
-        at, ports = place(arch, c, o), operation(arch, c, o).ports
-        of = {p: spec.cell[c].place(*at, p)[1] for p in ports}
-        share = o.widths[ports.index("mid")] / arch.spec.cell[c].place(*at, "mid")[1]
-        of["mid"] = max(1, min(of["mid"], round(scale * share * of["mid"])))
-        return replace(o, widths=tuple(of[p] for p in ports))
-    for c, cell in enumerate(arch.cells):
-        states = tuple(n for _, n in spec.cell[c].places.states)
-        cells.append(ArchCell(tuple(op(c, o) for o in cell.ops), states))
-    return Architecture(arch.name, spec, tuple(cells), {}, {**arch.provenance, "width": width})
-
-# %% ../../nbs/net/sample.ipynb #48a867be
-def largest(make, low: float, high: float, fits, steps: int = 30): # number -> Architecture; the first number does
-    "Find the largest of what a number makes that still fits."
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(make(middle)) else (low, middle)
-    return make(low)
-
-def fitted_layers(arch: Architecture, params: float)->Architecture:
-    "As `fitted`: in whole hundredths of the width; blocks' filters, all by one factor, make up for the rest."
-    def fits(a): return count(a).params <= params
-    low, high = 4, max(5, round(100 * arch.spec.width)) # the space begins at 5
-    while fits(layers_at(arch, high / 100)): low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(layers_at(arch, middle / 100)) else (low, middle)
-    if low > 4: # more of the same, at most as many as there are in the super-net
-        found = largest(lambda scale: layers_at(arch, low / 100, scale), 1., EXPANSION, fits)
-        if count(found).params >= .99 * params: return found
-    fewer = largest(lambda scale: layers_at(arch, high / 100, scale), 0., 1., fits)
-    return fewer if low == 4 or fits(fewer) and count(fewer).params > count(found).params else found
-
 # %% ../../nbs/net/sample.ipynb #32f877a6
 def op_params(op: Operation, widths: dict, stride: int)->int:
     "Count the weights of a discovered operation with its batch norms."
@@ -126,7 +88,7 @@ def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
 def choice_sizes(spec: Space)->tuple: # (int64 [cells, edges, choices] parameters of each choice, those around them)
     "Count what each choice costs."
     def size(c, e, i):
-        op, full = spec.found(c, e, i), spec.cell[c].ops[i // len(spec.slices)]
+        op, full = choice_of(spec, c, e, i), spec.cell[c].ops[i // len(spec.slices)]
         return op_params(full, full.widths_by_port(op.widths), spec.cell[c].stride(e))
     edges, choices = range(len(spec.edges)), range(len(spec.choices))
     sizes = [[[size(c, e, i) for i in choices] for e in edges] for c in range(spec.cells)]
@@ -234,3 +196,42 @@ def weaknas(classes: int = 1000, size: int = 236)->Architecture:
         cells.append(ArchCell((Op(names[k], 0, 1, (cin, mid, *few, cout)),), (cin, cout)))
     origin = {"origin": "WeakNAS, 1000 queries: kernels and expansions"}
     return Architecture("WeakNAS", spec, tuple(cells), provenance=origin)
+
+# %% ../../nbs/net/sample.ipynb #23f6c441
+def layers_at(arch: Architecture, width: float, # multiplier of all widths
+              scale: float = 1. # of the filters inside of operations
+             )->Architecture: # without masks
+    "Give an architecture whose layers have fixed widths those of a wider or narrower space."
+    spec, cells = replace(arch.spec, width=width), []
+    def op(c, o):
+        at, ports = place(arch, c, o), operation(arch, c, o).ports
+        of = {p: spec.cell[c].place(*at, p)[1] for p in ports}
+        share = o.widths[ports.index("mid")] / arch.spec.cell[c].place(*at, "mid")[1]
+        of["mid"] = max(1, min(of["mid"], round(scale * share * of["mid"])))
+        return replace(o, widths=tuple(of[p] for p in ports))
+    for c, cell in enumerate(arch.cells):
+        states = tuple(n for _, n in spec.cell[c].places.states)
+        cells.append(ArchCell(tuple(op(c, o) for o in cell.ops), states))
+    return Architecture(arch.name, spec, tuple(cells), {}, {**arch.provenance, "width": width})
+
+# %% ../../nbs/net/sample.ipynb #48a867be
+def largest(make, low: float, high: float, fits, steps: int = 30): # number -> Architecture; the first number does
+    "Find the largest of what a number makes that still fits."
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(make(middle)) else (low, middle)
+    return make(low)
+
+def fitted_layers(arch: Architecture, params: float)->Architecture:
+    "As `fitted`: in whole hundredths of the width; blocks' filters, all by one factor, make up for the rest."
+    def fits(a): return count(a).params <= params
+    low, high = 4, max(5, round(100 * cast(MobileSpec, arch.spec).width)) # the space begins at 5
+    while fits(layers_at(arch, high / 100)): low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(layers_at(arch, middle / 100)) else (low, middle)
+    if low > 4: # more of the same, at most as many as there are in the super-net
+        found = largest(lambda scale: layers_at(arch, low / 100, scale), 1., EXPANSION, fits)
+        if count(found).params >= .99 * params: return found
+    fewer = largest(lambda scale: layers_at(arch, high / 100, scale), 0., 1., fits)
+    return fewer if low == 4 or fits(fewer) and count(fewer).params > count(found).params else found
