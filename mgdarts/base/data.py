@@ -167,7 +167,7 @@ def load_data(cfg: Data,
     def take(images, labels, i):
         return fit(images[i], size) if isinstance(images, Tensor) else images.pick(i), labels[i]
     parts = [take(source.train, source.train_labels, i) for i in for_training(source, cfg, chosen, seed)]
-    if source.val is not None: parts.append(take(source.val, source.val_labels, torch.arange(len(source.val_labels))))
+    if source.val is not None: parts.append(take(source.val, source.val_labels, torch.arange(len(source.val))))
     parts.append(take(source.test, source.test_labels, tested))
     for what, (images, _) in zip(("training", "validation", "test"), parts):
         refuse_even(images, f"{what} images of {cfg.name}")

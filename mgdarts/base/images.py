@@ -67,12 +67,14 @@ def flat(image, path: str): # Pillow images
     "Lay a picture with transparent places on white. `InputError` where its transparency alone draws it."
     from PIL import Image
     image = image.convert("RGBA")
-    low, high = image.getchannel("A").getextrema()
+    alpha = np.asarray(image.getchannel("A"))
+    low, high = alpha.min(), alpha.max()
     if low == 255: return image.convert("RGB")
     whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     for layer in (image.convert("RGB"), whole):
-        need(low == high or any(a < b for a, b in layer.getextrema()), f"{path} has one colour, and its shape in its "
-             "transparency alone: lay it on a background of another colour first")
+        colours = np.asarray(layer).reshape(-1, 3)
+        need(low == high or (colours != colours[0]).any(), f"{path} has one colour, and its shape in its transparency "
+             "alone: lay it on a background of another colour first")
     return whole
 
 def eight_bits(image, path: str): # Pillow images
@@ -192,9 +194,9 @@ def cached(file: Path, # the safetensors file
     "The tensors in `file` if their key is `key`, else those of `make()`, which are then kept there if possible."
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
-    with contextlib.suppress(OSError, SafetensorError), contextlib.ExitStack() as kept:
-        f = kept.enter_context(safe_open(file, "pt")) if file.is_file() else None # nobody answers from a pipe
-        meta = f and f.metadata() or {}
+    there = file if file.is_file() else os.devnull # nobody answers from a pipe
+    with contextlib.suppress(OSError, SafetensorError), safe_open(there, "pt") as f:
+        meta = f.metadata() or {}
         if meta.get("key") == key:
             tensors = {k: f.get_tensor(k) for k in f.keys()}
             if meta.get("sha256") == checksum(tensors): return tensors
