@@ -11,6 +11,7 @@ from mgdarts.fast.cell import fused, plan_cell
 from mgdarts.fast.engine import FastEngine
 from mgdarts.net.discrete import DerivedNet
 from mgdarts.net.derive import derive
+from mgdarts.net.cost import COUNTED
 from mgdarts.net.count import counts
 from mgdarts.base.options import Rules
 from mgdarts.net.discretise import discretise, start_thresholds, step, strongest, surrogate
@@ -183,8 +184,8 @@ def test_the_price_reaches_all_three_granularities(what):
 def test_at_mu_1_the_average_cost_weighs_as_much_as_the_constant_price(spec, what):
     net = SuperNet(spec)
     net.open(spec.cells - 1, 2)
-    full = torch.stack([cost(c, None, None, what).detach() for c in net.cells])
-    assert full.mean().item() == pytest.approx(average_cost(spec, what), rel=1e-5)
+    full = torch.stack([cost(c, None, None, COUNTED[what]).detach() for c in net.cells])
+    assert full.mean().item() == pytest.approx(average_cost(spec, COUNTED[what]), rel=1e-5)
     constant, both = prices(net, what, 1.0, 0.0).sum().item(), prices(net, what, 1.0, 1.0).sum().item()
     assert both == pytest.approx(2 * constant, rel=1e-4)  # all operations are equally strong
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # %% auto #0
-__all__ = ['knob', 'Judging', 'Cycles', 'Paths', 'Widening']
+__all__ = ['knob', 'Aims', 'Judging', 'Cycles', 'Paths', 'Widening']
 
 # %% ../../nbs/base/knobs.ipynb #c33bb3d2
 def knob(default, # value when nothing is said
@@ -20,6 +20,25 @@ def knob(default, # value when nothing is said
     meta = dict(doc=doc, lo=lo, hi=hi, choices=choices)
     if isinstance(default, (list, tuple)): return field(default_factory=lambda: tuple(default), metadata=meta)
     return field(default=default, metadata=meta)
+
+# %% ../../nbs/base/knobs.ipynb #25441846
+@dataclass
+class Aims:
+    "What the derived network is to cost: one of three."
+    target_m: float = knob(0.7, "deployable parameters of the derived net, in millions, without the auxiliary head and "
+        "without masked weights", 0.0)
+    target_macs_m: float = knob(0.0, "multiply-adds of the derived net for a picture of data.size, in millions, with "
+        "those of masked weights; 0: the target is search.target_m", 0.0)
+    target_ms: float = knob(0.0, "latency of the derived net in milliseconds a batch, by search.latency; "
+        "0: the target is search.target_m", 0.0)
+    latency: str = knob("", "file with the times of the space's operations on a device, written by mgdarts latency")
+
+    @property
+    def aim(self)->tuple: # (params, macs or latency; parameters, multiply-adds of a picture or nanoseconds a batch)
+        "What is asked for."
+        for what, asked in (("macs", self.target_macs_m), ("latency", self.target_ms)):
+            if asked: return what, asked * 1e6
+        return "params", self.target_m * 1e6
 
 # %% ../../nbs/base/knobs.ipynb #a3a09fdb
 @dataclass

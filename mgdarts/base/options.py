@@ -7,13 +7,13 @@ from __future__ import annotations
 import ast, dataclasses, difflib, json, math, os
 from dataclasses import dataclass, field, asdict
 from pathlib import Path
-from .knobs import Cycles, Judging, Paths, Widening, knob
+from .knobs import Aims, Cycles, Judging, Paths, Widening, knob
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'STARTS', 'SHAPES', 'SCHEDULES', 'PRESSURES', 'DECISIONS', 'REGISTRIES', 'OPERATIONS', 'OPERATION_NAMES',
            'SPACE_KINDS', 'ALIKE', 'TWO', 'PARTS', 'LATER', 'InputError', 'closest', 'Part', 'need', 'Registry',
            'Space', 'Data', 'Search', 'Train', 'Rules', 'Compute', 'Config', 'knobs', 'resolve', 'refuse_unhandled',
-           'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
+           'check_aim', 'validate', 'to_dict', 'modern', 'from_dict', 'configure', 'Method', 'refuse_unknown', 'root']
 
 # %% ../../nbs/base/options.ipynb #7e55d37f
 class InputError(ValueError):
@@ -130,10 +130,8 @@ class Data:
 
 # %% ../../nbs/base/options.ipynb #1a7ae0fe
 @dataclass
-class Search:
+class Search(Aims):
     "How the super-net is trained, pruned, regrown (paper, section IV)."
-    target_m: float = knob(0.7, "deployable parameters of the derived net, in millions, without the auxiliary head and "
-        "without masked weights", 0.0)
     stages: int = knob(3, "sub-nets searched one after the other: 3, or 1 for the whole net at once (Table IV)",
         choices=(1, 3))
     stage_keep: tuple = knob((0.3, 0.3, 0.3), "each stage stops at this share of the parameters it started with",
@@ -171,7 +169,8 @@ class Search:
         "in", 0.0)
     clip: float = knob(5.0, "largest gradient norm of the weights; 0: any", 0.0)
     label_smoothing: float = knob(0.0, "label smoothing in the loss that weights learn from", 0.0, 0.99)
-    cost: str = knob("params", "resource in R_size", choices=("params", "macs"))
+    cost: str = knob("params", "resource in R_size; latency: as predicted from search.latency",
+        choices=("params", "macs", "latency"))
     reg: float = knob(1.0, "constant price of an operation in R_size", 0.0)
     mu: float = knob(0.0, "price of an operation's cost in R_size; at 1 the average operation's cost weighs as much as "
         "a constant price of 1", 0.0)
@@ -380,6 +379,18 @@ def _check_space(cfg, part, knob: str # that the part is a value of; empty: it s
     need(False, f"{name}={getattr(owner, f.name)} does not go with space.kind={cfg.space.kind}, as {part.alone}: "
          "choose another method, or space.kind=darts")
 
+# %% ../../nbs/base/options.ipynb #7ddc14d1
+def check_aim(s: Search):
+    "`InputError` where a search's target is none, or more than one."
+    need(not (s.target_macs_m and s.target_ms), "search.target_macs_m and search.target_ms are two targets: set one of "
+         "them to 0")
+    asks = bool(s.target_ms) or s.cost == "latency"
+    need(s.latency or not asks, "a latency needs the times of a device: measure them with mgdarts latency, and set "
+         "search.latency to the file")
+    need(asks or not s.latency, "search.latency is asked by nobody: set search.target_ms, or search.cost=latency")
+    need(s.aim[0] == "params" or s.granularities != ("weight",), "masked weights are multiplied like others: search "
+         "operations or filters too (search.granularities), or set search.target_m alone")
+
 # %% ../../nbs/base/options.ipynb #26552e85
 def validate(cfg: Config)->Config: # the same object
     "Check every value against its range and the values against each other. `InputError` on the first that is wrong."
@@ -392,6 +403,7 @@ def validate(cfg: Config)->Config: # the same object
     need(s.granularities and len(set(s.granularities)) == len(s.granularities),
          "search.granularities needs one or more different names from: operation, filter, weight")
     need(s.target_m > 0, "search.target_m must be above 0: give the size of the derived net in millions of parameters")
+    check_aim(s)
     need(s.prune_low <= s.prune_high, "search.prune_low must not be above search.prune_high")
     need(cfg.space.channels % 2 == 0, f"space.channels={cfg.space.channels} must be even: a strided skip connection "
          "halves it")
@@ -410,7 +422,8 @@ def to_dict(cfg: Config)->dict:
     "Plain nested dictionary, JSON-ready."
     return json.loads(json.dumps(asdict(cfg)))
 
-LATER = ("lambda_cap_fine", "label_smoothing") # knobs of the search, younger than the present meaning of others
+# knobs of the search, younger than the present meaning of others
+LATER = ("lambda_cap_fine", "label_smoothing", "target_macs_m", "target_ms", "latency")
 
 def modern(d: dict)->dict:
     "Whole configurations written before some knobs got their present meaning, in today's words."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.options import Config, closest, configure, need
+from .latency import latency_rows
 from .nets import Channels
 from .shared import DataDir, Dataset, Json, Seed, given, show, table
 
@@ -21,15 +22,22 @@ def _row(c: dict)->tuple: # of a cell, as `counts` says
     return c["index"], kind, c["widths"][-1], c["ops"], c["convs"], c["params"], *left
 
 def arch_show(arch: Annotated[Path, typer.Argument(help="Architecture: its folder or architecture.json.")],
+              latency: Annotated[Optional[Path], typer.Option(
+                  metavar="TABLE", help="Predict its latency from this table, and measure it where that is at hand.")
+                  ] = None,
               as_json: Json = False):
-    "Sizes and retention ratios of an architecture."
+    "Sizes and retention ratios of an architecture; with --latency, what it takes on a device."
     from mgdarts.net import files as architecture
     from mgdarts.net.count import counts
     a = architecture.load(arch)
     out = counts(a)
+    if latency is not None:
+        from mgdarts.runs.latency import compared, read_table
+        out["latency"] = compared(read_table(latency), a)
     title = (f"{a.name}: {out['params_nonzero']:,} non-zero of {out['params_deployable']:,} parameters "
              f"({out['params_total']:,} with auxiliary head), {out['macs'] / 1e6:.1f} M MACs, "
              f"{out['ops']} operations")
+    for name, v in latency_rows(out.get("latency")): title += f"; {name}: {v if isinstance(v, str) else f'{v:.4g}'}"
     columns = ["cell", "kind", "width", "ops", "convs", "params", "op ratio", "filter ratio", "weight ratio"]
     show(out, as_json, table(title, columns, list(map(_row, out["cells"]))))
 

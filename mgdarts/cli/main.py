@@ -10,15 +10,15 @@ import typer
 from .. import __version__
 from ..base.events import NonFiniteLoss, RunFailed, Stopped, handled, scheduled
 from ..base.options import InputError, need
-from . import arch, bench, look, nets, paper, search, sweep
+from . import arch, bench, latency, look, nets, paper, search, sweep
 from .shared import Json, speaks
 
 # %% auto #0
 __all__ = ['COMMANDS', 'GROUPS', 'application', 'ended_by_signals', 'main']
 
 # %% ../../nbs/cli/main.ipynb #8861b1be
-COMMANDS = (nets.count, search.search, search.train, sweep.sweep, nets.plan, look.runs, look.compare, look.replay,
-            look.lab, paper.reproduce, paper.claims, look.methods, look.knobs)
+COMMANDS = (nets.count, search.search, search.train, sweep.sweep, nets.plan, latency.latency, look.runs,
+            look.compare, look.replay, look.lab, paper.reproduce, paper.claims, look.methods, look.knobs)
 GROUPS = {"arch": ("Discovered architectures: show, import, export, score.",
                    {"show": arch.arch_show, "import": arch.arch_import, "export": arch.arch_export,
                     "score": arch.arch_score}),

@@ -90,6 +90,7 @@ def count(channels: Channels = None, cells: Cells = None, space: Space = None, w
     rows = [("main part", out["main"]), ("stem", out["stem"]),
             *((f"stage {i + 1}", n) for i, n in enumerate(out["stages"])), ("classifier", out["classifier"]),
             *((f"aux heads, {k}", sum(v)) for k, v in out["aux"].items()), ("operations", out["ops"]),
+            ("multiply-adds of a picture", out["macs"]),
             *((f"WeakNAS' network, {k}", v) for k, v in out.get("weaknas", {}).items())]
     show(out, as_json, table(f"super-net {net_name(spec)}", ["part", "parameters"], rows))
 

@@ -10,11 +10,12 @@ from typing import Annotated, Optional
 import typer
 from ..base.options import DECISIONS, Config, InputError, configure, need
 from ..base.presets import LONG
+from .latency import latency_rows
 from .shared import (DataDir, Dataset, Device, Elastic, Json, SaveEvery, Scale, Seed, Sets,
                                 configuration, given, reported, refuse_given, settings_in, show, table)
 
 # %% auto #0
-__all__ = ['Requeue', 'Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'refuse_searching', 'train']
+__all__ = ['NAMES', 'Requeue', 'Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'refuse_searching', 'train']
 
 # %% ../../nbs/cli/search.ipynb #98f0790c
 def look(cfg: Config, out: Path|None, as_json: bool):
@@ -48,25 +49,35 @@ def announced(cfg: Config, out: Path|None): # the images
     return splits
 
 # %% ../../nbs/cli/search.ipynb #17f22441
+NAMES = {"macs": "multiply-adds", "latency": "nanoseconds"} # what targets are counted in, beside parameters
+
 def _missed(result: dict, size: dict, cfg: Config)->str:
     "Say how far off a size is, and what to change."
     if cfg.rules.fit: remedy = ""
     elif DECISIONS[cfg.rules.discretiser].prunes:
         remedy = "; allow more with --set max_epochs=N" + ", or a larger lambda_step" * (size["gap"] > 0)
     else: remedy = f"; {cfg.method} has no size of its own, --set rules.fit=true gives it one"
-    return (f"target not reached: the derived network has {size['params']} parameters, {size['gap']:+.1%} off the "
-            f"{result['target']} asked for{remedy}")
+    cost = f"{result['cost']} {NAMES[result['cost_of']]}" if "cost" in result else f"{size['params']} parameters"
+    return (f"target not reached: the derived network has {cost}, {size['gap']:+.1%} off the {result['target']} asked "
+            f"for{remedy}")
 
 # %% ../../nbs/cli/search.ipynb #c5b53efa
+def _asked(result: dict)->list: # of (name, value)
+    "Return what was asked for; and what it is, where that is not a number of parameters."
+    if "cost" not in result: return [("target", result["target"])]
+    name = NAMES[result["cost_of"]]
+    return [(f"{name} of the derived network", result["cost"]), (f"target, {name}", result["target"])]
+
 def told(result: dict # of a search
         )->list: # of (name, value)
     "Return the rows that a search's result is shown in."
     from mgdarts.runs.records import size_kind, sizes_of
     size, kind = sizes_of(result), size_kind(result)
     return [("target reached" + ("" if kind == "derived" else ", as counted before alignment"), result["reached"]),
-            ("parameters of the derived network", size["params"]), ("target", result["target"]),
+            ("parameters of the derived network", size["params"]), *_asked(result),
             ("parameters before alignment", size["params_searched"]), ("MACs", result["macs"]),
-            ("operations", result["ops"]), *((f"retention, {k}s", v) for k, v in result["retention"].items()),
+            *latency_rows(result.get("latency")), ("operations", result["ops"]),
+            *((f"retention, {k}s", v) for k, v in result["retention"].items()),
             ("with masked weights", result["derived"]["params_deployable"]), ("epochs", result["epochs"]),
             ("seconds", result["wall_s"]), ("run", result["run"])]
 

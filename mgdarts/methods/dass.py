@@ -39,6 +39,8 @@ class Scores(Shape):
         fit_scored(net, target)
         return net.count()
     def check(self, cfg):
+        need(not self.fit or cfg.search.aim[0] == "params", "scores fit a net to its target by masking weights, which "
+             "are multiplied all the same: set search.target_m alone, or rules.fit=false")
         need(cfg.rules.superpose == "none",
              "scores belong to kernels of their own: set rules.superpose=none, or rules.keep=1")
         super().check(cfg)

@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from .architecture import Architecture, kernels, operation, stride
 from .size import CellCount, NetCount, Size
+from ..space.cell import CellSpec
 from ..space.found import Op
 from ..space.operation import Kernel
 
@@ -20,9 +21,8 @@ def norms(arch: Architecture, c: int, op: Op)->list: # of (BatchNorm, channels)
     widths = o.widths_by_port(op.widths)
     return [(n, widths[n.port]) for n in o.derived_norms(stride(arch, c, op))]
 
-def side_of(arch: Architecture, c: int, k: Kernel, preprocessing: bool)->int:
+def side_of(full: CellSpec, k: Kernel, preprocessing: bool = False)->int:
     "Return the side of the map that a kernel is applied to; 0 for one that multiplies nothing."
-    full = arch.spec.cell[c]
     return full.side_in if preprocessing else {"in": full.side_in, "out": full.side, "one": 1, "none": 0}[k.side]
 
 # %% ../../nbs/net/count.ipynb #0a88a02c
@@ -38,7 +38,7 @@ def count_cell(arch: Architecture, c: int # cell
     n, rows = CellCount(ops=len(cell.ops), ops_initial=full.grid[0] * full.grid[1]), [[0] * 5 for _ in cell.ops]
     for i, k, shape in kernels(arch, c):
         mask, weights = arch.masks.get(f"c{c}.o{i}.{k.role}"), math.prod(shape)
-        left, pixels = weights if mask is None else int(mask.sum()), side_of(arch, c, k, i is None) ** 2
+        left, pixels = weights if mask is None else int(mask.sum()), side_of(full, k, i is None) ** 2
         n.add(Size(left, weights, left * pixels, weights * pixels))
         if i is None: continue
         rows[i][4] += left

@@ -10,16 +10,15 @@ from typing import cast
 import torch
 from ..base.options import InputError
 from .architecture import Architecture, operation
-from .count import count, place
-from ..space.found import ArchCell, Op, shapes
+from .cost import PARAMS, Cost
+from .count import place
+from ..space.found import ArchCell, Op
 from ..space.mobile import BLOCKS, EXPANSION, MobileSpec, divisible
-from ..space.operation import Operation
 from ..space.space import Space, choice_of
 
 # %% auto #0
-__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'op_params', 'even_cells', 'choice_sizes', 'fill', 'too_small',
-           'random_cells', 'random_blocks', 'random_architecture', 'random_like', 'weaknas', 'layers_at', 'largest',
-           'fitted_layers']
+__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'even_cells', 'choice_sizes', 'fill', 'too_small', 'random_cells',
+           'random_blocks', 'random_architecture', 'random_like', 'weaknas', 'layers_at', 'largest', 'fitted_layers']
 
 # %% ../../nbs/net/sample.ipynb #e55b954a
 def at_width(arch: Architecture, channels: int, # C
@@ -37,15 +36,15 @@ def at_width(arch: Architecture, channels: int, # C
     return Architecture(arch.name, spec, tuple(cells), {}, {**arch.provenance, "width": channels})
 
 # %% ../../nbs/net/sample.ipynb #d1019bef
-def fitted(arch: Architecture, params: float # deployable parameters, plain number
-          )->Architecture:
-    "Find the widths at which an architecture has so many parameters, or just fewer; two filters where all have more."
-    if arch.spec.cell[0].fixed: return fitted_layers(arch, params)
+def fitted(arch: Architecture, most: float, # what it may cost: deployable parameters, if nothing else is said
+           cost: Cost = PARAMS)->Architecture:
+    "Find the widths at which an architecture costs so much, or just less; two filters where all cost more."
+    if arch.spec.cell[0].fixed: return fitted_layers(arch, most, cost)
     low, high = 1, 512 # sizes grow with the width
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if count(at_width(arch, middle)).params <= params else (low, middle)
-    widths, c = narrowed(arch, params, high) if low >= 2 else (None, 0)
+        low, high = (middle, high) if cost.of_arch(at_width(arch, middle)) <= most else (low, middle)
+    widths, c = narrowed(arch, most, high, cost) if low >= 2 else (None, 0)
     if widths is None: return at_width(arch, 2)
     fits = at_width(arch, high, widths)
     widths[c] += 1
@@ -56,25 +55,23 @@ def fitted(arch: Architecture, params: float # deployable parameters, plain numb
         for at in twice:
             middles[at] = max(2, widths[at[0]] - fewer)
             smaller = at_width(arch, high, widths, middles)
-            if count(smaller).params <= params: return smaller
+            if cost.of_arch(smaller) <= most: return smaller
     return fits
 
-def narrowed(arch: Architecture, params: float, channels: int # C, at which it is too large
-            )->tuple: # ([widths], the cell that lost the last filter), or (None, 0) where even two filters are too many
-    "Take filters away, one cell at a time, until the size fits: all in proportion, wide cells first."
+def narrowed(arch: Architecture, most: float, channels: int, # C, at which it is too large
+             cost: Cost = PARAMS)->tuple: # ([widths], the cell that lost the last filter)
+    """Take filters away, one cell at a time, until the size fits: all in proportion, wide cells first.
+
+    Return (None, 0) where even two filters are too many."""
     full = [c.width for c in replace(arch.spec, channels=channels).cell]
     widths = list(full)
     while wide := [c for c, w in enumerate(widths) if w > 2]:
         c = max(wide, key=lambda c: (widths[c] / full[c], widths[c]))
         widths[c] -= 1
-        if count(at_width(arch, channels, widths)).params <= params: return widths, c
+        if cost.of_arch(at_width(arch, channels, widths)) <= most: return widths, c
     return None, 0
 
 # %% ../../nbs/net/sample.ipynb #32f877a6
-def op_params(op: Operation, widths: dict, stride: int)->int:
-    "Count the weights of a discovered operation with its batch norms."
-    norms = sum(widths[n.port] for n in op.derived_norms(stride))
-    return sum(torch.Size(shape).numel() for _, shape in shapes(op, widths, stride)) + 2 * norms
 def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
     "Make cells of one width each."
     def op(e, o, w):
@@ -85,20 +82,20 @@ def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
 
 # %% ../../nbs/net/sample.ipynb #cf2cd0ab
 @lru_cache(maxsize=8)
-def choice_sizes(spec: Space)->tuple: # (int64 [cells, edges, choices] parameters of each choice, those around them)
+def choice_sizes(spec: Space, cost: Cost = PARAMS)->tuple: # (int64 [cells, edges, choices], what is around them)
     "Count what each choice costs."
     def size(c, e, i):
         op, full = choice_of(spec, c, e, i), spec.cell[c].ops[i // len(spec.slices)]
-        return op_params(full, full.widths_by_port(op.widths), spec.cell[c].stride(e))
+        return cost.added(spec, c, set(), (e, i // len(spec.slices)), full.widths_by_port(op.widths))
     edges, choices = range(len(spec.edges)), range(len(spec.choices))
     sizes = [[[size(c, e, i) for i in choices] for e in edges] for c in range(spec.cells)]
-    return torch.tensor(sizes), spec.stem_params + spec.top(spec.cell[-1].out)[0]
+    return torch.tensor(sizes), cost.ends(spec, spec.cell[-1].out)
 
 # %% ../../nbs/net/sample.ipynb #86ec9560
 def fill(spec: Space, chosen: list, # of {(edge, operation)} of each cell; gets more
-         widths: list, g: torch.Generator, total: int, # parameters that there are
-         most: int, enough: float # parameters not to be exceeded, and at which to stop
-        )->int: # parameters then
+         widths: list, g: torch.Generator, total: int, # what it costs now
+         most: int, enough: float, # a cost not to be exceeded, and one at which to stop
+         cost: Cost = PARAMS)->int: # what it costs then
     "Add operations in random order, as long as they fit."
     edges, n = range(len(spec.edges)), len(spec.ops)
     places = [(c, e, o) for c in range(spec.cells) for e in edges for o in range(n) if (e, o) not in chosen[c]]
@@ -106,41 +103,41 @@ def fill(spec: Space, chosen: list, # of {(edge, operation)} of each cell; gets 
         if total >= enough: break
         c, e, o = places[i]
         op = spec.operations[o]
-        more = op_params(op, op.widths_by_port((widths[c],) * len(op.ports)), spec.cell[c].stride(e))
+        more = cost.added(spec, c, chosen[c], (e, o), op.widths_by_port((widths[c],) * len(op.ports)))
         if total + more > most: continue
         total += more
         chosen[c].add((e, o))
     return total
 
 # %% ../../nbs/net/sample.ipynb #b5df0450
-def too_small(wanted: int, smallest: int)->InputError:
-    return InputError(f"no random architecture of this space has {wanted} parameters or fewer: "
+def too_small(wanted: int, smallest: int, cost: Cost)->InputError:
+    return InputError(f"no random architecture of this space has {wanted} {cost.plain} or fewer: "
                       f"the smallest tried has {smallest}")
 
-def random_cells(spec: Space, params_target: int, g: torch.Generator, make, # cells -> Architecture
-                 tolerance: float, attempts: int)->Architecture:
+def random_cells(spec: Space, most: int, g: torch.Generator, make, # cells -> Architecture
+                 tolerance: float, attempts: int, cost: Cost = PARAMS)->Architecture:
     "As `random_architecture`, where the width of cells is free."
-    best, best_n, smallest, low, high, enough = None, -1, [], 0.5, 1.0, (1 - tolerance) * params_target
+    best, best_n, smallest, low, high, enough = None, -1, [], 0.5, 1.0, (1 - tolerance) * most
     graph, n = spec.graph, len(spec.ops)
     def pick(n): return int(torch.randint(n, (1,), generator=g))
     for _ in range(attempts):
         ratio = low + (high - low) * torch.rand(spec.cells, generator=g)
         widths = [max(2, 2 * round(r * c.width / 2)) for r, c in zip(ratio.tolist(), spec.cell)]
         chosen = [{(graph.into[j][pick(len(graph.into[j]))], pick(n)) for j in graph.nodes} for _ in spec.cell]
-        total = count(make(even_cells(spec, chosen, widths))).dense
+        total = cost.of_arch(make(even_cells(spec, chosen, widths)))
         smallest.append(total)
-        if total > params_target: # start narrower
+        if total > most: # start narrower
             low, high = 0.8 * low, 0.8 * high
             continue
-        total = fill(spec, chosen, widths, g, total, params_target, enough)
+        total = fill(spec, chosen, widths, g, total, most, enough, cost)
         if total > best_n: best, best_n = make(even_cells(spec, chosen, widths)), total
         if total >= enough: break
         low, high = (low + high) / 2, min(1.0, 1.25 * high) # every operation fits: wider
-    if best is None: raise too_small(params_target, min(smallest))
+    if best is None: raise too_small(most, min(smallest), cost)
     return best
 
 # %% ../../nbs/net/sample.ipynb #bd840029
-def random_blocks(spec: Space, params_target: int, g: torch.Generator, make)->Architecture:
+def random_blocks(spec: Space, most: int, g: torch.Generator, make, cost: Cost = PARAMS)->Architecture:
     "As `random_architecture`, where only what is inside of operations is free."
     n, ratio = len(spec.ops), (.2 + .8 * torch.rand(spec.cells, len(spec.ops), generator=g)).tolist()
     chosen = {(c, k) for c, k in enumerate(torch.randint(n, (spec.cells,), generator=g).tolist())}
@@ -155,31 +152,31 @@ def random_blocks(spec: Space, params_target: int, g: torch.Generator, make)->Ar
         return make(tuple(ArchCell(tuple(op(c, k, scale) for k in range(n) if (c, k) in chosen),
                                    tuple(full.state(s)[1] for s in range(2))) for c, full in enumerate(spec.cell)))
     low, high = 0., 5. # at 5 every block has all its filters
-    if (least := count(made(low)).dense) > params_target: raise too_small(params_target, least)
-    while more and count(made(high)).dense < params_target: chosen.add(more.pop())
+    if (least := cost.of_arch(made(low))) > most: raise too_small(most, least, cost)
+    while more and cost.of_arch(made(high)) < most: chosen.add(more.pop())
     for _ in range(30):
         mid = (low + high) / 2
-        low, high = (mid, high) if count(made(mid)).dense <= params_target else (low, mid)
+        low, high = (mid, high) if cost.of_arch(made(mid)) <= most else (low, mid)
     return made(low)
 
 # %% ../../nbs/net/sample.ipynb #27ce9ab6
 def random_architecture(spec: Space,
-                        params_target: int, # deployable parameters not to be exceeded
+                        most: int, # what it may cost: deployable parameters, if nothing else is said
                         seed: int = 0,
                         name: str = "", # empty: random-{seed}
                         tolerance: float = 0.01, # share of the target that may be missing
-                        attempts: int = 200 # random widths tried; the nearest from below is returned
-                       )->Architecture: # without masks
-    "Draw an architecture of about `params_target` parameters. `InputError` when none tried is small enough."
-    origin = {"origin": "random", "seed": seed, "params_target": params_target}
+                        attempts: int = 200, # random widths tried; the nearest from below is returned
+                        cost: Cost = PARAMS)->Architecture: # without masks
+    "Draw an architecture that costs about `most`. `InputError` when none tried costs so little."
+    origin = {"origin": "random", "seed": seed, f"{cost.name}_target": most}
     def make(cells): return Architecture(name or f"random-{seed}", spec, cells, provenance=origin)
     g = torch.Generator().manual_seed(seed)
-    if spec.cell[0].fixed: return random_blocks(spec, params_target, g, make)
-    return random_cells(spec, params_target, g, make, tolerance, attempts)
+    if spec.cell[0].fixed: return random_blocks(spec, most, g, make, cost)
+    return random_cells(spec, most, g, make, tolerance, attempts, cost)
 
-def random_like(arch: Architecture, seed: int)->Architecture:
-    "Draw an architecture of the same space and size as another."
-    return random_architecture(arch.spec, count(arch).params, seed, "random")
+def random_like(arch: Architecture, seed: int, cost: Cost = PARAMS)->Architecture:
+    "Draw an architecture of the same space and cost as another."
+    return random_architecture(arch.spec, cost.of_arch(arch), seed, "random", cost=cost)
 
 # %% ../../nbs/net/sample.ipynb #62ad4b96
 WEAKNAS = (((5, 3), (3, 3), (3, 4), (3, 3)), ((5, 4), (5, 6), (5, 4)), ((7, 4), (5, 6), (7, 6)),
@@ -222,16 +219,18 @@ def largest(make, low: float, high: float, fits, steps: int = 30): # number -> A
         low, high = (middle, high) if fits(make(middle)) else (low, middle)
     return make(low)
 
-def fitted_layers(arch: Architecture, params: float)->Architecture:
+def fitted_layers(arch: Architecture, most: float, cost: Cost = PARAMS)->Architecture:
     "As `fitted`: in whole hundredths of the width; blocks' filters, all by one factor, make up for the rest."
-    def fits(a): return count(a).params <= params
-    low, high = 4, max(5, round(100 * cast(MobileSpec, arch.spec).width)) # the space begins at 5
+    def fits(a): return cost.of_arch(a) <= most
+    own = cast(MobileSpec, arch.spec).width
+    if not cost.anywhere(arch.spec): return largest(lambda s: layers_at(arch, own, s), 0., EXPANSION, fits)
+    low, high = 4, max(5, round(100 * own)) # the space begins at 5
     while fits(layers_at(arch, high / 100)): low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(layers_at(arch, middle / 100)) else (low, middle)
     if low > 4: # more of the same, at most as many as there are in the super-net
         found = largest(lambda scale: layers_at(arch, low / 100, scale), 1., EXPANSION, fits)
-        if count(found).params >= .99 * params: return found
+        if cost.of_arch(found) >= .99 * most: return found
     fewer = largest(lambda scale: layers_at(arch, high / 100, scale), 0., 1., fits)
-    return fewer if low == 4 or fits(fewer) and count(fewer).params > count(found).params else found
+    return fewer if low == 4 or fits(fewer) and cost.of_arch(fewer) > cost.of_arch(found) else found

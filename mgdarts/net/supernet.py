@@ -20,7 +20,7 @@ from ..space.space import GRANULARITIES, Space, aux_head, stage_head
 # %% auto #0
 __all__ = ['part_generator', 'grid', 'brought', 'hold', 'SuperNet', 'put_out', 'allowed', 'add_cell', 'open_stage',
            'edge_weights', 'importance', 'thresholds', 'mixture', 'masked', 'tie', 'full_gates', 'channels_left',
-           'top_size', 'count', 'rebuild']
+           'top_width', 'top_size', 'count', 'rebuild']
 
 # %% ../../nbs/net/supernet.ipynb #e7b15c93
 def part_generator(seed: int, *what: int)->torch.Generator:
@@ -71,9 +71,10 @@ class SuperNet(nn.Module):
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.parts = strengths[0], strengths + self.shapes
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
-        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are; the stage, its start
+        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are, stage, its start, a cost
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
-        self.discretising, self.stage, self.first, self.momentum = False, 0, 0, .1 # the last one of running statistics
+        self.discretising, self.stage, self.first, self.priced = False, 0, 0, None
+        self.momentum = .1 # of running statistics
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.cuts: Tensor|None = None # [cells, edges, operations, widths] bool: the widths that there are; None: all
         self.strong = brought(self) # names of the parameters that have a strength
@@ -218,11 +219,16 @@ def channels_left(net: SuperNet, ops: Tensor|None = None, gates: list|None = Non
     return out
 
 # %% ../../nbs/net/supernet.ipynb #1fbf9179
-def top_size(net: SuperNet, unit: Tensor|None # [units] bool of the last cell
-            )->Size:
+def top_width(net: SuperNet, unit: Tensor|None # [units] bool of the last cell
+             )->int|None:
+    "Return the channels in front of the classifier; None while there is none, but an auxiliary head."
+    if unit is None or isinstance(net.head, AuxHead): return None
+    return int(net.cells[-1].index.out(unit).sum())
+
+def top_size(net: SuperNet, unit: Tensor|None)->Size:
     "Count the classifier behind these channels; an auxiliary head counts as nothing."
-    if unit is None or isinstance(net.head, AuxHead): return Size()
-    return Size.whole(*net.spec.top(int(net.cells[-1].index.out(unit).sum())))
+    width = top_width(net, unit)
+    return Size() if width is None else Size.whole(*net.spec.top(width))
 
 @torch.no_grad()
 def count(net: SuperNet, ops: Tensor|None = None, # [cells, edges, operations] bool: operations that would be live

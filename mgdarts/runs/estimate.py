@@ -53,7 +53,7 @@ def _loops(cfg: Config, splits: Splits, device: torch.device)->tuple: # (Search,
     "Make a search and a retraining, to be timed or asked."
     def few(batch): return batch if device.type == "cuda" else min(batch, FEW)
     search = make_search(configure(cfg, **{"search.batch": few(cfg.search.batch), "search.warmup": 0}), splits)
-    drawn = random_architecture(search.whole, int(cfg.search.target_m * 1e6))
+    drawn = random_architecture(search.whole, int(cfg.search.aim[1]), cost=search.cost)
     return search, make_trainer(configure(cfg, **{"train.batch": few(cfg.train.batch)}), drawn, splits)
 
 def _timed(cfg: Config, search: Search, trainer)->Timed:

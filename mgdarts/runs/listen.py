@@ -12,6 +12,7 @@ from ..base.events import Event, Stopped, handled
 from ..base.files import Checkpoints, Lines, read_bytes
 from ..base.options import InputError
 from ..base.ranks import HERE, agree
+from ..net.cost import spent
 from .together import of_each
 
 # %% auto #0
@@ -131,22 +132,22 @@ class Saver:
 
 # %% ../../nbs/runs/listen.ipynb #8d279181
 def way_done(epoch: dict, # data of an event `epoch` of a search
-             start: float|None # parameters that the stage began with; None: not known
+             start: float|None # what the net cost when the stage began; None: not known
             )->float: # 0 to 1
     "Say how much of a stage is done."
     if "progress" in epoch: return epoch["progress"]
-    target = epoch["target"]
+    target, cost = epoch["target"], spent(epoch)[0]
     if (start or 0) <= target: return 1.
-    return min(max(math.log(start / max(epoch["params"], 1)) / max(math.log(start / target), 1e-9), 0.), 1.)
+    return min(max(math.log(start / max(cost, 1)) / max(math.log(start / target), 1e-9), 0.), 1.)
 
 # %% ../../nbs/runs/listen.ipynb #3ba5093c
 def in_a_line(e: Event)->str:
     "Say what a bar says of an event `epoch`."
-    d = e.data
+    d, (cost, unit) = e.data, spent(e.data)
     if e.stage == "train":
         return f"epoch {e.epoch + 1} loss {e.loss:.3f}" + (f" val {d['val_acc']:.1f} %" if "val_acc" in d else "")
     return (f"epoch {e.epoch} {d['phase']} loss {e.loss:.3f} val {d['val_acc']:.1f} % "
-            f"size {d['params'] / 1e6:.4f} of {d['target'] / 1e6:.4f} M")
+            f"size {cost / 1e6:.4f} of {d['target'] / 1e6:.4f} {unit}")
 
 # %% ../../nbs/runs/listen.ipynb #0c1b6c9d
 class Progress:
@@ -163,7 +164,7 @@ class Progress:
     def __exit__(self, *_): self.bar.stop()
 
     def __call__(self, e: Event):
-        if e.type == "stage" and e.data["status"] == "open": self.stage, self.start = self.stage + 1, e.data["params"]
+        if e.type == "stage" and e.data["status"] == "open": self.stage, self.start = self.stage + 1, spent(e.data)[0]
         elif e.type == "epoch":
             done = e.epoch + 1 if e.stage == "train" else self.stage + .99 * way_done(e.data, self.start)
             name = self.label if e.stage == "train" else e.stage

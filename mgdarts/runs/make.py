@@ -17,6 +17,7 @@ from ..net.architecture import Architecture
 from ..net.derive import inherited
 from .bits import PROCESS
 from .folder import device_of, read_config
+from .latency import latency_for
 from ..search.loop import Search
 from ..search.train import Trainer
 from ..space.space import Space
@@ -33,7 +34,8 @@ def net_spec(cfg: Config, splits: Splits)->Space:
 
 # %% ../../nbs/runs/make.ipynb #0692de81
 def make_search(cfg: Config,
-                splits: Splits|None = None # None: load them
+                splits: Splits|None = None, # None: load them
+                run: Path|None = None # folder that it goes on in
                )->Search:
     "Make a search as a configuration describes it, not begun."
     device = device_of(cfg)
@@ -47,7 +49,7 @@ def make_search(cfg: Config,
     loaders = {k: Loader(s, "train", cfg.search.batch, cfg.seed, augment, workers=workers) for k, s in parts.items()}
     loaders["val"] = Loader(splits, "val", workers=workers)
     return Search(net_spec(cfg, splits), loaders, cfg.search, cfg.space.aux_size,
-                  cfg.seed, device, make(cfg.compute), rules=cfg.rules)
+                  cfg.seed, device, make(cfg.compute), rules=cfg.rules, latency=latency_for(cfg, run))
 
 # %% ../../nbs/runs/make.ipynb #8793fc85
 def refuse_other_images(arch: Architecture, splits: Splits):
@@ -94,7 +96,8 @@ def bare_search(run: str|Path,
     cfg, saved = read_config(run), state or Checkpoints(Path(run) / "checkpoint").load()
     if saved is None: raise InputError(f"{run} has no checkpoint: there is nothing to look at yet")
     loop = Search(SPACES[cfg.space.kind](**saved["spec"]), dict.fromkeys(("train", "arch", "val"), NoData()),
-                  cfg.search, cfg.space.aux_size, cfg.seed, engine=make(cfg.compute), rules=cfg.rules)
+                  cfg.search, cfg.space.aux_size, cfg.seed, engine=make(cfg.compute), rules=cfg.rules,
+                  latency=latency_for(cfg, run))
     loop.load_state_dict(saved)
     return loop
 

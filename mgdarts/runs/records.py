@@ -48,7 +48,7 @@ def sizes_of(result: dict # of a search
     "Return the sizes of a run of any age, in parameters."
     derived = result["derived"]["params_nonzero"]
     return {"params": derived, "params_searched": result.get("params_searched", result["params"]),
-            "gap": derived / result["target"] - 1}
+            "gap": result.get("cost", derived) / result["target"] - 1} # where the target is not one in parameters
 
 # %% ../../nbs/runs/records.ipynb #d03f1a01
 def status_of(result: dict|None # of a search; None: not finished

@@ -23,13 +23,14 @@ from .bits import differences, held
 from .folder import (device_of, environment, free_name, new_folder, read_config, read_record, record_of,
                                  run_name)
 from .frames import REPLAY_FILE, FrameRecorder
+from .latency import TABLE_FILE, compared, cost_for
 from .listen import LARGEST, Clock, Progress, Recorder, Saver, Signals, mark
 from .make import make_search, make_trainer, supernet_weights
 from .memory import step_memory
 from .records import load_run
 from .together import COMPARED, Compared, Silent, join_for, leads_in, refuse_other_count, take_own
 from ..search.loop import Search
-from ..search.prune import SLACK
+from ..search.stages import met
 
 # %% auto #0
 __all__ = ['SEARCH_EVENTS', 'TRAIN_EVENTS', 'DERIVED', 'first_bad', 'out_of_memory', 'memory_advice', 'go_on', 'restore',
@@ -172,19 +173,19 @@ def derived(cfg: Config, loop: Search, dataset: str)->Architecture:
     source = {"method": cfg.method, "preset": cfg.preset, "seed": cfg.seed, "dataset": dataset,
               "commit": environment(loop.device)["commit"]}
     arch = derive(loop.net, run_name(cfg), source)
-    return fitted(arch, round(cfg.search.target_m * 1e6)) if cfg.rules.fit and cfg.rules.keep == 1 else arch
+    return fitted(arch, round(cfg.search.aim[1]), loop.cost) if cfg.rules.fit and cfg.rules.keep == 1 else arch
 
 # %% ../../nbs/runs/run.ipynb #b20999f1
 DERIVED = ("params_total", "params_deployable", "params_nonzero", "macs", "ops", "retention")
 
-def result_of(loop: Search, arch: Architecture, target: int, # parameters
+def result_of(loop: Search, arch: Architecture, target: int, # as `loop.cost` counts
               done: dict # the search's last event
              )->dict:
     "Say how a search ended; sizes in parameters and multiply-accumulates of an image."
-    size = counts(arch)
-    params = size["params_nonzero"]
-    return {"reached": (1 - SLACK) * target <= params <= target, "target": target, "gap": params / target - 1,
-            "params": params, # a state of before says the one size only
+    size, cost = counts(arch), loop.cost.of_arch(arch)
+    return {"reached": met(cost, target), "target": target, "gap": cost / target - 1, **loop.cost.told(cost),
+            **({"latency": compared(loop.latency, arch)} if loop.latency else {}),
+            "params": size["params_nonzero"], # a state of before says the one size only
             "params_searched": done.get("params_searched", done["params"]), "macs": size["macs_nonzero"],
             "ops": done["ops"], "retention": done["retention"], "drift": done.get("drift"),
             "stages_reached": done["stages_reached"], "epochs": loop.epoch, "steps": loop.steps,
@@ -196,7 +197,7 @@ def finish(cfg: Config, out: Path, loop: Search, splits: Splits, clock: Clock)->
     content = read_bytes(out / "events.jsonl", LARGEST)
     arch = derived(cfg, loop, splits.label)
     architecture.save(arch, out, overwrite=True)
-    found = result_of(loop, arch, round(cfg.search.target_m * 1e6), json.loads(content.splitlines()[-1]))
+    found = result_of(loop, arch, round(cfg.search.aim[1]), json.loads(content.splitlines()[-1]))
     result = {"run": str(out), **found, **clock(), "events": mark(content)}
     write_json(out / "result.json", result)
     return result
@@ -252,12 +253,14 @@ def search(cfg: Config|None, # None: resume with the folder's own
         return ended
     with held(cfg.compute, device := device_of(cfg)), contextlib.ExitStack() as stack:
         splits = splits or load_data(cfg.data, cfg.seed, device)
-        loop = make_search(cfg, splits)
+        loop = make_search(cfg, splits, out if resume else None)
         hold = leads_in(stack, lambda: _taken(out, resume))
         kept = restore(loop, out, splits, elastic) if resume else None
         wait() # all have read what there is: from here on the first process writes
         if kept: clock = Clock(kept)
-        if HERE.leads and not resume: write_json(out / "config.json", record_of(cfg, loop.device, splits))
+        if HERE.leads and not resume:
+            if loop.latency: write_json(out / TABLE_FILE, loop.latency.table)
+            write_json(out / "config.json", record_of(cfg, loop.device, splits))
         if prepare: prepare(loop)
         _watched(out, loop, kept, clock, quiet, listeners, save_every, hold and hold.check)
         def end():
@@ -324,7 +327,9 @@ def retrain(run: str|Path, # a finished run folder
     load_run(run) # what is damaged is better known before
     cfg = cfg or read_config(run)
     arch, state = architecture.load(run), None
-    if baseline: arch, cfg = random_like(arch, cfg.seed), configure(cfg, **{"train.weights": "scratch"})
+    if baseline:
+        arch = random_like(arch, cfg.seed, cost_for(cfg, run))
+        cfg = configure(cfg, **{"train.weights": "scratch"})
     elif cfg.train.weights == "supernet": state = supernet_weights(run, arch)
     out = run / ("random" if baseline else "train")
     result = train(cfg, arch, out, splits, state, resume, quiet, listeners, save_every, elastic)

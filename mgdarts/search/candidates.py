@@ -14,9 +14,10 @@ from ..base.events import evaluate
 from ..base.options import Train
 from ..base.ranks import total
 from ..net.architecture import Architecture
+from ..net.cost import PARAMS, Cost
 from ..net.sample import choice_sizes
 from .decide import by_strength, strongest_two
-from .prune import choose
+from .prune import Sizes, choose
 from .train import Trainer
 from .trial import Attempts, kinds_of, per_cell, score_among
 from ..space.found import ArchCell
@@ -31,9 +32,9 @@ __all__ = ['NEAR', 'DRAWS', 'of_its_size', 'random_candidate', 'recalibrated', '
 NEAR, DRAWS = .05, 100 # how far below the target a candidate may be; draws for it
 
 def of_its_size(spec, draw, # -> candidate [kinds, edges, choices] bool
-                target: float)->Tensor: # a candidate
+                target: float, cost: Cost = PARAMS)->Tensor: # a candidate
     "Draw until a candidate has the target's size."
-    sizes, fixed = choice_sizes(spec)
+    sizes, fixed = choice_sizes(spec, cost)
     if not sizes.amin(2).sum() <= target - fixed <= sizes.amax(2).sum(): return draw()
     best, gap = draw(), float("inf")
     for _ in range(DRAWS):
@@ -50,10 +51,11 @@ def random_candidate(search, whole: Tensor, # [kinds, edges, choices] bool: what
     "Draw a candidate."
     net, spec, g = search.net, search.spec, search.net._generator(8, n)
     def draw(): return strongest_two(torch.rand(whole.shape, generator=g) * whole, spec.graph)
-    if len(spec.slices) > 1: return of_its_size(spec, draw, search.state.target)
+    if len(spec.slices) > 1: return of_its_size(spec, draw, search.state.target, search.cost)
     if spec.two: return draw()
     by = by_strength(net, per_cell(spec, torch.rand(whole.shape, generator=g) * whole))
-    return by.masks(choose(net, by, search.state.target, wait=False))["ops"][kinds_of(spec)]
+    gone = choose(net, by, search.state.target, wait=False, sizes=Sizes(net, by, search.cost))
+    return by.masks(gone)["ops"][kinds_of(spec)]
 
 # %% ../../nbs/search/candidates.ipynb #46548a33
 @contextmanager

@@ -4,10 +4,13 @@
 
 # %% ../../nbs/search/loop.ipynb #05101f71
 from __future__ import annotations
+from typing import cast
 import torch
 from ..base.events import Emitter, Event, evaluate
 from ..base.ranks import total
+from ..net.cost import COUNTED, PARAMS, Cost
 from ..net.engine import Engine
+from ..net.latency import Latency
 from ..base.options import Rules, Search as Settings, need
 from ..net.supernet import SuperNet
 from .prune import SLACK, Sizes, candidates, commit
@@ -26,12 +29,14 @@ __all__ = ['refuse_unsearchable', 'Search', 'clock_of', 'validate', 'snapshot', 
 # %% ../../nbs/search/loop.ipynb #4572857c
 def refuse_unsearchable(search):
     "`InputError` where the target is out of reach, or there is not a step to make."
-    spec, target = search.whole, search.cfg.target_m * 1e6
-    fixed = spec.stem_params + spec.top(spec.cell[-1].out)[0]
-    need(not search.by_size or target < spec.params, f"search.target_m={search.cfg.target_m:g} is not below the "
-         f"super-net's own size, {spec.params / 1e6:.4g} million: lower it, or widen the super-net")
-    need(not search.by_size or target > fixed, f"search.target_m={search.cfg.target_m:g} leaves no room for what is "
-         f"searched: stem and head have {fixed / 1e6:.4g} million parameters")
+    spec, cost, target = search.whole, search.cost, search.cfg.aim[1]
+    need(search.latency or not search.cfg.latency, f"search.latency={search.cfg.latency} was not read")
+    cost.fits(spec)
+    whole, fixed, asked = cost.whole(spec), cost.ends(spec, spec.cell[-1].out), f"search.{cost.knob}={target / 1e6:g}"
+    need(not search.by_size or target < whole, f"{asked} is not below the super-net's own {cost.what}, "
+         f"{whole / 1e6:.4g} {cost.unit}: lower it, or widen the super-net")
+    need(not search.by_size or target > fixed, f"{asked} leaves no room for what is searched: stem and head have "
+         f"{fixed / 1e6:.4g} {cost.unit}")
     need(len(search.loaders["train"]) >= 1,
          "the search needs at least one step an epoch: give more training images or a smaller search.batch")
 
@@ -47,13 +52,14 @@ class Search:
                  seed: int = 0, device: str|torch.device = "cpu", engine: Engine|None = None, # None: the reference
                  events: Emitter|None = None,
                  check_every: int = 50, # steps between two looks at whether the loss is finite
-                 rules: Rules|None = None # what the search is composed of
+                 rules: Rules|None = None, latency: Latency|None = None # its parts; what `cfg.latency` names, read
                 ):
         self.rules, self.cfg, self.whole, self.loaders, self.seed = rules or Rules(), cfg, spec, loaders, seed
         self.aux_size, self.device, self.engine = aux_size, torch.device(device), engine
         self.events, self.check_every, self.parts = events or Emitter(), check_every, Parts(self.rules, cfg)
         self.by_size, self.length = self.parts.decision.prunes, self.parts.epochs(cfg.length)
         self.warm_epochs = self.parts.schedule.warm_epochs(cfg.warmup, self.length)
+        self.latency, self.cost = latency, COUNTED.get(cfg.aim[0]) or cast(Latency, latency)
         refuse_unsearchable(self)
         self.stages = self.parts.plan(plan(spec, cfg.stages, self.by_size and cfg.stage_keep[-1] > 0), spec)
         self.state, self.lam, self.optimizer, self.adam, self.trial = SearchState(), None, None, None, None
@@ -73,7 +79,7 @@ class Search:
     def fine_tuning(self)->bool: return self.stage_name == "fine-tune"
     @property
     def clock(self)->Clock: return clock_of(self)
-    def snapshot(self)->dict: return snapshot(self.net)
+    def snapshot(self)->dict: return snapshot(self.net, self.cost)
     def validate(self)->tuple: return validate(self)
     def state_dict(self)->dict:
         "Everything that going on needs: copies on the CPU and plain data, fit for `torch.load(weights_only=True)`."
@@ -86,9 +92,7 @@ class Search:
         self.just.add(type)
         s = self.state
         self.events.emit(Event(type, s.steps, s.epoch if epoch is None else epoch, self.stage_name, loss, data))
-    def optimise(self):
-        "One optimisation step alone."
-        optimise(self)
+    def optimise(self): optimise(self) # one optimisation step alone
     def step(self):
         "One optimisation step; after the last of an epoch, whatever is due: validation, a commit, the next stage."
         step(self)
@@ -112,12 +116,14 @@ def validate(search)->tuple: # accuracy in percent, mean cross-entropy
 
 # %% ../../nbs/search/loop.ipynb #3198fa6e
 @torch.no_grad()
-def snapshot(net: SuperNet)->dict:
+def snapshot(net: SuperNet, cost: Cost = PARAMS)->dict:
     "Sizes, retention ratios and mean thresholds per granularity, with units that are off at this moment left out."
     found = candidates(net) if net.discretising else None
     now = net.count(**found.masks(found.off)) if found else net.count()
+    if not found: spent = cost.of(net, now)
+    else: spent = Sizes(net, found, cost)(torch.ones(len(found.places), dtype=torch.bool))
     return {"params": now.params, "params_searched": now.searched.params, "macs": now.macs, "ops": now.ops,
-            "retention": now.retention(), "thresholds": mean_thresholds(net)}
+            "retention": now.retention(), "thresholds": mean_thresholds(net), **cost.told(spent)}
 
 # %% ../../nbs/search/loop.ipynb #f6f6c142
 def commit_masks(search, ce: float, price: float, # means over the epoch of CE and of R_size
@@ -127,15 +133,17 @@ def commit_masks(search, ce: float, price: float, # means over the epoch of CE a
     s, net, parts = search.state, search.net, search.parts
     s.rebuilds += 1
     found, before = parts.decision.candidates(net), search.lam.value
-    sizes = Sizes(net, found)
+    sizes = Sizes(net, found, search.cost)
     if parts.decision.coarse and sizes(torch.ones(len(found.places), dtype=torch.bool)) < (1 - SLACK) * s.target:
-        found, sizes = parts.decision.candidates(net, more=True), None
+        found = parts.decision.candidates(net, more=True)
+        sizes = Sizes(net, found, search.cost)
     optimizers = [search.optimizer, search.adam]
     done = commit(net, s.target, optimizers, s.rebuilds, found, wait=not parts.decision.coarse, sizes=sizes)
     tally(search, done, before)
     lam = search.lam.update(done.pruned["operation"], ce, price) if parts.pressure.controls else 0.
     search.emit("commit", None, epoch, pruned=done.pruned, auc=done.auc, params_before=done.before.params,
-                target=s.target, lambda_before=before, **{"lambda": lam}, **done.after.summary())
+                target=s.target, lambda_before=before, **{"lambda": lam}, **done.after.summary(),
+                **search.cost.told(search.cost.of(net, done.after)))
 
 # %% ../../nbs/search/loop.ipynb #0490708e
 def prune_if_due(search, ce: float, price: float, epoch: int):
@@ -144,7 +152,7 @@ def prune_if_due(search, ce: float, price: float, epoch: int):
     over = s.phase_epoch >= cfg.max_epochs
     if s.phase_epoch % cfg.prune_every and not over: return
     commit_masks(search, ce, price, epoch)
-    if search.net.count().params <= s.target: close_stage(search, "reached")
+    if search.cost.of(search.net) <= s.target: close_stage(search, "reached")
     elif over: close_stage(search, "target not reached")
 
 # %% ../../nbs/search/loop.ipynb #90ee67bd

@@ -12,6 +12,8 @@ from torch import Tensor
 from ..base.options import PRESSURES
 from ..net.discretise import step, threshold_loss
 from ..net.cell import Cell
+from ..net.cost import COUNTED, PARAMS, Cost, Params
+from ..net.latency import Latency, soft_latency
 from ..net.supernet import SuperNet
 from .rules import Pressure
 
@@ -56,10 +58,11 @@ def filter_shares(cell: Cell, t_gate: Tensor|None # thresholds of the gates, fro
 # %% ../../nbs/search/loss.ipynb #901f6d44
 def cost(cell: Cell,
          t_gate: Tensor|None, t_weight: Tensor|None, # from `SuperNet.thresholds`
-         what: str = "params" # or "macs"
-        )->Tensor: # [edges, operations], millions
-    "Differentiable, mask-aware size of each live operation of a cell."
+         by: Cost = PARAMS)->Tensor: # [edges, operations], millions
+    "Differentiable cost of each live operation of a cell; mask-aware, where it is counted."
     lay, n, share = cell.layout, cell.layout.ops.numel(), filter_shares(cell, t_gate)
+    if isinstance(by, Latency): return soft_latency(by, cell, share) / 1e6
+    assert isinstance(by, Params)
     w = cell.omega_live.to(share)
     if t_weight is not None: w = w * step(cell.omega.abs() - _spread(t_weight[cell.conv], cell.conv_len, w))
     of_unit = torch.full((lay.spec.units,), len(share)) # where a unit's share is; without a gate it counts fully
@@ -69,24 +72,26 @@ def cost(cell: Cell,
     for group, kept in (("omega", w), ("plain", torch.ones_like(cell.plain))):
         seg = lay.segs[group].long()
         op_of = torch.tensor([cell.flat(s) if s.op >= 0 else n for s in lay.spec.segments])[seg]
-        price = torch.tensor([s.side ** 2 if what == "macs" else 1 for s in lay.spec.segments], dtype=share.dtype)[seg]
+        price = torch.tensor([by.kernel(s) for s in lay.spec.segments], dtype=share.dtype)[seg]
         row, col = (of_unit[v[group].long()] for v in (lay.rows, lay.cols))
         at = torch.where(row < len(share), row, col).to(device)
         out = out.index_add(0, op_of.to(device), kept * shares[at] * price.to(device))
-    if what == "params": # batch norm
+    if by.channel: # of a batch norm
         gate_op = torch.tensor([cell.flat(gate) if gate.op >= 0 else n for gate, _ in lay.gates], device=device)
-        out = out.index_add(0, gate_op.repeat_interleave(cell.gate_n, output_size=len(share)), 2 * share)
+        out = out.index_add(0, gate_op.repeat_interleave(cell.gate_n, output_size=len(share)), by.channel * share)
     return out[:n].view_as(lay.ops) / 1e6
 
 # %% ../../nbs/search/loss.ipynb #658f6572
 @lru_cache(maxsize=64)
 def average_cost(spec, # a NetSpec or MobileSpec
-                 what: str = "params" # or "macs"
-                )->float: # millions
+                 by: Cost = PARAMS)->float: # millions
     "What an operation of the full super-net costs on average."
-    kernels = sum(s.numel * (s.side ** 2 if what == "macs" else 1) for c in spec.cell for s in c.segments if s.op >= 0)
-    norms = 2 * sum(g.width for c in spec.cell for g in c.gates if g.op >= 0) if what == "params" else 0
-    return (kernels + norms) / (spec.cells * sum(spec.node_sizes)) / 1e6
+    if isinstance(by, Latency): costs = sum(by.operations(c) for c in spec.cell)
+    else:
+        assert isinstance(by, Params)
+        costs = sum(s.numel * by.kernel(s) for c in spec.cell for s in c.segments if s.op >= 0)
+        costs += by.channel * sum(g.width for c in spec.cell for g in c.gates if g.op >= 0)
+    return costs / (spec.cells * sum(spec.node_sizes)) / 1e6
 
 # %% ../../nbs/search/loss.ipynb #b103508d
 def live_thresholds(net: SuperNet)->dict: # name -> bool, like the parameter's first cells
@@ -100,15 +105,16 @@ def live_thresholds(net: SuperNet)->dict: # name -> bool, like the parameter's f
 
 # %% ../../nbs/search/loss.ipynb #6105644d
 def prices(net: SuperNet,
-           what: str = "params", # resource of R_size: params or macs
+           what: str = "params", # resource of R_size: params, macs, or latency: whatever the net is priced by
            reg: float = 1.0,
            mu: float = 0.0 # 1: the average operation's cost weighs as much as `reg` = 1
           )->Tensor: # [cells]
     "R_size of each cell of the current sub-net."
     n, costs = len(net.cells), None
     if mu:
-        costs = torch.stack([cost(c, *net.thresholds(i), what=what) for i, c in enumerate(net.cells)])
-        costs = costs / average_cost(net.spec, what)
+        by = COUNTED.get(what) or net.priced or PARAMS
+        costs = torch.stack([cost(c, *net.thresholds(i), by=by) for i, c in enumerate(net.cells)])
+        costs = costs / average_cost(net.spec, by)
     return size_by_cell(net.alpha[:n], net.op_live[:n], net.spec.node_sizes, costs, reg, mu)
 
 # %% ../../nbs/search/loss.ipynb #bfd3d21f
@@ -151,7 +157,7 @@ class Lambda:
 @dataclass(frozen=True)
 class Size(Pressure):
     "R_size, with a lambda that is controlled."
-    cost: str # resource: params or macs
+    cost: str # resource: params, macs or latency
     reg: float # constant price of an operation
     mu: float # price of its cost
     needs, controls = "whole", True

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 import torch
 from torch import Tensor
-from ..net.channels import existing, more_norms
+from ..net.cost import PARAMS, Cost
 from ..net.discretise import strongest
 from ..net.size import Masked, NetCount
 from ..net.stored import carry, carry_columns, full_strength
-from ..net.supernet import SuperNet, top_size
+from ..net.supernet import SuperNet, top_width
 
 # %% auto #0
 __all__ = ['SLACK', 'Candidates', 'evenly', 'chance_weaker', 'units', 'bounded', 'candidates', 'Sizes', 'choose', 'follow',
@@ -138,9 +138,9 @@ def candidates(net: SuperNet,
 SLACK = .01 # how far below its target a size counts as having reached it
 
 class Sizes:
-    "Derived sizes of a net with some of its candidates gone. What all of them have in common is worked out once."
-    def __init__(self, net: SuperNet, c: Candidates):
-        self.net, self.c, m = net, c, len(c.places)
+    "What a net costs, derived, with some of its candidates gone. What all of that has in common is worked out once."
+    def __init__(self, net: SuperNet, c: Candidates, cost: Cost = PARAMS):
+        self.net, self.c, self.cost, m = net, c, cost, len(c.places)
         self.gone, self.there = m, m + 1 # in place of a candidate's number: pruned long ago; no candidate
         number, each = torch.full((len(c.off),), self.there, dtype=torch.int32), torch.arange(m, dtype=torch.int32)
         number = number.index_copy_(0, c.places, each)
@@ -170,25 +170,25 @@ class Sizes:
         return torch.cat(whose)
 
     def __call__(self, taken: Tensor # [m] bool: which candidates are gone
-                )->int: # parameters
-        net, out = self.net, self.net.spec.stem_params
+                )->int: # in what the cost is counted in
+        net, cost, out = self.net, self.cost, 0
         gone = torch.cat([taken, torch.tensor([True, False])])
         ops = self.c.tied(~gone.index_select(0, self.ops).view_as(self.c.live))
         alive, aligned = list(net._inputs(0)), list(net._inputs(0))
         for live, (index, gates, strength, number, off) in zip(ops, self.cells):
             here = live, ~gone.index_select(0, gates)
             a, d = index.alive(*here, *alive[-2:]), index.align(*here, strength, *aligned[-2:])
-            weights, norms = existing(index, live, d)
-            masked = off.between(torch.cat([a & d, index.live(live)])).logical_and_(gone.index_select(0, number))
-            stored = weights.sum() + 2 * (norms.sum() + more_norms(index, live, d).sum())
-            out += int(stored) - int(masked.count_nonzero())
+            out += cost.cell(index, live, d)
+            if cost.sparse:
+                masked = off.between(torch.cat([a & d, index.live(live)])).logical_and_(gone.index_select(0, number))
+                out -= int(masked.count_nonzero())
             alive.append(index.out(a))
             aligned.append(index.out(d))
-        return out + top_size(net, d).params
+        return out + cost.ends(net.spec, top_width(net, d))
 
 # %% ../../nbs/search/prune.ipynb #0f9e0fd4
 def choose(net: SuperNet, c: Candidates,
-           target: float, # parameters of the derived network, plain number
+           target: float, # what the derived network is to cost: parameters, if nothing else is said
            slack: float = SLACK, # how far below the target is near enough, as a share of it
            probes: int = 200, # sizes to ask for, at most
            wait: bool = True, # stay above a target that cannot be met; else go below it, by one unit
@@ -265,7 +265,7 @@ class Commit:
 
 @torch.no_grad()
 def commit(net: SuperNet,
-           target: float, # parameters of the derived network, plain number
+           target: float, # as for `choose`
            optimizer=None, # its momentum is compacted too; or several
            stamp: int = 0, # of this rebuilding, for fresh weights
            found: Candidates|None = None, # what to choose from; None: what the thresholds switch off

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..net.supernet import SuperNet
 from .decide import all_but, by_strength, final_strength, strongest_two
 from .loss import Lambda
-from .prune import SLACK, Commit, commit, follow
+from .prune import SLACK, Commit, Sizes, commit, follow
 from .regrow import regrow
 from .step import make_adam, make_optimizer
 
@@ -29,8 +29,8 @@ class SearchState:
     epoch: int = 0 # epochs of the search
     epoch_step: int = 0 # steps of this epoch
     steps: int = 0 # steps of the search
-    target: float = 0. # parameters at which the stage ends
-    start: int = 0 # parameters it began with
+    target: float = 0. # what the net costs when the stage ends: parameters, multiply-adds or nanoseconds
+    start: int = 0 # what it cost when it began
     pruned: int = 0 # operations pruned in the stage
     rebuilds: int = 0 # how often the net was rebuilt, for fresh weights
     finished: bool = False
@@ -59,18 +59,19 @@ def fresh_net(search):
         for p in search.parts.strengths + search.parts.shapes: spec, rules = p.settled(spec, rules)
     search.spec, cfg = spec, search.cfg
     net = SuperNet(spec, search.aux_size, cfg.granularities, search.seed, search.engine, rules)
-    search.net = net.to(search.device)
+    search.net, net.priced = net.to(search.device), search.latency
     search.parts.start.fresh(search.net)
     search.mom = torch.zeros_like(search.net.alpha)
 
 # %% ../../nbs/search/stages.ipynb #1379f9b4
 def stage_target(search, end: int # last cell of the stage
-                )->float: # parameters
+                )->float: # in what the target is counted in
     "Where a stage ends. The last one must not undershoot what fine-tuning is to reach."
-    s, cfg, final = search.state, search.cfg, search.cfg.target_m * 1e6
+    s, cfg, final = search.state, search.cfg, search.cfg.aim[1]
     if search.fine_tuning or not search.by_size: return final
     keep = cfg.stage_keep[s.stage] * s.start
-    return max(keep, final) if end == search.spec.cells - 1 else keep
+    if end == search.spec.cells - 1: return max(keep, final)
+    return max(keep, search.cost.share(search.spec, end) * final) if search.cost.even else keep
 
 # %% ../../nbs/search/stages.ipynb #b120eb18
 def begin_joint(search):
@@ -102,12 +103,13 @@ def open_stage(search):
         net.rebuild(torch.stack([left[c.reduction] for c in search.spec.cell]), gates, s.stage)
     search.optimizer, search.adam = make_optimizer(net, cfg), make_adam(net, cfg)
     count = net.count()
-    s.start, s.pruned, s.warmup, s.phase_epoch, s.epoch_step = count.params, 0, True, 0, 0
+    s.start, s.pruned, s.warmup, s.phase_epoch, s.epoch_step = search.cost.of(net, count), 0, True, 0, 0
     s.target = stage_target(search, end)
     cap = cfg.lambda_cap_fine if search.fine_tuning else cfg.lambda_cap
     high, low = cfg.prune_high * count.ops, cfg.prune_low * count.ops
     search.lam = Lambda(cfg.lambda_step, high, low, cap, growth=cfg.lambda_growth)
-    search.emit("stage", status="open", params=s.start, target=s.target, ops=count.ops, cells=len(net.cells))
+    search.emit("stage", status="open", params=count.params, target=s.target, ops=count.ops, cells=len(net.cells),
+                **search.cost.told(s.start))
     if search.warm_epochs == 0: begin_joint(search)
     if not search.by_size and search.length == 0: clock_is_up(search)
 
@@ -138,20 +140,20 @@ def regrow_some(search, num: int, # operations that return
                 params_before=before.params, params=after.params, ops=after.ops)
 
 # %% ../../nbs/search/stages.ipynb #82034a45
-def met(params: int, target: float)->bool:
-    "Whether a size is at its target, or so little below it as counts for that."
-    return (1 - SLACK) * target <= params <= target
+def met(cost: int, target: float)->bool:
+    "Whether what a net costs is at its target, or so little below it as counts for that."
+    return (1 - SLACK) * target <= cost <= target
 
 # %% ../../nbs/search/stages.ipynb #05288f37
 def finish(search, count # of the net
           ):
     "The search is done."
-    s = search.state
+    s, cost = search.state, search.cost.of(search.net, count)
     s.finished = True
     drift = {k: {"pruned": n, "free": free / n if n else None, "auc": a / m if m else None}
              for k, (n, free, a, m) in s.drift.items()}
-    search.emit("done", reached=met(count.params, s.target) or not search.by_size, stages_reached=list(s.reached),
-                target=s.target, **count.summary(), drift=drift)
+    search.emit("done", reached=met(cost, s.target) or not search.by_size, stages_reached=list(s.reached),
+                target=s.target, **count.summary(), drift=drift, **search.cost.told(cost))
 
 # %% ../../nbs/search/stages.ipynb #ebdf002f
 def close_stage(search, status: str # reached, or target not reached
@@ -160,10 +162,11 @@ def close_stage(search, status: str # reached, or target not reached
     s, last = search.state, search.state.stage == len(search.stages) - 1
     if last and search.by_size and search.spec.two:
         prune_to(search, keep=strongest_two(final_strength(search.net), search.spec.graph))
-        status = "reached" if met(search.net.count().params, s.target) else "target not reached"
+        status = "reached" if met(search.cost.of(search.net), s.target) else "target not reached"
     count = search.net.count()
     s.reached.append(status == "reached")
-    search.emit("stage", status=status, params=count.params, target=s.target, ops=count.ops, pruned=s.pruned)
+    search.emit("stage", status=status, params=count.params, target=s.target, ops=count.ops, pruned=s.pruned,
+                **search.cost.told(search.cost.of(search.net, count)))
     if last: return finish(search, count)
     if search.by_size and (num := math.floor(search.cfg.regrow * s.pruned)): regrow_some(search, num, count)
     search.net.discretising = False
@@ -196,12 +199,14 @@ def prune_to(search, strength: Tensor|None = None, keep: Tensor|None = None, # [
     for p in parts.shapes: p.ending(net)
     if keep is not None: found, target = all_but(net, keep, cuts), 0.
     elif strength is not None: found, target = by_strength(net, strength), s.target
-    done = commit(net, target, [search.optimizer, search.adam], s.rebuilds, found, wait=False)
+    sizes = Sizes(net, found, search.cost)
+    done = commit(net, target, [search.optimizer, search.adam], s.rebuilds, found, wait=False, sizes=sizes)
     count = done.after
     for p in parts.shapes: count = p.ended(net, s.target, count)
     tally(search, done, search.lam.value if search.lam else 0.)
     search.emit("commit", None, max(s.epoch - 1, 0), pruned=done.pruned, auc=done.auc, lambda_before=0.,
-                params_before=done.before.params, target=s.target, **{"lambda": 0.}, **count.summary())
+                params_before=done.before.params, target=s.target, **{"lambda": 0.}, **count.summary(),
+                **search.cost.told(search.cost.of(net, count)))
 
 # %% ../../nbs/search/stages.ipynb #2c42b72e
 def decide(search, strength: Tensor|None = None, keep: Tensor|None = None, cuts: Tensor|None = None): # as `prune_to`

@@ -49,7 +49,8 @@ def save_state(search)->dict:
             "along": on_host(search.along.state_dict()) if search.along else None,
             "lambda": asdict(search.lam) if search.lam else None,
             "mom": on_host(search.mom), "sums": on_host(search.sums), "config": plain(asdict(search.cfg)),
-            "rules": plain(asdict(search.rules)), "spec": asdict(search.whole), "seed": search.seed}
+            "rules": plain(asdict(search.rules)), "spec": asdict(search.whole), "seed": search.seed,
+            "cost": search.latency.fingerprint if search.latency else ""}
 
 # %% ../../nbs/search/state.ipynb #755b08ae
 def refuse_foreign(search, state: dict):
@@ -64,6 +65,8 @@ def refuse_foreign(search, state: dict):
     same = type(search.whole)(**state["spec"]) == search.whole and state["seed"] == search.seed
     need(own(search.cfg, config) and own(search.rules, rules) and same,
          "the saved state belongs to another search: settings, space and seed must be the same")
+    need(state.get("cost", "") == (search.latency.fingerprint if search.latency else ""),
+         f"{search.cfg.latency or 'search.latency'} is not the table that this search began with: put that one back")
     # after a reduction the preprocessing was of another kind then, in tensors of the same shapes
     need(search.rules.partial == 1 or "pool_norm" in rules or counters.get("settled"), "this state is of a PC-DARTS "
          "search that an older version began, with another preprocessing after reductions: it cannot go on here, "

@@ -16,7 +16,7 @@ GRANULARITIES = ("operation", "filter", "weight") # coarse to fine
 
 # %% auto #0
 __all__ = ['GRANULARITIES', 'AUX', 'HeadSpec', 'write_operations', 'read_operations', 'Space', 'choice_of', 'coded', 'aux_head',
-           'stage_head', 'count_supernet']
+           'stage_head', 'supernet_macs', 'count_supernet']
 
 # %% ../../nbs/space/space.ipynb #e560a902
 @dataclass(frozen=True)
@@ -148,9 +148,14 @@ def stage_head(spec: Space, stage: int, # 0 or 1
     return aux_head(spec, spec.ends[stage], AUX[size])
 
 # %% ../../nbs/space/space.ipynb #8ef330d7
-def count_supernet(spec: Space)->dict: # main, stem, stages, aux, classifier, ops
-    "Count the parameters of the full super-net: `main` is everything but the auxiliary heads."
+def supernet_macs(spec: Space)->int: # of one image
+    "Count the multiply-adds of the full super-net, without auxiliary heads."
+    return spec.stem_macs + sum(c.macs for c in spec.cell) + spec.top(spec.cell[-1].out)[1]
+
+def count_supernet(spec: Space)->dict: # main, stem, stages, aux, classifier, ops, macs
+    "Count the full super-net: `main` are the parameters of everything but the auxiliary heads, as `macs` is."
     stages = [sum(c.params for c in spec.cell if c.stage == s) for s in range(3)]
     aux = {size: [stage_head(spec, stage, size).params for stage in (0, 1)] for size in AUX}
     return {"main": spec.params, "stem": spec.stem_params, "stages": stages, "aux": aux,
-            "classifier": spec.top(spec.cell[-1].out)[0], "ops": spec.cells * sum(spec.node_sizes)}
+            "classifier": spec.top(spec.cell[-1].out)[0], "ops": spec.cells * sum(spec.node_sizes),
+            "macs": supernet_macs(spec)}

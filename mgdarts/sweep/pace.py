@@ -18,6 +18,7 @@ from ..methods.registry import parts_of, preset
 from ..net.architecture import Architecture
 from ..net.count import counts
 from ..net.sample import random_architecture
+from ..runs.latency import latency_for
 from ..runs.estimate import card_records, number_type
 from ..runs.make import NoData, make_search, make_trainer
 from ..runs.run import derived
@@ -75,7 +76,7 @@ def bare(cfg: Config, images: Images)->Search:
     spec = space_of(cfg, images.classes, images.size, images.channels)
     loaders = dict.fromkeys(("train", "arch", "val"), NoData(100))
     rules = replace(cfg.rules, init="zero") # it would look at images
-    return Search(spec, loaders, cfg.search, cfg.space.aux_size, 0, rules=rules)
+    return Search(spec, loaders, cfg.search, cfg.space.aux_size, 0, rules=rules, latency=latency_for(cfg))
 
 # %% ../../nbs/sweep/pace.ipynb #55e1f9ef
 FILTERS = 7 # of ten that stay

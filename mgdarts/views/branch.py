@@ -11,6 +11,7 @@ from ..base.locks import lock
 from ..base.options import InputError
 from ..runs.folder import environment, new_folder, read_config, read_record
 from ..runs.frames import REPLAY_FILE, FrameRecorder
+from ..runs.latency import TABLE_FILE
 from ..runs.listen import LARGEST, Recorder, mark
 from ..runs.make import bare_search
 from ..search.loop import Search
@@ -47,13 +48,14 @@ def origin(run: str|Path, search: Search, done: Commit, whatif: WhatIf)->dict: #
 def _begin(run: Path, out: Path, search: Search, done: Commit, lines: bytes):
     "Write the record of a new run: the lines of another one, its frames, and the commit; then the state."
     (out / "events.jsonl").write_bytes(lines)
+    if search.latency: write_json(out / TABLE_FILE, search.latency.table)
     if (run / REPLAY_FILE).exists(): (out / REPLAY_FILE).write_bytes(read_bytes(run / REPLAY_FILE, LARGEST))
     recorder = Recorder(out / "events.jsonl", mark(lines))
     frames = FrameRecorder(search, out / REPLAY_FILE, recorder.count) # those of later events are cut off
     for listener in (recorder, frames): search.events.listen(listener, "commit")
     search.emit("commit", None, max(search.epoch - (search.epoch_step == 0), 0), pruned=done.pruned,
                  params_before=done.before.params, target=search.target, **{"lambda": search.lam.value},
-                 **done.after.summary())
+                 **done.after.summary(), **search.cost.told(search.cost.of(search.net, done.after)))
     marked = recorder.mark()
     recorder.close()
     frames.lines.close()

@@ -7,13 +7,14 @@ from __future__ import annotations
 import html, math
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+from ..net.cost import spent
 from .theme import (BAND, GRANULARITY_COLOURS, GRANULARITY_SYMBOLS, GREY, GRID, RUN_COLOURS, RUN_SYMBOLS,
                                  SPLIT_COLOURS, empty, theme)
 
 # %% auto #0
-__all__ = ['SHORT', 'MEMORY_PARTS', 'epochs_of', 'stage_spans', 'series', 'of', 'millions', 'linked', 'dynamics', 'size_name',
-           'size_and_lambda', 'learning', 'prunings', 'starts', 'progress', 'retrain_curves', 'memory_figure',
-           'scaling']
+__all__ = ['SIZES', 'SHORT', 'MEMORY_PARTS', 'epochs_of', 'stage_spans', 'series', 'of', 'millions', 'linked', 'dynamics',
+           'unit_of', 'size_name', 'size_and_lambda', 'learning', 'prunings', 'starts', 'progress', 'retrain_curves',
+           'memory_figure', 'scaling']
 
 # %% ../../nbs/views/figures.ipynb #f43220db
 def epochs_of(events: list, # of `Event.to_dict()` dictionaries
@@ -146,38 +147,47 @@ def dynamics(events: list)->go.Figure: # events of a search
     return _dynamics_axes(fig, 1)
 
 # %% ../../nbs/views/figures.ipynb #f7800a43
+SIZES = {"M": "parameters (millions)", "M MACs": "multiply-adds (millions)", "ms": "predicted latency (ms)"} # by unit
+
+def unit_of(epochs: list # from `epochs_of`
+           )->str:
+    "Return in what a run's target is."
+    return spent(epochs[0])[1] if epochs else "M"
+
 def size_name(epochs: list # from `epochs_of`
              )->str:
     "Name the sizes of a run: older runs say how large the super-net was before its filters were aligned."
+    if unit_of(epochs) != "M": return SIZES[unit_of(epochs)].split(" (")[0]
     derived = any("params_searched" in e for e in epochs)
     return "parameters, derived" if derived else "parameters, before alignment"
 
 # %% ../../nbs/views/figures.ipynb #c610f67a
 def _size(fig, epochs, row):
-    _line(fig, series(epochs, lambda e: millions(e.get("params"))), size_name(epochs), RUN_COLOURS[0], "circle", row,
-          hover="%{y:.4g} M")
+    unit = unit_of(epochs)
+    _line(fig, series(epochs, lambda e: millions(spent(e)[0])), size_name(epochs), RUN_COLOURS[0], "circle", row,
+          hover=f"%{{y:.4g}} {unit}")
     x, y = [], []
     for name, a, b in stage_spans(epochs):
         targets = (e["target"] for e in epochs if e["stage"] == name and e.get("target") is not None)
         x += [a, b, None]
         y += [millions(next(targets, None))] * 2 + [None]
     fig.add_scatter(x=x, y=y, name="target", mode="lines", line={"color": RUN_COLOURS[2], "width": 2, "dash": "dot"},
-                    hovertemplate="%{y:.4g} M target<extra></extra>", row=row, col=1)
+                    hovertemplate=f"%{{y:.4g}} {unit} target<extra></extra>", row=row, col=1)
     _line(fig, series(epochs, lambda e: e.get("lambda")), "λ", RUN_COLOURS[1], "square", row + 1, hover="%{y:.4g}")
 
 # %% ../../nbs/views/figures.ipynb #e3d0f8ee
-def _size_axes(fig, row):
-    fig.update_yaxes(title_text="parameters (millions)", row=row, col=1)
+def _size_axes(fig, row, unit="M"):
+    fig.update_yaxes(title_text=SIZES[unit], row=row, col=1)
     return fig.update_yaxes(title_text="λ", row=row + 1, col=1)
 
 def size_and_lambda(events: list)->go.Figure: # events of a search
-    "Draw parameters in millions with each stage's target, and lambda, against epochs."
+    "Draw what the net costs with each stage's target, and lambda, against epochs."
     epochs = epochs_of(events)
     if not epochs: return empty("no epoch of a search has been done yet")
     fig = _panels(2)
     _size(fig, epochs, 1)
     _frame(fig, events, epochs, 2)
-    return _size_axes(fig, 1)
+    return _size_axes(fig, 1, unit_of(epochs))
 
 # %% ../../nbs/views/figures.ipynb #f94297e7
 def _learning(fig, epochs, row):
@@ -247,7 +257,8 @@ def starts(events: list)->go.Figure: # events of a search
     return fig.update_yaxes(type="log", title_text="|g| / t at the start").update_xaxes(showgrid=False)
 
 # %% ../../nbs/views/figures.ipynb #279a7519
-SHORT = {"cross-entropy (nats)": "loss (nats)", "parameters (millions)": "size (M)", "threshold on |ω|": "on |ω|",
+SHORT = {"cross-entropy (nats)": "loss (nats)", **{title: f"size ({unit})" for unit, title in SIZES.items()},
+         "threshold on |ω|": "on |ω|",
          "threshold on σ(α), σ(β)": "threshold", "retention ratio": "retention",
          "chance that the weaker goes": "weaker goes"}
 
@@ -259,7 +270,8 @@ def progress(events: list)->go.Figure: # events of a search
     for draw, row in ((_learning, 1), (_size, 3), (_dynamics, 5)): draw(fig, epochs, row)
     _prunings(fig, events, 7)
     _frame(fig, events, epochs, 7)
-    for axes, row in ((_learning_axes, 1), (_size_axes, 3), (_dynamics_axes, 5), (_prunings_axes, 7)): axes(fig, row)
+    for axes, row in ((_learning_axes, 1), (_dynamics_axes, 5), (_prunings_axes, 7)): axes(fig, row)
+    _size_axes(fig, 3, unit_of(epochs))
     fig.for_each_yaxis(lambda a: a.update(title_text=SHORT.get(a.title.text, a.title.text), nticks=5))
     fig.update_layout(height=1040, margin={"l": 60, "r": 54, "t": 62, "b": 44})
     return fig.update_xaxes(visible=True).update_yaxes(visible=True) # a live figure may have been an empty one before

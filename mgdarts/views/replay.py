@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 import torch
 from plotly.subplots import make_subplots
 from ..base.options import Config, InputError
+from ..net.cost import spent
 from ..runs.folder import read_config
 from ..runs.frames import BINS, Frame, kinds, read_frames
 from ..runs.listen import read_events
@@ -18,7 +19,7 @@ from ..space.found import ArchCell, Op
 from ..space.space import Space
 from ..space.spaces import space_of
 from .drawings import MARGIN, Look, draw_cell, quarters
-from .figures import epochs_of, millions, of, series, size_name
+from .figures import SIZES, epochs_of, millions, of, series, size_name, unit_of
 from .theme import GRANULARITY_COLOURS, GREY, RING, RUN_COLOURS, empty, legend, op_legend, sign, theme
 
 # %% auto #0
@@ -168,10 +169,11 @@ def updates(rep: Replay, i: int # place in `rep.frames`
 def title(rep: Replay, i: int)->str:
     "Say what a moment is, in a line."
     d, parts = rep[i].data, [rep[i].stage, rep[i].label]
+    cost, unit = spent(d)
     if d.get("phase") == "warm-up": parts.append("warm-up")
-    if d.get("params") is not None:
-        target = f" (target {d['target'] / 1e6:.4g} M)" if d.get("target") is not None else ""
-        parts.append(f"{d['params'] / 1e6:.4g} M parameters{target}")
+    if cost is not None:
+        target = f" (target {d['target'] / 1e6:.4g} {unit})" if d.get("target") is not None else ""
+        parts.append(f"{cost / 1e6:.4g} {unit}{' parameters' if 'cost' not in d else ''}{target}")
     if d.get("val_acc") is not None: parts.append(f"validation accuracy {d['val_acc']:.1f} %")
     return html.escape(" · ".join(parts))
 
@@ -252,8 +254,9 @@ def _add_lines(fig, epochs: list, axes: dict):
     def line(what, name, colour, panel, hover, **more):
         style = {"mode": mode, "marker": {"size": 4}, "line": {"color": colour, "width": 2}} | more
         fig.add_scatter(**series(epochs, what), name=name, hovertemplate=hover, **style, **axes[panel])
-    line(lambda e: millions(e.get("params")), size_name(epochs), RUN_COLOURS[0], "size", "%{y:.4g} M")
-    line(lambda e: millions(e.get("target")), "target", GREY, "size", "%{y:.4g} M", mode="lines",
+    hover = f"%{{y:.4g}} {unit_of(epochs)}"
+    line(lambda e: millions(spent(e)[0]), size_name(epochs), RUN_COLOURS[0], "size", hover)
+    line(lambda e: millions(e.get("target")), "target", GREY, "size", hover, mode="lines",
          line={"color": GREY, "width": 2, "dash": "dot"})
     for g, colour in GRANULARITY_COLOURS.items():
         line(lambda e: of(e, "retention", g), f"{g}s", colour, "retention", "%{y:.1%}")
@@ -264,9 +267,9 @@ DECADES = {"range": [-5, 1], "tickvals": list(range(-5, 2)),
 SYMBOLS_X = {"operation": ("σ(α)", {"range": [0, 1]}), "filter": ("σ(β)", {"range": [0, 1]}),
              "weight": ("|ω|", DECADES)}
 
-def _label(board: Panels, spec, end: int, top: float): # epochs, millions
+def _label(board: Panels, spec, end: int, top: float, size: str): # epochs, millions, of what
     "Label the axes of a moment."
-    for name, label, high in (("size", "parameters (millions)", top), ("retention", "retention ratio", 1.05)):
+    for name, label, high in (("size", size, top), ("retention", "retention ratio", 1.05)):
         x, y = board.of(name)
         x.update(title_text="epochs done", range=[0, end * 1.01], showgrid=False, dtick=1 if end < 10 else None)
         y.update(title_text=label, range=[0, high])
@@ -296,7 +299,7 @@ def skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
     "Make axes and traces; `updates` has the data. The traces that change come first, in its order."
     board, epochs, spec = panels(rep.spec), epochs_of(rep.events), rep.spec
     fig, axes = board.fig, board.axes
-    sizes = [millions(v) for e in epochs for v in (e.get("params"), e.get("target")) if v is not None]
+    sizes = [millions(v) for e in epochs for v in (spent(e)[0], e.get("target")) if v is not None]
     tops = {"size": 1.05 * max(sizes, default=1), "retention": 1.05}
     for name, top in tops.items():
         fig.add_scatter(x=[], y=[0, top], mode="lines", line={"color": GREY, "width": 3}, name="this moment",
@@ -312,7 +315,7 @@ def skeleton(rep: Replay, bottom: int = 16 # margin below, pixels
                       title={"x": 0, "xref": "container", "pad": {"l": 12, "t": 10}, "y": 1, "yanchor": "top",
                              "yref": "container", "font": {"size": 16}},
                       legend={"y": 1 - 36 / height, "yref": "container", "font": {"size": 12}})
-    _label(board, spec, max((e["epoch"] + 1 for e in epochs), default=1), tops["size"])
+    _label(board, spec, max((e["epoch"] + 1 for e in epochs), default=1), tops["size"], SIZES[unit_of(epochs)])
     return fig
 
 # %% ../../nbs/views/replay.ipynb #80e0d71a

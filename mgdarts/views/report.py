@@ -8,6 +8,7 @@ from pathlib import Path
 from ..base.events import Event
 from ..base.options import InputError, from_dict
 from ..net.architecture import Architecture
+from ..net.cost import spent
 from ..net.count import counts
 from ..runs.records import load_run, size_kind
 from ..space.spaces import space_of
@@ -30,11 +31,22 @@ def advantage(a: dict, b: dict, # results of trainings
 def _sizes(r: dict)->dict:
     "Call sizes what they are: older runs compared the size before alignment with their target."
     def million(n): return f"{n / 1e6:.4f} M"
+    if "cost" in r:
+        cost, unit = spent(r)
+        return {"cost of the derived network": f"{cost / 1e6:.4g} {unit} of {r['target'] / 1e6:.4g} {unit}",
+                "size of the derived network": million(r["params"])}
     if size_kind(r) == "derived":
         return {"size of the derived network": f"{million(r['params'])} of {million(r['target'])}",
                 "size before alignment": million(r["params_searched"])}
     return {"size before alignment, as compared with the target": f"{million(r['params'])} of {million(r['target'])}",
             "size of the derived network": million(r["derived"]["params_nonzero"])}
+
+def _latency(found: dict|None)->dict: # from `mgdarts.runs.latency.compared`
+    "Say what was predicted, and what was measured."
+    if found is None: return {}
+    seen = found["why_not"] or f"{found['measured_ms']:.4g} ms measured, {found['error']:+.1%}"
+    where = f"{found['device_name']}, {found['runtime']}, {found['threads']} thread(s), batch {found['batch']}"
+    return {f"latency on {where}": f"{found['predicted_ms']:.4g} ms predicted; {seen}"}
 
 # %% ../../nbs/views/report.ipynb #8dacab9e
 def _finished(data: dict)->dict: # train, random -> result
@@ -60,6 +72,7 @@ def facts_of(data: dict # from `load_run`
            "seed": cfg["seed"], "device": machines(record),
            "commit": (env["commit"] or "unknown") + (" (modified)" if env["modified"] else ""), "torch": env["torch"]}
     if r: out |= {"target reached": "yes" if r["reached"] else "no: target not reached", **_sizes(r),
+                  "multiply-adds of a picture": f"{r['derived']['macs'] / 1e6:.4g} M", **_latency(r.get("latency")),
                   "search": f"{r['epochs']} epochs, {r['wall_s']:.0f} s"}
     if len(done) == 2: out["searched minus random"] = advantage(done["train"], done["random"], record["images"]["test"])
     return out

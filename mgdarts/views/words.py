@@ -7,6 +7,7 @@ from __future__ import annotations
 import html, math
 from pathlib import Path
 from ..base.options import InputError, root
+from ..net.cost import spent
 from .figures import epochs_of
 from .inspector import Outcome, View
 from .stepper import Stepper
@@ -45,10 +46,12 @@ def time_left(events: list, steps_a_second: float, steps_an_epoch: int)->str:
     "Say when a stage may reach its target; nothing when nobody can tell."
     epochs = epochs_of(events)
     stage = [e for e in epochs if e["stage"] == epochs[-1]["stage"] and e.get("phase") == "joint"][-9:]
-    if len(stage) < 3 or not steps_a_second or stage[-1]["params"] >= stage[0]["params"]: return ""
+    if len(stage) < 3 or not steps_a_second: return ""
     first, last = stage[0], stage[-1]
-    rate = math.log(first["params"] / last["params"]) / (last["epoch"] - first["epoch"])
-    left = math.log(max(last["params"] / last["target"], 1)) / rate * steps_an_epoch / steps_a_second
+    before, now = spent(first)[0], spent(last)[0]
+    if now >= before: return ""
+    rate = math.log(before / now) / (last["epoch"] - first["epoch"])
+    left = math.log(max(now / last["target"], 1)) / rate * steps_an_epoch / steps_a_second
     for limit, unit, name in ((90, 1, "s"), (5400, 60, "min")):
         if left < limit: return f"this stage about {left / unit:.0f} {name} more"
     return f"this stage about {left / 3600:.1f} h more"
@@ -68,7 +71,10 @@ def _start(e):
 # %% ../../nbs/views/words.ipynb #90c33c78
 def _stage(e):
     if e["status"] != "open": return f"ends: {e['status']}"
-    return f"opens: {e['cells']} cells, {e['ops']} operations, {e['params']:,} parameters, down to {e['target']:,.0f}"
+    cost, unit = spent(e)
+    size = f"{cost:,} parameters, down to {e['target']:,.0f}"
+    if "cost" in e: size = f"{cost / 1e6:.4g} {unit}, down to {e['target'] / 1e6:.4g}"
+    return f"opens: {e['cells']} cells, {e['ops']} operations, {size}"
 
 LINES = {"epoch": _epoch, "commit": _commit, "start": _start, "stage": _stage,
          "regrow": lambda e: f"{len(e['regrown'])} operations regrow",

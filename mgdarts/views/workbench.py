@@ -11,6 +11,7 @@ import ipywidgets as ui
 from IPython.display import SVG, display
 from ..base.events import plain
 from ..base.options import Config, root
+from ..net.cost import spent
 from ..runs.bench import rss_mb
 from ..runs.folder import free_name, new_folder, read_config
 from ..runs.listen import read_events
@@ -84,8 +85,9 @@ def size_bar(events: list)->dict|None: # at, target: percent of the size that th
     if opened is None: return None
     sized = ("epoch", "commit", "done")
     last = next((e for e in reversed(events) if e is opened or e["type"] in sized and "params" in e))
-    size, top = last["params"], max(opened["params"], last["params"])
-    text = f"size {size / 1e6:.4f} M, target of this stage {opened['target'] / 1e6:.4f} M"
+    (size, unit), (most, _) = spent(last), spent(opened)
+    top = max(most, size)
+    text = f"size {size / 1e6:.4f} {unit}, target of this stage {opened['target'] / 1e6:.4f} {unit}"
     return {"at": 100 * size / top, "target": 100 * opened["target"] / top, "text": text}
 
 # %% ../../nbs/views/workbench.ipynb #9b664ca1
