@@ -71,10 +71,9 @@ class SuperNet(nn.Module):
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.parts = strengths[0], strengths + self.shapes
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
-        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are, stage, its start, a cost
+        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are, stage, its start, cost
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
-        self.discretising, self.stage, self.first, self.priced = False, 0, 0, None
-        self.momentum = .1 # of running statistics
+        self.discretising, self.stage, self.first, self.priced, self.momentum = False, 0, 0, None, .1 # of statistics
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.cuts: Tensor|None = None # [cells, edges, operations, widths] bool: the widths that there are; None: all
         self.strong = brought(self) # names of the parameters that have a strength
