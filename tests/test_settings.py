@@ -30,6 +30,8 @@ def refused(capsys, says, *args):
     (["search", "--seed", "1", "--set", "seed=2", "--dry-run"], "--set seed is also said by an option"),
     (["count", "--width", "1.0"], "--width is of the MobileNet-like space"),
     (["count", "--space", "mobilenet", "--channels", "8"], "--channels is of the DARTS-like space"),
+    (["sweep", "--seeds", "0", "--on", "mars", "--dry-run"], "no executor 'mars'"),
+    (["sweep", "--seeds", "0", "--set", "channels=4,6", "--set", "channels=8", "--dry-run"], "channels twice"),
     (["plan", "--seeds", "1"], "without --sweep: leave out --seeds"),
     (["plan", "--sweep", "smoke", "--batch", "8"], "--sweep plans many runs: leave out --batch"),
 ])
