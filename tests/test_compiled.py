@@ -2,10 +2,12 @@
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from mgdarts.base.options import InputError
 from mgdarts.runs.folder import read_record
 from mgdarts.fast import compiled
 from mgdarts.fast.convolutions import Pair, pairs
@@ -44,7 +46,7 @@ def calls(folder): return len((folder / "calls").read_text().splitlines())
 def test_compiled_once_and_kept(tiny, capsys):
     assert build() and build() and calls(tiny) == 1
     assert capsys.readouterr().err == "compiling kernels for this machine, once ...\n"
-    assert [p.suffix for p in (tiny / "cache/mgdarts").iterdir()] == [".so"]
+    assert sorted(p.suffix for p in (tiny / "cache/mgdarts").iterdir()) == [".sha256", ".so"]
 
 
 @pytest.mark.parametrize("name", compiled.SOURCES)
@@ -61,10 +63,49 @@ def test_a_damaged_library_is_compiled_again(tiny):
     def process():
         return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert process() == "True\n"
-    path, = (tiny / "cache/mgdarts").iterdir()
-    path.write_bytes(path.read_bytes()[:100])
-    assert process() == "True\n"
-    assert calls(tiny) == 2
+    path, = (tiny / "cache/mgdarts").glob("*.so")
+    for n, keep in enumerate((100, -8), 2):  # no library; one that would end the process
+        path.write_bytes(path.read_bytes()[:keep])
+        assert process() == "True\n" and calls(tiny) == n
+
+
+def test_nothing_that_others_may_write_is_run(tiny):
+    build()
+    path, = (tiny / "cache/mgdarts").glob("*.so")
+    mark = path.with_suffix(".sha256")
+    path.chmod(0o777)  # others may have written it
+    assert build() and calls(tiny) == 2 and stat.S_IMODE(path.stat().st_mode) == 0o700
+    mark.unlink()  # nobody vouches for it
+    assert build() and calls(tiny) == 3
+    elsewhere = tiny / "elsewhere.so"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    assert build() and calls(tiny) == 4 and not path.is_symlink()
+    path.parent.chmod(0o777)  # others may put a library there
+    before = [(p.name, p.stat().st_mtime_ns) for p in path.parent.iterdir()]
+    assert build() and calls(tiny) == 5
+    assert [(p.name, p.stat().st_mtime_ns) for p in path.parent.iterdir()] == before
+
+
+def test_a_folder_of_this_process_alone_is_gone_with_it(tiny):
+    (tiny / "cache").write_text("a file")
+    code = ("from pathlib import Path; from mgdarts.fast import compiled; "
+            f"compiled.files = lambda _: Path({str(tiny)!r}); print(compiled.library()._name)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not Path(done.stdout.strip()).parent.exists()
+
+
+def test_a_library_without_its_functions_is_none(tiny):
+    write(tiny, 'extern "C" void pairs() {}')
+    with pytest.warns(UserWarning, match="PyTorch's are used: .*undefined symbol"): assert build() is None
+
+
+@pytest.mark.parametrize("name, value, says", [("MGDARTS_KERNELS", "TORCH", "choose torch or compiled"),
+                                               ("MGDARTS_KERNELS", "pytorch", "choose torch or compiled"),
+                                               ("CXX", '"', "is no command")])
+def test_what_the_environment_says_is_done_or_refused(monkeypatch, name, value, says):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=says): build()
 
 
 def test_source_that_does_not_compile(tiny):

@@ -30,6 +30,7 @@ TINY = {"data.subset": 200, "search.batch": 32, "search.length": 2, "search.max_
 FEW = {"rules.ops": "skip_connect,sep_conv_3x3,dil_conv_5x5,max_pool_3x3"}  # but for MG-DARTS, which has all
 OWN = {"dass": {"rules.sparse": .5}, "zero-cost-pt": {"rules.ops": "skip_connect,sep_conv_3x3", "space.cells": 3},
        "mobilenet": {"space.kind": "mobilenet", "search.max_epochs": 2}}
+LAYERS = ("random", "tanglenas") # methods that are tried in the MobileNet-like space, too
 # what crosses in a step between the first ones of an epoch: what is drawn on the CPU, so that all devices draw the same
 LEFT = {"gdas": {"methods/sampled.py", "net/supernet.py"}, "proxylessnas": {"methods/sampled.py", "net/supernet.py"},
         **dict.fromkeys(("random", "weaknas", "ctnas"), {"methods/sampled.py", "net/supernet.py"}),
@@ -38,7 +39,9 @@ LEFT = {"gdas": {"methods/sampled.py", "net/supernet.py"}, "proxylessnas": {"met
 
 
 def config(name, **more):
-    method = "mg-darts" if name == "mobilenet" else name
+    method, _, space = name.rpartition(" ")
+    if space == "mobilenet" and method: more = {"space.kind": space, **more}
+    else: method = "mg-darts" if name == "mobilenet" else name
     halves = {"search.batch": 16} if "arch" in parts_of(preset("smoke", method)).schedule.images else {}
     few = {} if method == "mg-darts" else FEW
     return preset("smoke", method, **{**TINY, **few, **halves, **OWN.get(name, {}), **more})
@@ -71,7 +74,7 @@ def told(search):
     return heard
 
 
-@pytest.mark.parametrize("name", [*METHODS, "mobilenet"])
+@pytest.mark.parametrize("name", [*METHODS, "mobilenet", *(f"{name} mobilenet" for name in LAYERS)])
 def test_a_whole_search_on_a_device(name, splits, monkeypatch):
     cfg = config(name)
     with natively():
@@ -86,7 +89,7 @@ def test_a_whole_search_on_a_device(name, splits, monkeypatch):
         search.run()
         arch = derive(search.net)
         assert search.net.alpha.device == pretend.NAME and search.finished and done
-        assert {line.split(":")[0] for _, line in seen} <= LEFT.get(name, set()), seen
+        assert {line.split(":")[0] for _, line in seen} <= LEFT.get(name.removesuffix(" mobilenet"), set()), seen
         trainer = make.make_trainer(cfg, arch, moved)
         seen, done = steps_watched(monkeypatch, device, train)
         result = trainer.run()

@@ -106,7 +106,7 @@ def test_the_registry_and_the_knobs_agree():
                                           "path"}
     assert set(choices["discretiser"]) == {"thresholds", "share", "rate", "argmax", "perturbation", "sample",
                                            "predictor", "comparator"}
-    assert set(choices["superpose"]) == {"none", "kernels", "kernels+filters"}
+    assert set(choices["superpose"]) == {"none", "filters", "kernels", "kernels+filters"}
     assert set(choices["init"]) == {"zero", "normal", "positive", "saliency", "synflow", "grasp", "fisher", "jacobian",
                                     "naswot"}
     assert set(choices["score"]) == set(SCORES)

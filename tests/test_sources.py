@@ -269,7 +269,8 @@ def test_folder_cache(tmp_path, monkeypatch):
     folder, cfg = image_folder(tmp_path), Data(name="toy", dir=str(tmp_path), val_fraction=.34)
     first = load_data(cfg, 0)
     cache = folder / ".mgdarts-cache-own.safetensors"
-    assert cache.is_file() and sorted(p.name for p in folder.iterdir()) == [cache.name, "test", "train"]
+    kept = [cache.name, ".mgdarts-headers.safetensors"]
+    assert cache.is_file() and sorted(p.name for p in folder.iterdir()) == [*kept, "test", "train"]
     with monkeypatch.context() as m:
         m.setattr(folders, "decode_all", lambda *a, **k: pytest.fail("decoded again"))
         assert load_data(cfg, 0).fingerprint == first.fingerprint
@@ -300,12 +301,13 @@ def test_folder_that_cannot_keep_a_cache(tmp_path):
     # a rename onto this fails, as writing does in a read-only folder
     (folder / ".mgdarts-cache-own.safetensors" / "x").mkdir(parents=True)
     assert len(load_data(Data(name="toy", dir=str(tmp_path), val_fraction=.34), 0).test) == 6
-    assert sorted(p.name for p in folder.iterdir()) == [".mgdarts-cache-own.safetensors", "test", "train"]
+    kept = [".mgdarts-cache-own.safetensors", ".mgdarts-headers.safetensors"]
+    assert sorted(p.name for p in folder.glob("*s")) == kept
 
 def test_folder_resizes_and_cuts_the_centre(tmp_path):
     image_folder(tmp_path, h=12, w=20)
     def cfg(size): return Data(name="toy", dir=str(tmp_path), size=size, val_fraction=.34)
-    refused("not squares of one size: give data.size", cfg(0))
+    refused("not squares of one size .*20x12.*: give data.size", cfg(0))
     centre = picture(("test", "cat", 0), h=12, w=20)[..., 4:16].contiguous()
     assert centre.numpy().tobytes() in ids(load_data(cfg(12), 0).test)
     assert load_data(cfg(7), 0).test.images.shape == (6, 3, 7, 7)
@@ -348,7 +350,7 @@ def test_half_unpacked_folders(tmp_path):
     broken("link.png is missing: put it back", dangling)
     broken("toy/train needs at least two folders", one_class)
     def odd(f): write(picture("odd", h=5, w=9), f / "train" / "cat" / "003.png")
-    broken("003.png is 9x5, others are 12x12", odd)
+    broken("not squares of one size .*003.png is 9x5", odd)
 
 def test_unknown_names(tmp_path):
     image_folder(tmp_path, "flowers")

@@ -36,13 +36,15 @@ SPEC = MobileSpec(5, .25, 10, 16, constraint=1)
 CHOICES = len(SPEC.choices)
 TINY = {"space.kind": "mobilenet", "data.subset": 100, "search.batch": 40, "search.length": 2, "search.max_epochs": 3,
         "search.warmup": 1, "search.prune_every": 1, "search.lambda_step": .05, "train.epochs": 1, "rules.samples": 1,
-        "rules.batches": 1, "rules.recalibrate": 1, "rules.predictor": "ridge", "rules.rounds": 2, "rules.draw": 3, "rules.top": 6, "rules.pool": 12, "rules.hidden": 8,
-        "rules.labelled": 8, "rules.comparator_epochs": 3, "rules.policy_steps": 4, "rules.own_every": 2,
+        "rules.batches": 1, "rules.recalibrate": 1, "rules.predictor": "ridge", "rules.rounds": 2,
+        "rules.draw": 3, "rules.top": 6, "rules.pool": 12, "rules.hidden": 8, "rules.labelled": 8,
+        "rules.comparator_epochs": 3, "rules.policy_steps": 4, "rules.own_every": 2,
         "rules.base_every": 3}
 
 
 def seeded(seed): return torch.Generator().manual_seed(seed)
-def drawn(seed, spec=SPEC): return strongest_two(torch.rand(spec.cells, 1, CHOICES, generator=seeded(seed)), spec.graph)
+def drawn(seed): return strongest_two(torch.rand(5, 1, CHOICES, generator=seeded(seed)), SPEC.graph)
+def images(seed, n=3): return torch.randn(n, 3, 16, 16, generator=seeded(seed)).double()
 def config(method, **more): return preset("smoke", method, **{**TINY, **more})
 
 
@@ -83,7 +85,7 @@ def test_what_is_judged_is_what_is_left_when_the_rest_is_pruned(how):
     "All filters beyond an expansion are off; taken away with all other blocks, nothing changes."
     if how == "kernels+filters": return superposed_candidate()
     for seed in range(3):
-        net, x, some = a_net(seed).eval(), torch.randn(3, 3, 16, 16, generator=seeded(seed)).double(), drawn(seed)
+        net, x, some = a_net(seed).eval(), images(seed), drawn(seed)
         live = net.op_live.clone()
         net.op_live[:], net.cuts = apart(SPEC, some)
         before = net(x).detach()
@@ -96,8 +98,9 @@ def test_what_is_judged_is_what_is_left_when_the_rest_is_pruned(how):
 
 def superposed_candidate():
     "A small kernel among superposed ones is the middle of the large one."
-    net, x, some = a_net(1, how="kernels+filters").eval(), torch.randn(3, 3, 16, 16, generator=seeded(0)).double(), drawn(1)
-    (net.op_live[:], net.cuts), ks = apart(SPEC, some), [SPEC.operations[i % CHOICES // 3].k for i in some.flatten(1).float().argmax(1)]
+    net, x, some = a_net(1, how="kernels+filters").eval(), images(0), drawn(1)
+    net.op_live[:], net.cuts = apart(SPEC, some)
+    ks = [SPEC.operations[i // 3].k for i in some.flatten(1).float().argmax(1).tolist()]
     assert len({*ks}) > 1
     mixed = net(x).detach()
     with torch.no_grad():
@@ -119,7 +122,7 @@ def superposed_candidate():
 def test_fused_is_the_reference(how, relaxation, training):
     found = []
     for engine in (FastEngine(), Engine()):
-        net, x = a_net(3, engine, how, relaxation).train(training), torch.randn(4, 3, 16, 16, generator=seeded(2)).double()
+        net, x = a_net(3, engine, how, relaxation).train(training), images(2, 4)
         net.noise = seeded(5)
         y = net(x)
         of = [net.alpha, net.widths, *(c.omega for c in net.cells)]
@@ -191,13 +194,13 @@ def test_statistics_of_its_own(splits):
     some = random_candidate(search, torch.ones(3, 1, CHOICES, dtype=torch.bool), 0)
     assert shared_accuracy(search, some, 1, 2) == shared_accuracy(search, some, 1, 2)
     assert all(v.equal(before[k]) for k, v in net.state_dict().items()) and net.cuts is None and net.momentum == .1
-    images = [search.loaders["train"].batch(0, i)[0] for i in (0, 1)]
-    with recalibrated(net, images):
+    batches = [search.loaders["train"].batch(0, i)[0] for i in (0, 1)]
+    with recalibrated(net, batches):
         both = [c.mean.clone() for c in net.cells]
         assert not torch.equal(both[0], before["cells.0.mean"])
     first = [b for b in both]
-    with recalibrated(net, images[:1]): one = net.cells[0].mean.clone()
-    with recalibrated(net, images[1:]): two = net.cells[0].mean.clone()
+    with recalibrated(net, batches[:1]): one = net.cells[0].mean.clone()
+    with recalibrated(net, batches[1:]): two = net.cells[0].mean.clone()
     torch.testing.assert_close(first[0], (one + two) / 2, rtol=1e-4, atol=1e-5)
 
 
@@ -297,7 +300,8 @@ def test_others_are_refused_in_one_line(method, tmp_path, capsys):
 
 @pytest.mark.parametrize("settings, says", [
     ({"rules.superpose": "none"}, "rules.superpose=filters"), ({"space.constraint": 3}, "space.constraint=1"),
-    ({"rules.gates": True, "rules.superpose": "none"}, "space.constraint=3"), ({"rules.gates": True}, "rules.gates=false"),
+    ({"rules.gates": True, "rules.superpose": "none"}, "space.constraint=3"),
+    ({"rules.gates": True}, "rules.gates=false"),
     ({"train.weights": "supernet"}, "train.weights=scratch"),
     ({"rules.pool_norm": True}, "no pools")])
 def test_settings_that_do_not_go_with_the_space(settings, says):

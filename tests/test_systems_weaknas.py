@@ -18,6 +18,7 @@ from mgdarts.methods.weaknas import features, next_round, perceptron, ridge
 from mgdarts.runs.make import make_search
 from mgdarts.search.candidates import kendall
 from mgdarts.search.trial import ops_of
+from mgdarts.space.darts import NetSpec
 
 SMALL = {"data.subset": 100, "search.batch": 40, "search.length": 1, "rules.pool": 20, "rules.rounds": 2,
          "rules.draw": 3, "rules.top": 6, "rules.hidden": 8, "rules.batches": 1}
@@ -28,7 +29,8 @@ def world(n, seed, slots=8, kinds=4):
     g = torch.Generator().manual_seed(seed)
     choice = torch.randint(kinds, (n, slots), generator=g)
     ops = torch.nn.functional.one_hot(choice, kinds).bool()[:, None]
-    return features(ops), features(ops)[:, :slots * kinds] @ torch.rand(slots * kinds, generator=g).double()
+    x = features(NetSpec(4, 3), ops)
+    return x, x[:, :slots * kinds] @ torch.rand(slots * kinds, generator=g).double()
 
 
 def test_ridge_is_ridge():

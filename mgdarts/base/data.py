@@ -8,14 +8,15 @@ import hashlib
 from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
+from .folders import Source
 from .images import Files, checksum, fit, signature
-from .options import Data, InputError
+from .options import Data, InputError, need
 from .randomness import by_class, stream
 from .sources import open_source
 
 # %% auto #0
-__all__ = ['apportion', 'subset', 'hold_out', 'channel_stats', 'Split', 'Splits', 'fingerprint', 'load_data', 'train_and_val',
-           'halves']
+__all__ = ['apportion', 'subset', 'hold_out', 'channel_stats', 'Split', 'Splits', 'fingerprint', 'for_training', 'refuse_even',
+           'load_data', 'train_and_val', 'halves']
 
 # %% ../../nbs/base/data.ipynb #d53f4e57
 def apportion(sizes: list, # images of each class
@@ -132,6 +133,27 @@ def fingerprint(splits: list # of (images, labels)
         h.update(checksum({"images": images.contiguous(), "labels": labels}).encode())
     return h.hexdigest()
 
+# %% ../../nbs/base/data.ipynb #cbc8053a
+def for_training(source: Source, cfg: Data, chosen: Tensor, # int64: of the training images
+                 seed: int)->list: # of int64: trained on; held out for validation, where there is nothing else for it
+    "Which training images are for what. `InputError` where a class has too few."
+    labels = source.train_labels[chosen]
+    if source.val is not None:
+        need(cfg.val_fraction == Data().val_fraction, f"{cfg.name} has validation images of its own: leave out "
+             "data.val_fraction")
+        return [chosen]
+    for name, many in zip(source.classes, source.train_labels.bincount(minlength=len(source.classes)).tolist()):
+        need(many > 1, f"class {name} of {cfg.name} has {many} training image{'s' * (many != 1)}, and one is needed to "
+             "train and one to validate: add images")
+    return [chosen[part] for part in hold_out(labels, cfg.val_fraction, len(source.classes), stream(seed, "val"))]
+
+def refuse_even(images: Tensor|Files, # uint8 [N, C, H, W]; of files 16 are looked at
+                what: str):
+    "`InputError` where all pixels are the same: nothing can be learned from them."
+    few = torch.linspace(0, len(images) - 1, min(len(images), 16)).long()
+    low, high = (images if isinstance(images, Tensor) else images[few]).aminmax()
+    need(low < high, f"all {what} are of one even colour ({int(low)}): look at the files")
+
 # %% ../../nbs/base/data.ipynb #da4d474c
 def load_data(cfg: Data,
               seed: int, # which images a subset keeps, and which are held out
@@ -141,11 +163,14 @@ def load_data(cfg: Data,
     source = open_source(cfg)
     n, size = len(source.classes), cfg.size or source.size
     chosen = subset(source.train_labels, cfg.subset, n, stream(seed, "subset"))
-    keep, held = hold_out(source.train_labels[chosen], cfg.val_fraction, n, stream(seed, "val"))
     tested = subset(source.test_labels, cfg.test_subset, n, stream("test subset"), "test_subset")
-    def take(images, i): return fit(images[i], size) if isinstance(images, Tensor) else images.pick(i)
-    parts = [(take(source.train, i), source.train_labels[i]) for i in (chosen[keep], chosen[held])]
-    parts.append((take(source.test, tested), source.test_labels[tested]))
+    def take(images, labels, i):
+        return fit(images[i], size) if isinstance(images, Tensor) else images.pick(i), labels[i]
+    parts = [take(source.train, source.train_labels, i) for i in for_training(source, cfg, chosen, seed)]
+    if source.val is not None: parts.append(take(source.val, source.val_labels, torch.arange(len(source.val))))
+    parts.append(take(source.test, source.test_labels, tested))
+    for what, (images, _) in zip(("training", "validation", "test"), parts):
+        refuse_even(images, f"{what} images of {cfg.name}")
     mean, std = (t.to(device) for t in channel_stats(parts[0][0]))
     def to(x): return x.to(device) if isinstance(x, Tensor) else x
     train, val, test = (Split(to(images), labels.to(device), mean, std) for images, labels in parts)

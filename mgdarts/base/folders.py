@@ -5,16 +5,18 @@
 # %% ../../nbs/base/folders.ipynb #00f7b25f
 from __future__ import annotations
 import contextlib, math, os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 import torch
 from torch import Tensor
-from .images import Files, cached, decode, fit, opened, parallel, signature
-from .options import Data, InputError
+from .images import TURN, Files, cached, decode, fit, opened, parallel, signature
+from .options import Data, InputError, need
+from .randomness import by_class, stream
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'IN_MEMORY', 'Source', 'class_files', 'both_splits', 'probe', 'readable', 'without_damaged', 'firsts_of',
-           'decode_all', 'read_folder']
+__all__ = ['SUFFIXES', 'VALIDATION', 'GREY', 'IN_MEMORY', 'MEANT', 'Source', 'class_files', 'splits_in', 'all_splits',
+           'split_here', 'readable', 'without_damaged', 'header', 'headers', 'side_of', 'decode_all', 'listed',
+           'looked_at', 'read_folder']
 
 # %% ../../nbs/base/folders.ipynb #9f8897fa
 @dataclass
@@ -28,9 +30,11 @@ class Source:
     size: int = 0 # side of an image, pixels; 0: that of the images
     skipped: list = field(default_factory=list) # damaged files that were left out
     origin: str = "" # where the pixels came from, and how far that was verified
+    val: Tensor | Files | None = None # None: held out of the training images
+    val_labels: Tensor | None = None
 
     def __post_init__(self):
-        for name in ("train", "test"):
+        for name in ("train", "test") + (() if self.val is None else ("val",)):
             images, labels = getattr(self, name), torch.as_tensor(getattr(self, f"{name}_labels")).long()
             if not isinstance(images, Files):
                 images = torch.as_tensor(images)
@@ -43,16 +47,15 @@ class Source:
         self.size = self.size or min(self.train.shape[-2:])
 
 # %% ../../nbs/base/folders.ipynb #cc7a4782
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm")
 
 def _visible(path): return sorted((e for e in os.scandir(path) if not e.name.startswith(".")), key=lambda e: e.name)
 
 def class_files(folder: Path # of one split
                )->dict: # class name -> sorted paths
     "The image files of one split of an image folder. `InputError` when it is missing, or holds anything else."
-    if not folder.is_dir():
-        raise InputError(f"{folder} is missing: unpack the dataset again, "
-                         f"an image folder has {folder.name}/<class>/* in it")
+    need(folder.is_dir(), f"{folder} is missing: unpack the dataset again, an image folder has "
+         f"{folder.name}/<class>/* in it")
     out = {}
     for entry in (e for e in _visible(folder) if e.is_dir()):
         files = _visible(entry.path)
@@ -60,35 +63,51 @@ def class_files(folder: Path # of one split
             raise InputError(f"{entry.path} has no images: unpack the dataset again "
                              "or remove the class from all splits")
         for f in files:
-            if not f.name.lower().endswith(SUFFIXES):
-                raise InputError(f"{f.path} is not an image ({', '.join(SUFFIXES)}): remove it")
+            need(not f.is_dir(), f"{f.path} is a folder inside a class, and nested folders are not read: put its "
+                 f"images into {entry.path}, or make it a class of its own")
+            need(f.name.lower().endswith(SUFFIXES), f"{f.path} is not an image that is read ({', '.join(SUFFIXES)}): "
+                 "convert it, or move it out of the dataset")
         out[entry.name] = [f.path for f in files]
     return out
 
 # %% ../../nbs/base/folders.ipynb #2240e023
-def both_splits(folder: Path, test: str = "test" # name of the second
-               )->dict: # split name -> class name -> paths
-    "The files of an image folder, the same classes in both splits. `InputError` when they are not, or are too few."
-    out = {n: class_files(folder / n) for n in ("train", test)}
-    for name in sorted(set(out["train"]) ^ set(out[test])):
-        gone = folder / (test if name in out["train"] else "train") / name
-        raise InputError(f"{gone} is missing: unpack the dataset again, every class needs train and {test} images")
-    if len(out["train"]) < 2:
-        raise InputError(f"{folder / 'train'} needs at least two folders of images, one a class: "
-                         f"it has {len(out['train'])}")
+VALIDATION = ("val", "valid", "validation") # names of a split
+
+def splits_in(folder: Path, test: str = "test" # name of the split that is tested on
+             )->dict: # train, test and perhaps val -> the folder of the split
+    "Which folders of an image folder are which split. Where there is none for testing, validation images are."
+    own = [folder / name for name in VALIDATION if name != test and (folder / name).is_dir()]
+    need(len(own) < 2, f"{folder} has {' and '.join(f.name for f in own)}: which of them holds validation images?")
+    if own and not (folder / test).is_dir(): return {"train": folder / "train", "test": own[0]}
+    return {"train": folder / "train", "test": folder / test} | {"val": f for f in own}
+
+def all_splits(folders: dict # from `splits_in`
+              )->dict: # split -> class name -> paths
+    "The files of an image folder. `InputError` when its splits have other classes, or there are too few."
+    out = {n: class_files(f) for n, f in folders.items()}
+    train = folders["train"]
+    for n, f in folders.items():
+        for name in sorted(set(out["train"]) ^ set(out[n])):
+            gone = (f if name in out["train"] else train) / name
+            raise InputError(f"{gone} is missing: unpack the dataset again, every class needs train and {f.name} "
+                             "images")
+    need(len(out["train"]) > 1, f"{train} needs at least two folders of images, one a class: it has "
+         f"{len(out['train'])}")
     return out
 
-# %% ../../nbs/base/folders.ipynb #a4ee2d72
-def probe(paths: list # one of each class
-         )->tuple: # side of all, 0: they differ, or are no squares; whether any has colours
-    "What images look like, from their headers."
-    shapes, rgb = set(), False
-    for path in paths:
-        with opened(path) as image:
-            shapes.add(image.size)
-            rgb |= image.mode not in ("1", "L", "LA", "I", "I;16")
-    w, h = shapes.pop()
-    return (h if h == w and not shapes else 0), rgb
+# %% ../../nbs/base/folders.ipynb #ac08404a
+def split_here(folder: Path, share: float # of each class that is tested on
+              )->dict: # train and test -> class name -> paths
+    "Split the classes of a folder. `InputError` when a class has too few images, or there is only one."
+    out = {"train": {}, "test": {}}
+    for name, files in class_files(folder).items():
+        many = min(max(1, round(share * len(files))), len(files) - 1)
+        need(many, f"{folder / name} has one image, and one is needed to train and one to test: add images")
+        for_test = set(by_class(torch.zeros(len(files), dtype=torch.int64), [many], stream("split", name)).tolist())
+        for i, f in enumerate(files): out["test" if i in for_test else "train"].setdefault(name, []).append(f)
+    need(len(out["train"]) > 1, f"{folder} needs at least two folders of images, one a class: it has "
+         f"{len(out['train'])}")
+    return out
 
 # %% ../../nbs/base/folders.ipynb #2728ad18
 def readable(paths: list)->Tensor: # [len(paths)] bool
@@ -102,28 +121,46 @@ def readable(paths: list)->Tensor: # [len(paths)] bool
     return out
 
 # %% ../../nbs/base/folders.ipynb #d2939dd9
-def without_damaged(folder: Path, # of one split
+def without_damaged(kept: Path, # where the list of the good ones is
                     files: Files, labels: Tensor)->tuple: # files, labels, paths left out
     "What can be decoded of a split. `InputError` when a class has nothing that can."
-    good = cached(folder.parent / f".mgdarts-good-{folder.name}.safetensors", signature(files.paths, times=True),
-                  lambda: {"good": readable(files.paths)})["good"]
-    if len(labels[good].unique()) < len(labels.unique()):
-        raise InputError(f"{folder} has a class without a readable image: unpack the dataset again")
+    good = cached(kept, signature(files.paths, times=True), lambda: {"good": readable(files.paths)})["good"]
+    for c in sorted(set(labels.tolist()) - set(labels[good].tolist())):
+        where = Path(files.paths[int((labels == c).nonzero()[0])]).parent
+        raise InputError(f"{where} has no readable image: restore one from its source")
     return files.pick(good.nonzero()[:, 0]), labels[good], [files.paths[i] for i in (~good).nonzero()[:, 0].tolist()]
 
-# %% ../../nbs/base/folders.ipynb #a87b6085
-def firsts_of(folder: Path, # of one split
-              classes: dict, # from `class_files`
-              skip: bool # pass over files that cannot be decoded
-             )->list: # of paths
-    "The first image of each class."
-    out = {c: next((f for f in files if not skip or bool(readable([f]))), None) for c, files in classes.items()}
-    for c in (c for c, f in out.items() if f is None):
-        raise InputError(f"{folder / c} has no readable image: unpack the dataset again")
-    return list(out.values())
+# %% ../../nbs/base/folders.ipynb #a4ee2d72
+GREY = ("1", "L", "LA", "La", "F") # and whatever begins with I: Pillow's names for pixels without colours
+
+def header(path: str)->tuple: # width and height, upright; whether there are colours
+    "What an image looks like, undecoded. `InputError` when it is none."
+    with opened(path) as image:
+        (w, h), mode = image.size, image.mode
+        here = "exif" in image.info or image.format not in ("PNG", "TIFF") # PNG would decode; TIFF says it turned
+        tags = image.getexif() if here else {}
+        if tags.get(TURN, 1) in range(5, 9): w, h = h, w
+    return w, h, not (mode in GREY or mode[0] == "I")
+
+def headers(file: Path, # where they are kept
+            paths: list)->Tensor: # int64 [len(paths), 3], as `header` says
+    "What all images look like."
+    def look():
+        out = torch.zeros(len(paths), 3, dtype=torch.int64)
+        def work(i): out[i] = torch.tensor(header(paths[i]))
+        parallel(work, paths)
+        return {"headers": out}
+    return cached(file, signature(paths, "headers", times=True), look)["headers"]
+
+def side_of(found: Tensor # from `headers`
+           )->int: # 0: they differ, or are no squares
+    "The side of all images."
+    w, h = found[0, :2].tolist()
+    return h if h == w and bool((found[:, :2] == h).all()) else 0
 
 # %% ../../nbs/base/folders.ipynb #c9ddf0b3
 IN_MEMORY = 2 << 30 # bytes; a larger set stays on disk
+MEANT = "upright, opaque, 8 bits" # what was made of the pixels that a cache holds
 
 def decode_all(files: Files,
                exact: bool # none may need resizing
@@ -140,26 +177,51 @@ def decode_all(files: Files,
     return out
 
 # %% ../../nbs/base/folders.ipynb #94d64226
+def listed(classes: dict, # of one split, class name -> paths
+           size: int,
+           kept: Path|None = None # where the list of readable files is; None: nothing is left out
+          )->tuple: # files, labels, paths left out
+    "The files of a split, class by class."
+    files = Files([p for paths in classes.values() for p in paths], size)
+    labels = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(paths) for paths in classes.values()]))
+    return without_damaged(kept, files, labels) if kept else (files, labels, [])
+
+def looked_at(folder: Path, images: dict, # split -> Files
+              size: int # that is wanted; 0: that of the files
+             )->tuple: # the same with size and colours, how many are grey beside colour ones, of how many
+    "What the headers say of all splits. `InputError` where no size is."
+    paths = [p for f in images.values() for p in f.paths]
+    found = headers(folder / ".mgdarts-headers.safetensors", paths)
+    if not (size or side_of(found)):
+        first, other = 0, int((found[:, :2] != found[0, :2]).any(1).int().argmax())
+        odd = " and ".join(f"{paths[i]} is {found[i, 0]}x{found[i, 1]}" for i in sorted({first, other}))
+        raise InputError(f"the images in {folder} are not squares of one size ({odd}): give data.size")
+    rgb = bool(found[:, 2].any())
+    return ({n: replace(f, size=size or side_of(found), rgb=rgb) for n, f in images.items()},
+            int((found[:, 2] == 0).sum()) if rgb else 0, len(found))
+
+# %% ../../nbs/base/folders.ipynb #5426a32b
 def read_folder(folder: Path, cfg: Data,
-                test: str = "test", # name of the second split
+                test: str = "test", # name of the split that is tested on
                 photos: int = 0 # side that photographs of all sizes are brought to; they stay on disk
                )->Source:
     "An image folder as a dataset. `InputError` names what is missing, damaged, or of another size."
-    found = both_splits(folder, test)
-    firsts = firsts_of(folder / "train", found["train"], cfg.skip_damaged)
-    side, rgb = (photos, True) if photos else probe(firsts)
-    if not (size := cfg.size or side):
-        raise InputError(f"the images in {folder} are not squares of one size: give data.size")
-    images, labels, skipped = {}, {}, []
-    for n, classes in found.items():
-        images[n] = Files([p for files in classes.values() for p in files], size, rgb)
-        labels[n] = torch.arange(len(classes)).repeat_interleave(torch.tensor([len(f) for f in classes.values()]))
-        if not cfg.skip_damaged: continue
-        images[n], labels[n], gone = without_damaged(folder / n, images[n], labels[n])
-        skipped += gone
+    whole = not photos and not any((folder / n).is_dir() for n in ("train", test, *VALIDATION))
+    at = {"train": folder, "test": folder} if whole else splits_in(folder, test)
+    found = split_here(folder, cfg.test_fraction) if whole else all_splits(at)
+    size, said = cfg.size or photos, ["image folder"]
+    if whole: said.append(f"{cfg.test_fraction:g} of each class for testing")
+    elif at["test"].name != test: said.append(f"{at['test'].name}/ for testing")
+    def kept(n): return folder / f".mgdarts-good-{n}.safetensors" if cfg.skip_damaged else None
+    files = {n: listed(classes, size, kept(n)) for n, classes in found.items()}
+    images, labels = ({n: f[k] for n, f in files.items()} for k in (0, 1))
+    if not photos:
+        images, grey, of = looked_at(folder, images, size)
+        size = images["train"].size
+        if grey: said.append(f"{grey} of {of} grey images read in colour")
     if not photos and sum(math.prod(f.shape) for f in images.values()) <= IN_MEMORY:
-        key = signature(images["train"].paths + images[test].paths, size, rgb, times=True)
+        key = signature([p for f in images.values() for p in f.paths], size, images["train"].rgb, MEANT, times=True)
         images = cached(folder / f".mgdarts-cache-{cfg.size or 'own'}.safetensors", key,
                         lambda: {n: decode_all(f, exact=not cfg.size) for n, f in images.items()})
-    return Source(images["train"], labels["train"], images[test], labels[test], list(found["train"]), size, skipped,
-                  "image folder")
+    return Source(images["train"], labels["train"], images["test"], labels["test"], list(found["train"]), size,
+                  [p for f in files.values() for p in f[2]], ", ".join(said), images.get("val"), labels.get("val"))

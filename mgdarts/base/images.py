@@ -12,10 +12,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from .options import InputError
+from .options import InputError, need
 
 # %% auto #0
-__all__ = ['resize', 'fit', 'opened', 'decode', 'parallel', 'crop_box', 'read_image', 'Files', 'signature', 'checksum', 'cached']
+__all__ = ['FORMATS', 'MOST_PIXELS', 'TURN', 'resize', 'fit', 'opened', 'flat', 'eight_bits', 'upright', 'plain', 'decode',
+           'parallel', 'crop_box', 'read_image', 'Files', 'signature', 'checksum', 'cached']
 
 # %% ../../nbs/base/images.ipynb #bea02f33
 def resize(images: Tensor, # uint8 [..., C, H, W] on the CPU
@@ -39,24 +40,71 @@ def fit(images: Tensor, # uint8 [..., C, H, W] on the CPU
     return images[..., top:top + size, left:left + size]
 
 # %% ../../nbs/base/images.ipynb #a5aee7c7
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM") # as Pillow calls them
+MOST_PIXELS = 1 << 26 # of an image: decoded, 200 MB
+
 @contextlib.contextmanager
 def opened(path: str):
-    "A JPEG or PNG file as a Pillow image, not yet decoded. `InputError` when it is none, also while decoding."
+    "An image file as a Pillow image, not yet decoded. `InputError` when it is none, also while decoding."
     from PIL import Image
+    large = f"{path} has more than {MOST_PIXELS >> 20} million pixels: make it smaller, or move it out of the dataset"
     try:
-        with Image.open(path, formats=("JPEG", "PNG")) as image: yield image
+        if not stat.S_ISREG(os.stat(path).st_mode): raise InputError(f"{path} is no file, but a pipe or a folder")
+        with Image.open(path, formats=FORMATS) as image:
+            need(math.prod(image.size) <= MOST_PIXELS, large)
+            frames = 1 if image.format in ("JPEG", "MPO") else getattr(image, "n_frames", 1) # phones add a preview
+            need(frames == 1, f"{path} holds {frames} pictures: store one a file")
+            yield image
     except InputError: raise # itself a ValueError
     except FileNotFoundError: raise InputError(f"{path} is missing: put it back, or unpack the dataset again") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        raise InputError(f"{path} is not a readable image: unpack the dataset again, remove the file, "
-                         "or set data.skip_damaged=true") from None
+    except Image.DecompressionBombError: raise InputError(large) from None
+    except Exception: # noqa: BLE001 -- decoders meet damage in ways of their own
+        raise InputError(f"{path} is not a readable image: restore it from its source, or set "
+                         "data.skip_damaged=true to go on without it") from None
+
+# %% ../../nbs/base/images.ipynb #c270f0aa
+def flat(image, path: str): # Pillow images
+    "Lay a picture with transparent places on white. `InputError` where its transparency alone draws it."
+    from PIL import Image
+    image = image.convert("RGBA")
+    alpha = np.asarray(image.getchannel("A"))
+    low, high = alpha.min(), alpha.max()
+    if low == 255: return image.convert("RGB")
+    whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    for layer in (image.convert("RGB"), whole):
+        colours = np.asarray(layer).reshape(-1, 3)
+        need(low == high or (colours != colours[0]).any(), f"{path} has one colour, and its shape in its transparency "
+             "alone: lay it on a background of another colour first")
+    return whole
+
+def eight_bits(image, path: str): # Pillow images
+    "Bring 16 bits a pixel to 8, rounded. `InputError` where numbers have no known range."
+    from PIL import Image
+    known = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+    need(known, f"{path} has numbers of 32 bits as pixels: store it with 8 or 16")
+    return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+
+TURN = 0x0112 # EXIF's tag of the camera's position; from 5 on width and height change places
+
+def upright(image): # Pillow images
+    "Turn a picture as its EXIF tag says. It keeps its mode and format."
+    from PIL import ImageOps
+    out = ImageOps.exif_transpose(image)
+    out.format = image.format
+    return out
+
+def plain(image, path: str): # Pillow images
+    "A picture as it is meant to be seen: upright, opaque, in 8 bits. `InputError` where that is not known."
+    if image.getexif().get(TURN, 1) in range(2, 9): image = upright(image)
+    if image.mode[0] in "IF": image = eight_bits(image, path)
+    return flat(image, path) if "transparency" in image.info or image.mode[-1] in "Aa" else image
 
 # %% ../../nbs/base/images.ipynb #c7b89621
 def decode(path: str,
            rgb: bool = True # three channels, else one
           )->Tensor: # uint8 [C, H, W]
-    "Decode a JPEG or PNG file. `InputError` when it is none."
-    with opened(path) as image: pixels = torch.from_numpy(np.array(image.convert("RGB" if rgb else "L")))
+    "Decode an image file. `InputError` when it is none."
+    with opened(path) as image: pixels = torch.from_numpy(np.array(plain(image, path).convert("RGB" if rgb else "L")))
     return pixels.permute(2, 0, 1) if rgb else pixels[None] # channels last, which is resized faster
 
 # %% ../../nbs/base/images.ipynb #e1d08fe9
@@ -146,7 +194,8 @@ def cached(file: Path, # the safetensors file
     "The tensors in `file` if their key is `key`, else those of `make()`, which are then kept there if possible."
     from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
-    with contextlib.suppress(OSError, SafetensorError), safe_open(file, "pt") as f:
+    there = file if file.is_file() else os.devnull # nobody answers from a pipe
+    with contextlib.suppress(OSError, SafetensorError), safe_open(there, "pt") as f:
         meta = f.metadata() or {}
         if meta.get("key") == key:
             tensors = {k: f.get_tensor(k) for k in f.keys()}

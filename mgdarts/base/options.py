@@ -122,6 +122,8 @@ class Data:
     flip: bool = knob(True, "random horizontal flips")
     crop: int = knob(-1, "padding of the random crop in pixels; -1: an eighth of the side", -1, 64)
     cutout: int = knob(-1, "side of the Cutout square in pixels; -1: half of the image side, 0: none", -1, 512)
+    test_fraction: float = knob(0.2, "share of each class that is held out for testing, in an image folder without "
+        "splits", 0.01, 0.9)
     skip_damaged: bool = knob(False, "leave out image files that cannot be decoded, and say which, instead of stopping")
     workers: int = knob(-1, "processes that read the files of large sets ahead; 0: the run reads a batch when it needs "
         "it; -1: 0 on a CPU, on a GPU one a core, at most 16; batches are the same", -1, 256)
@@ -374,8 +376,8 @@ def _check_space(cfg, part, knob: str # that the part is a value of; empty: it s
     if part.everywhere or cfg.space.kind == "darts": return
     name = resolve(cfg, knob or next(iter(type(part).__annotations__))) # its first knob of its own
     owner, f = knobs(cfg)[name]
-    need(False, f"{name}={getattr(owner, f.name)} does not go with space.kind={cfg.space.kind}, as {part.alone}: choose "
-         "another method, or space.kind=darts")
+    need(False, f"{name}={getattr(owner, f.name)} does not go with space.kind={cfg.space.kind}, as {part.alone}: "
+         "choose another method, or space.kind=darts")
 
 # %% ../../nbs/base/options.ipynb #7ddc14d1
 def check_aim(s: Search):

@@ -6,15 +6,28 @@
 from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
-from ..base.options import need
+from ..base.options import closest, need
 from ..base.presets import PRESETS
 from .shared import show, table
 from .sweep import asked, listed, target_of
 
 # %% auto #0
-__all__ = ['parts_in', 'devices_in', 'plan_sweep']
+__all__ = ['of_target', 'parts_in', 'devices_in', 'plan_sweep']
 
 # %% ../../nbs/cli/cost.ipynb #0afa74eb
+def of_target(given: dict # from `target_of`
+             )->dict: # table or figure -> list of Job
+    "The runs of a table or figure, or of all, with the arms that are asked for. `InputError` on an arm there is not."
+    from mgdarts.paper.data import TARGETS
+    from mgdarts.paper.evidence import jobs_of
+    names = TARGETS if given["target"] == "all" else [given["target"]]
+    how = {k: given[k] for k in ("preset", "seeds", "settings") if k in given}
+    out = {name: jobs_of(name, **how) for name in names}
+    wanted = {a.strip() for a in given.get("arms", "").split(",") if a.strip()} - {"all"}
+    labels = {j.label: None for jobs in out.values() for j in jobs}
+    for label in wanted: need(label in labels, f"no arm {label!r}: {closest(label, labels)}")
+    return {name: [j for j in jobs if not wanted or j.label in wanted] for name, jobs in out.items()}
+
 def parts_in(what: str, # a file, a preset, a target, or paper
              seeds: str|None = None # comma-separated; None: the file's, or the paper's three
             )->dict: # name -> list of Job
@@ -29,9 +42,7 @@ def parts_in(what: str, # a file, a preset, a target, or paper
     if what in PRESETS: return {what: [job_of(what, preset(what, seed=s)) for s in listed(seeds or "0")]}
     need(Path(what).exists(), f"--sweep {what}: no such file; or name a preset, a table or figure, or paper")
     whole = asked(Path(what), None, None, seeds, None, False)
-    if "target" in whole:
-        given = target_of(whole)
-        return {given["target"]: jobs_of(given["target"], **{k: given[k] for k in ("preset", "seeds", "settings")})}
+    if "target" in whole: return of_target(target_of(whole))
     out = {}
     for run in runs_of(whole): out.setdefault(run.label, []).append(run)
     return out

@@ -18,10 +18,11 @@ __all__ = ['COLUMNS', 'methods', 'described', 'knobs', 'runs', 'compare', 'repla
 def methods(as_json: Json = False):
     "List the search methods, where they come from, and the knobs that each of them sets."
     from mgdarts.methods.registry import METHODS, spaces_of
-    out = [{"name": m.name, "what": m.doc, "source": m.source, "spaces": spaces_of(m.name), "settings": m.settings}
-           for m in METHODS.values()]
-    rows = [(m["name"], m["what"], m["source"], ", ".join(m["spaces"]), len(m["settings"])) for m in out]
-    show({"methods": out}, as_json, table("methods", ["name", "what it is", "source", "spaces", "knobs"], rows))
+    out = [{"name": m.name, "what": m.doc, "source": m.source, "standing": m.standing, "checked": m.checked,
+            "spaces": spaces_of(m.name), "settings": m.settings} for m in METHODS.values()]
+    rows = [(m["name"], m["what"], m["source"], m["standing"], ", ".join(m["spaces"]), len(m["settings"])) for m in out]
+    columns = ["name", "what it is", "source", "standing", "spaces", "knobs"]
+    show({"methods": out}, as_json, table("methods", columns, rows))
 
 # %% ../../nbs/cli/look.ipynb #f925e3b4
 def _knob(name: str, owner, field)->dict: # JSON-ready

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from .. import __version__
 from ..base.events import NonFiniteLoss, RunFailed, Stopped, handled, scheduled
-from ..base.options import InputError
+from ..base.options import InputError, need
 from . import arch, bench, latency, look, nets, paper, search, sweep
 from .shared import Json, speaks
 
@@ -77,6 +77,8 @@ def main(args: list|None = None # None: the process's own
         if speaks(): print("mgdarts: " + " ".join(str(message).split()), file=sys.stderr)
     stopped = False
     try:
+        for word in sys.argv[1:] if args is None else map(str, args):
+            need(word.isprintable() or word.isascii(), f"{word!r} is not text that can be stored: rename it")
         with ended_by_signals():
             code = typer.main.get_command(application()).main(args, prog_name="mgdarts", standalone_mode=False)
         code = code if isinstance(code, int) else 0

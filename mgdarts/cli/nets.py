@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..base.options import Config, InputError, configure
+from ..base.options import Config, InputError, configure, need
 from .cost import plan_sweep
-from .shared import Json, page_to_write, show, table
+from .shared import Json, page_to_write, refuse_given, show, table
 from ..space.darts import NetSpec
 from ..space.mobile import MobileSpec
 from ..space.space import count_supernet
@@ -20,15 +20,16 @@ __all__ = ['Channels', 'Cells', 'Side', 'Classes', 'Space', 'Width', 'USUAL', 'P
            'net_spec', 'net_name', 'count', 'plan_answer', 'plan']
 
 # %% ../../nbs/cli/nets.ipynb #5e13fe4f
-Channels = Annotated[int, typer.Option(help="Filters C of the first stage.")]
+Channels = Annotated[Optional[int], typer.Option(help="Filters C of the first stage, in the DARTS-like space.")]
 Cells = Annotated[Optional[int], typer.Option(
     help="Number of cells L, 8 by default; of layers in the MobileNet-like space, 17.")]
 Side = Annotated[Optional[int], typer.Option(
     help="Image side in pixels: 32 by default; 224 in the MobileNet-like space.")]
 Classes = Annotated[Optional[int], typer.Option(
     help="Number of classes: 10 by default; 1000 in the MobileNet-like space.")]
-Space = Annotated[str, typer.Option(help="Search space: darts or mobilenet.")]
-Width = Annotated[float, typer.Option(help="Multiplier of all widths in the MobileNet-like space.")]
+Space = Annotated[Optional[str], typer.Option(help="Search space: darts, the default, or mobilenet.")]
+Width = Annotated[Optional[float], typer.Option(
+    help="Multiplier of all widths in the MobileNet-like space: 1.2 by default.")]
 
 # %% ../../nbs/cli/nets.ipynb #c3bac873
 @dataclass(frozen=True)
@@ -49,11 +50,17 @@ def net_size(channels: int, cells: int, size: int, classes: int, **more)->Config
     return cfg
 
 # %% ../../nbs/cli/nets.ipynb #0abec807
-def net_spec(space: str, channels: int, width: float, cells: int|None, size: int|None, classes: int|None,
+def net_spec(space: str, channels: int|None, width: float|None, cells: int|None, size: int|None, classes: int|None,
+             usual: int = 16, # channels where nothing is said
              **more # knobs that are checked, too
             )->tuple: # Config, NetSpec or MobileSpec
-    "Describe a net of either space, with its own defaults for what is None."
+    "Describe a net of either space, with its own defaults for what is None. `InputError` on what it does not have."
     own = USUAL.get(space, USUAL["darts"]) # an unknown one is refused below
+    need(space != "mobilenet" or channels is None, "--channels is of the DARTS-like space: the MobileNet-like one has "
+         "--width")
+    need(space == "mobilenet" or width is None, "--width is of the MobileNet-like space: the DARTS-like one has "
+         "--channels")
+    channels, width = usual if channels is None else channels, 1.2 if width is None else width
     cells, size, classes = (d if v is None else v for v, d in
                             zip((cells, size, classes), (own.cells, own.size, own.classes)))
     cfg = net_size(channels, cells, size, classes, kind=space, width=width, **more)
@@ -74,10 +81,10 @@ def _published(spec: MobileSpec)->dict:
     return {"params": found["params_deployable"], "macs": found["macs"]}
 
 # %% ../../nbs/cli/nets.ipynb #5998ed2b
-def count(channels: Channels = 16, cells: Cells = None, space: Space = "darts", width: Width = 1.2,
+def count(channels: Channels = None, cells: Cells = None, space: Space = None, width: Width = None,
           classes: Classes = None, size: Side = None, as_json: Json = False):
     "Parameters of a super-net: main part, stages, auxiliary heads; beside them, the MobileNet-like published network."
-    _, spec = net_spec(space, channels, width, cells, size, classes)
+    _, spec = net_spec(space or "darts", channels, width, cells, size, classes)
     out = count_supernet(spec)
     if isinstance(spec, MobileSpec): out["weaknas"] = _published(spec)
     rows = [("main part", out["main"]), ("stem", out["stem"]),
@@ -117,13 +124,13 @@ def plan_answer(plans: dict, # 3 or 1 stages -> dictionaries of `StepMemory`; wi
     return out
 
 # %% ../../nbs/cli/nets.ipynb #7b7bcccd
-def plan(channels: Channels = 24, cells: Cells = None, space: Space = "darts", width: Width = 1.2,
-         batch: Annotated[int, typer.Option(help="Images a step.")] = 96,
+def plan(channels: Channels = None, cells: Cells = None, space: Space = None, width: Width = None,
+         batch: Annotated[Optional[int], typer.Option(help="Images a step; 96 by default.")] = None,
          stages: Annotated[Optional[int], typer.Option(
              help="3, or 1: the whole net at once. Default: both, and their ratio.")] = None,
-         recompute: Annotated[str, typer.Option(
-             help="Cells whose maps are computed again in the backward pass: none, earlier (those of earlier stages) "
-                  "or all.")] = "earlier",
+         recompute: Annotated[Optional[str], typer.Option(
+             help="Cells whose maps are computed again in the backward pass: none, earlier (those of earlier stages, "
+                  "the default) or all.")] = None,
          size: Side = None, classes: Classes = None,
          amp: Annotated[bool, typer.Option("--amp", help="Maps in bfloat16.")] = False,
          device: Annotated[str, typer.Option(
@@ -133,15 +140,23 @@ def plan(channels: Channels = 24, cells: Cells = None, space: Space = "darts", w
              metavar="SPEC", help="Hours of many runs instead: a sweep's file, a preset, a table or figure, or paper.")
              ] = None,
          seeds: Annotated[Optional[str], typer.Option(help="With --sweep: seeds, comma-separated.")] = None,
-         devices: Annotated[str, typer.Option(help="With --sweep: how many devices there are.")] = "1,8,64",
-         devices_a_run: Annotated[int, typer.Option(help="With --sweep: devices that share a run.")] = 1,
+         devices: Annotated[Optional[str], typer.Option(
+             help="With --sweep: how many devices there are; 1,8,64 by default.")] = None,
+         devices_a_run: Annotated[Optional[int], typer.Option(
+             help="With --sweep: devices that share a run; 1 by default.")] = None,
          bandwidth: Annotated[Optional[float], typer.Option(
              help="Between those, in 10^9 bytes a second; default: as two processes of a CPU had, 10 on GPUs.")] = None,
          as_json: Json = False):
     "Peak training memory of every stage, predicted without allocating it; with --sweep, hours of many runs."
-    if sweep: return plan_sweep(sweep, devices, devices_a_run, bandwidth, seeds, device, as_json)
+    if sweep:
+        refuse_given("--sweep plans many runs", channels=channels, cells=cells, space=space, width=width, batch=batch,
+                     stages=stages, recompute=recompute, size=size, classes=classes, amp=amp, figure=figure)
+        return plan_sweep(sweep, devices or "1,8,64", devices_a_run or 1, bandwidth, seeds, device, as_json)
+    refuse_given("one net is planned, without --sweep", seeds=seeds, devices=devices, devices_a_run=devices_a_run,
+                 bandwidth=bandwidth)
+    space, batch, recompute = space or "darts", 96 if batch is None else batch, recompute or "earlier"
     asked = {"search.batch": batch, "compute.recompute": recompute, "compute.amp": amp, "device": device}
-    cfg, spec = net_spec(space, channels, width, cells, size, classes, **asked)
+    cfg, spec = net_spec(space, channels, width, cells, size, classes, 24, **asked)
     if stages not in (None, 1, 3): raise InputError(f"--stages {stages}: choose 1 or 3")
     page_to_write(figure, "--figure")
     from mgdarts.runs.folder import planned_device

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.options import InputError
-from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition, Preset,
-                                Retries, Sets, Timeouts, place, settings_in, show, table)
+from .shared import (Address, Cluster, Cpus, Gpus, Jobs, Json, Memory, Minutes, On, Partition,
+                                Retries, Scale, Sets, Timeouts, place, refuse_given, settings_in, show, table)
 
 # %% auto #0
 __all__ = ['CLAIM', 'order', 'reproduce', 'claims']
@@ -39,12 +39,12 @@ def _failed(done: list)->list: # of lines
 def reproduce(what: Annotated[str, typer.Argument(
                   metavar="TARGET", help="table01 to table10, fig01 to fig09, methods, all; or the record.json of an "
                                          "earlier one, to be made again from the configurations in it.")],
-              preset: Preset = "smoke",
-              seeds: Annotated[str, typer.Option(help="Seeds, comma-separated.")] = "0",
-              dataset: Annotated[str, typer.Option(help="Dataset; default: the preset's own.")] = "",
+              preset: Scale = None,
+              seeds: Annotated[Optional[str], typer.Option(help="Seeds, comma-separated; 0 by default.")] = None,
+              dataset: Annotated[Optional[str], typer.Option(help="Dataset; default: the preset's own.")] = None,
               data_dir: Annotated[str, typer.Option(help="Folder of the datasets.")] = "",
-              device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N or auto.")] = "auto",
-              arms: Annotated[str, typer.Option(help="Labels of arms, comma-separated, or all.")] = "",
+              device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:N or auto, the default.")] = None,
+              arms: Annotated[Optional[str], typer.Option(help="Labels of arms, comma-separated, or all.")] = None,
               out: Annotated[Optional[Path], typer.Option(
                   help="Folder of records and figures; default: the project's figures/, at preset smoke "
                        "figures/smoke/.")] = None,
@@ -55,14 +55,17 @@ def reproduce(what: Annotated[str, typer.Argument(
     where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
                   partition=partition, time=time, timeouts=timeouts, cluster=cluster)
     if what.endswith(".json"):
+        refuse_given("a record is made again as it was", preset=preset, seeds=seeds, dataset=dataset, device=device,
+                     arms=arms, out=out, sets=sets)
         from mgdarts.paper import study
         from mgdarts.sweep.on import executor_in
         done = [study.remake(Path(what), executor_in(where, jobs=jobs), data_dir)]
     else:
         settings = ", ".join(f"{k}={v}" for k, v in settings_in(sets).items())
-        done = order(what, arms, {"preset": preset, "seeds": seeds, "dataset": dataset, "data_dir": data_dir,
-                                  "device": device, "settings": settings, "arms": arms, "jobs": jobs,
-                                  "on": where, "out": str(out.absolute()) if out else ""})
+        arms = arms or ""
+        done = order(what, arms, {"preset": preset or "smoke", "seeds": seeds or "0", "dataset": dataset or "",
+                                  "data_dir": data_dir, "device": device or "auto", "settings": settings, "arms": arms,
+                                  "jobs": jobs, "on": where, "out": str(out.absolute()) if out else ""})
     rows = [(n["item"], n["arms"], len(n["failed"]), n["scale"], n["wall_s"],
              n["record"] and os.path.relpath(n["record"])) for n in done]
     show({"targets": done}, as_json,

@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Optional
 import typer
-from ..base.options import DECISIONS, Config, InputError, configure
+from ..base.options import DECISIONS, Config, InputError, configure, need
 from ..base.presets import LONG
 from .latency import latency_rows
-from .shared import (DataDir, Dataset, Device, Elastic, Json, Preset, SaveEvery, Seed, Sets,
-                                configuration, given, reported, show, table)
+from .shared import (DataDir, Dataset, Device, Elastic, Json, SaveEvery, Scale, Seed, Sets,
+                                configuration, given, reported, refuse_given, settings_in, show, table)
 
 # %% auto #0
-__all__ = ['NAMES', 'Requeue', 'Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'train']
+__all__ = ['NAMES', 'Requeue', 'Out', 'Baseline', 'look', 'announced', 'told', 'search', 'trained', 'refuse_searching', 'train']
 
 # %% ../../nbs/cli/search.ipynb #98f0790c
 def look(cfg: Config, out: Path|None, as_json: bool):
@@ -87,7 +87,7 @@ Requeue = Annotated[bool, typer.Option(
 Out = Annotated[Optional[Path], typer.Option(help="Run folder; a new one under runs/ if not given.")]
 Baseline = Annotated[bool, typer.Option("--baseline", help="Train a random architecture of the same size instead.")]
 
-def search(preset: Preset = "smoke",
+def search(preset: Scale = None,
            method: Annotated[Optional[str], typer.Option(help="One of those that mgdarts methods lists.")] = None,
            dataset: Annotated[Optional[str], typer.Option(
                help="digits, cifar10, cifar100, fashion-mnist, imagenet, or a folder of images under the data folder.")
@@ -109,10 +109,10 @@ def search(preset: Preset = "smoke",
     cfg, splits = None, None
     if requeue and (resume or not out): raise InputError("--requeue needs --out, and goes without --resume")
     if resume:
-        if dry_run or sets or any(v is not None for v in options.values()):
-            raise InputError("--resume goes on with the run's own configuration: leave out the other options")
+        refuse_given("--resume goes on with the run's own configuration", preset=preset, **options, dry_run=dry_run,
+                     sets=sets)
     else:
-        cfg = configuration(preset, sets, **options)
+        cfg = configuration(preset or "smoke", sets, **options)
         join_for(cfg)
         resume = requeue and first(lambda: begun(out, cfg))
         if out and not resume: first(lambda: new_folder(out)) # a name that is taken is better known before
@@ -135,6 +135,12 @@ def trained(result: dict # of a training
             ("epochs", result["epochs"]), ("seconds", result["wall_s"]), ("folder", result["run"])]
 
 # %% ../../nbs/cli/search.ipynb #7ebb4fc6
+def refuse_searching(sets: list|None):
+    "Raise `InputError` where --set says what a retraining has no use for."
+    for name in settings_in(sets):
+        need(name.split(".")[0] not in ("search", "space", "rules"), f"--set {name} is of a search, and the "
+             "architecture is found: a retraining has no use for it")
+
 def train(what: Annotated[Path, typer.Argument(
               metavar="RUN-or-ARCH", help="Run folder of a search, or an architecture.")],
           preset: Annotated[Optional[str], typer.Option(
@@ -152,21 +158,25 @@ def train(what: Annotated[Path, typer.Argument(
     from mgdarts.runs import run as runs
     from mgdarts.base.ranks import first
     from mgdarts.runs.folder import begun, read_config
+    from mgdarts.runs.make import supernet_weights
     from mgdarts.runs.together import join_for
     if not what.exists(): raise InputError(f"{what} is not there: give a run folder or an architecture")
     is_run = (what / "config.json").exists() and (what / "events.jsonl").exists()
     if not is_run and preset is None:
         raise InputError(f"{what} is not a run folder: say with --preset how to train it")
     options = {"dataset": dataset, "data_dir": data_dir, "seed": seed, "device": device}
+    refuse_searching(sets)
     if preset is not None: cfg = configuration(preset, sets, **options)
     else: cfg = configure(read_config(what), **given(sets, **options))
+    if baseline: cfg = configure(cfg, **{"train.weights": "scratch"}) # nobody has trained a random network's
     folder = out or (what if what.is_dir() else what.parent) / ("random" if baseline else "train")
     join_for(cfg)
     resume = resume or requeue and first(lambda: begun(folder, cfg))
     how = {"resume": resume, "elastic": elastic, "quiet": as_json, "save_every": save_every}
     if is_run and out is None: result = runs.retrain(what, cfg, baseline, listeners=(reported,), **how)
     else:
-        arch = architecture.load(what)
+        arch, state = architecture.load(what), None
         if baseline: arch = random_like(arch, cfg.seed)
-        result = runs.train(cfg, arch, folder, **how)
+        elif is_run and cfg.train.weights == "supernet": state = supernet_weights(what, arch)
+        result = runs.train(cfg, arch, folder, None, state, **how)
     show(result, as_json, table("train", ["", ""], trained(result)))

@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Annotated, Optional
 import typer
 from ..base.events import in_a_team
-from ..base.options import Config, InputError
+from ..base.options import Config, InputError, need, resolve
 from ..base.presets import PRESETS
 
 # %% auto #0
-__all__ = ['Json', 'Sets', 'Preset', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'On', 'Address', 'Cpus',
-           'Gpus', 'Memory', 'Partition', 'Minutes', 'Timeouts', 'Cluster', 'Retries', 'Jobs', 'place', 'settings_in',
-           'given', 'configuration', 'table', 'speaks', 'show', 'reported', 'page_to_write']
+__all__ = ['Json', 'Sets', 'Preset', 'Scale', 'Dataset', 'DataDir', 'Seed', 'Device', 'Elastic', 'SaveEvery', 'On', 'Address',
+           'Cpus', 'Gpus', 'Memory', 'Partition', 'Minutes', 'Timeouts', 'Cluster', 'Retries', 'Jobs', 'refuse_given',
+           'place', 'settings_in', 'given', 'configuration', 'table', 'speaks', 'show', 'reported', 'page_to_write']
 
 # %% ../../nbs/cli/shared.ipynb #b546300c
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Sets = Annotated[Optional[list[str]], typer.Option(
     "--set", metavar="KEY=VALUE", help="Set a configuration key, for example --set channels=8; may be repeated.")]
 Preset = Annotated[str, typer.Option(help="One of: " + ", ".join(PRESETS) + ".")]
+Scale = Annotated[Optional[str], typer.Option("--preset", help="One of: " + ", ".join(PRESETS) + "; smoke by default.")]
 Dataset = Annotated[Optional[str], typer.Option(help="Dataset.")]
 DataDir = Annotated[Optional[str], typer.Option(help="Folder of the datasets.")]
 Seed = Annotated[Optional[int], typer.Option(help="Seed of everything random.")]
@@ -43,6 +44,13 @@ Jobs = Annotated[int, typer.Option(help="Runs side by side, at most; 0: one a co
                                         "has room for; 1: in this process, one by one.")]
 
 # %% ../../nbs/cli/shared.ipynb #a1512274
+def refuse_given(why: str, **options # name -> value; None, False or nothing where it was not said
+                ):
+    "`InputError` where an option was said that has no use: the line names it."
+    said = [k for k, v in options.items() if v not in (None, False, [])]
+    names = ["--set" if k == "sets" else f"--{k.replace('_', '-')}" for k in said]
+    need(not said, f"{why}: leave out {', '.join(names)}")
+
 def place(on: str, **options)->str:
     "Say in words where runs are computed: an executor, and those of its options that were given."
     return " ".join([on, *(f"{k}={v}" for k, v in options.items() if v is not None)])
@@ -50,20 +58,25 @@ def place(on: str, **options)->str:
 # %% ../../nbs/cli/shared.ipynb #5dde4eec
 def settings_in(pairs: list|None # of texts KEY=VALUE
                )->dict:
-    "Read the values of --set. `InputError` on what is none."
+    "Read the values of --set, by full names. `InputError` on what is none, and where a key is said twice."
     out = {}
     for pair in pairs or ():
         key, eq, value = pair.partition("=")
-        if not eq or not key: raise InputError(f"--set {pair!r} is not KEY=VALUE: write for example --set channels=8")
-        out[key.strip()] = value.strip()
+        need(eq and key, f"--set {pair!r} is not KEY=VALUE: write for example --set channels=8")
+        name = resolve(Config(), key.strip())
+        need(name not in out, f"--set says {name} twice: which of them is meant?")
+        out[name] = value.strip()
     return out
 
 # %% ../../nbs/cli/shared.ipynb #ea9039a2
 def given(sets: list|None, method: str|None = None, dataset: str|None = None, data_dir: str|None = None,
           seed: int|None = None, device: str|None = None)->dict: # knob -> value or text
-    "Return what was said on the command line, options and --set, where anything was."
+    "Return what was said on the command line, options and --set, where anything was. `InputError` on the same twice."
     options = {"method": method, "data.name": dataset, "data.dir": data_dir, "seed": seed, "device": device}
-    return {k: v for k, v in options.items() if v is not None} | settings_in(sets)
+    options, more = {k: v for k, v in options.items() if v is not None}, settings_in(sets)
+    for name in options.keys() & more.keys():
+        raise InputError(f"--set {name} is also said by an option of its own: which of them is meant?")
+    return options | more
 
 def configuration(preset: str, sets: list|None, **options)->Config:
     "Make a preset's configuration with what was said on the command line."
@@ -72,9 +85,10 @@ def configuration(preset: str, sets: list|None, **options)->Config:
 
 # %% ../../nbs/cli/shared.ipynb #4bce17e3
 def _text(v)->str:
+    from rich.markup import escape
     if v is None: return ""
     if isinstance(v, int) and not isinstance(v, bool): return f"{v:,}"
-    return f"{v:.4g}" if isinstance(v, float) else str(v)
+    return f"{v:.4g}" if isinstance(v, float) else escape(str(v)) # a name may look like markup
 
 def table(title: str, columns: list, rows: list): # a Rich table
     "Make a table for people; numbers to the right."

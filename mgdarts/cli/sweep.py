@@ -161,9 +161,10 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
          "--space, --objective and --trials go with --suggest optuna")
     where = place(on, address=address, cpus=cpus, gpus=gpus, memory=memory, retries=retries,
                   partition=partition, time=time, timeouts=timeouts, cluster=cluster)
+    executor = executor_in(where, jobs=jobs) # what is wrong of it is better known before
     if suggest or resume and not dry_run and (out / TRIALS).exists():
         whole = asked(spec, preset, methods or "mg-darts", seeds, sets, train) if suggest else {}
-        return suggested(suggest, whole, out, objective, space, trials, executor_in(where, jobs=jobs), as_json)
+        return suggested(suggest, whole, out, objective, space, trials, executor, as_json)
     whole = {} if resume else asked(spec, preset, methods, seeds, sets, train)
     wanted = resumed(out) if resume else target_of(whole) if "target" in whole else planned(out, whole)
     if isinstance(wanted, dict):
@@ -175,4 +176,4 @@ def sweep(spec: Annotated[Optional[Path], typer.Argument(
             raise
         return told(rows, out, as_json)
     if dry_run: return told(list(map(Board(out or Path("."), wanted).row, wanted)), out, as_json)
-    told(run_sweep(wanted, out, executor_in(where, jobs=jobs), as_json), out, as_json)
+    told(run_sweep(wanted, out, executor, as_json), out, as_json)

@@ -4,15 +4,17 @@
 
 # %% ../../nbs/fast/compiled.ipynb #3add49ae
 from __future__ import annotations
-import ctypes, functools, hashlib, os, platform, shlex, shutil, subprocess, sys, tempfile, warnings
+import atexit, ctypes, functools, hashlib, os, platform, shlex, shutil, stat, subprocess, sys, tempfile, warnings
 from importlib.resources import as_file, files
 from pathlib import Path
 import torch
 from torch import Tensor
+from ..base.options import InputError, need
 
 # %% auto #0
-__all__ = ['SOURCES', 'FLAGS', 'SIGNATURES', 'TYPES', 'READS', 'find_compiler', 'processor', 'cache_folder', 'compile_library',
-           'load_library', 'library', 'kernels_in_use', 'compiled', 'run_pairs', 'run_pointwise', 'run_norms']
+__all__ = ['SOURCES', 'FLAGS', 'SIGNATURES', 'TYPES', 'READS', 'find_compiler', 'processor', 'ours', 'cache_folder',
+           'compile_library', 'digest', 'whole', 'bound', 'load_library', 'library', 'kernels_in_use', 'compiled',
+           'run_pairs', 'run_pointwise', 'run_norms']
 
 # %% ../../nbs/fast/compiled.ipynb #550d6a7c
 SOURCES = "kernels.cpp", "kernels.h" # files of this package; the first one includes the other
@@ -21,7 +23,9 @@ SIGNATURES = {"pairs": "iaa iiiiiii a i", "pointwise": "i aaaaa iiii", "norms": 
 TYPES = {"i": ctypes.c_int64, "a": ctypes.c_void_p, "f": ctypes.c_float}
 
 def find_compiler()->list|None: # its command
-    named = shlex.split(os.environ.get("CXX", ""))
+    "Look for a C++ compiler: what `CXX` says in the environment, else the usual ones. `InputError` if that is none."
+    try: named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as e: raise InputError(f"CXX={os.environ['CXX']!r} is no command: {e}") from None
     found = shutil.which(named[0]) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     return [found, *named[1:]] if found else None
 
@@ -34,54 +38,86 @@ def processor()->str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), own)
 
 # %% ../../nbs/fast/compiled.ipynb #b054b8de
+def ours(path: Path, kind=stat.S_ISREG)->bool:
+    "Whether a file (with `stat.S_ISDIR` a folder) is a real one and this user's, and nobody else may write to it."
+    try: found = os.lstat(path)
+    except OSError: return False
+    return kind(found.st_mode) and (os.name == "nt" or found.st_uid == os.getuid() and not found.st_mode & 0o022)
+
 def cache_folder()->Path:
-    "Return where the library is kept: the user's cache, or where that cannot be written a folder for this process."
+    "Return where the library is kept: the user's cache, or where others may write it a folder for this process alone."
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mgdarts"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if os.access(folder, os.W_OK): return folder
-    except OSError: pass
-    return Path(tempfile.mkdtemp(prefix="mgdarts-"))
+        if ours(folder, stat.S_ISDIR) and os.access(folder, os.W_OK): return folder
+    except (OSError, RuntimeError): pass # there may be no home
+    own = tempfile.mkdtemp(prefix="mgdarts-")
+    atexit.register(shutil.rmtree, own, ignore_errors=True)
+    return Path(own)
 
 # %% ../../nbs/fast/compiled.ipynb #50b83bbf
 def compile_library(folder, # of the sources: from `importlib.resources`
                     path: Path, command: list):
-    "Compile the sources to `path`. It is there whole or not at all; what the compiler says names their lines."
+    """Compile the sources to `path`, with its checksum beside it.
+
+    It is there whole or not at all; what the compiler says names the sources' lines.
+    """
     print("compiling kernels for this machine, once ...", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as work, as_file(folder) as at:
         made = Path(work) / path.name
         subprocess.run([*command, *FLAGS, str(at / SOURCES[0]), "-o", str(made)],
                        check=True, capture_output=True, text=True, timeout=600)
+        made.chmod(0o700)
+        mark = Path(work) / "mark"
+        mark.write_text(digest(made), "utf-8")
         os.replace(made, path)
+        os.replace(mark, path.with_suffix(".sha256"))
+
+def digest(path: Path)->str:
+    "Return the sha256 of a file."
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+def whole(path: Path)->bool:
+    "Whether a library is what was compiled: a file that is cut short would end the process when it is used."
+    mark = path.with_suffix(".sha256")
+    try: return ours(path) and ours(mark) and mark.read_text("utf-8") == digest(path)
+    except (OSError, ValueError): return False
 
 # %% ../../nbs/fast/compiled.ipynb #8ac63f66
+def bound(lib: ctypes.CDLL)->ctypes.CDLL: # the same
+    "Say what the functions of a library are given. `AttributeError` where one is not in it."
+    for name, letters in SIGNATURES.items():
+        f = getattr(lib, name)
+        f.argtypes, f.restype = [TYPES[c] for c in letters.replace(" ", "")], None
+    return lib
+
 def load_library(folder, command: list)->ctypes.CDLL: # as for `compile_library`
     "Load the library of these sources, of this compiler and processor; compile it where it is missing or damaged."
     said = subprocess.run([*command, "--version"], check=True, capture_output=True, text=True, timeout=60).stdout
     texts = [folder.joinpath(name).read_text("utf-8") for name in SOURCES]
     name = hashlib.sha256("\0".join([*texts, *FLAGS, *command, said, processor()]).encode()).hexdigest()[:16]
     path = cache_folder() / f"kernels-{name}.so"
-    if not path.exists(): compile_library(folder, path, command)
-    try: return ctypes.CDLL(str(path))
-    except OSError: # damaged
-        compile_library(folder, path, command)
-        return ctypes.CDLL(str(path))
+    if not whole(path): compile_library(folder, path, command)
+    return bound(ctypes.CDLL(str(path)))
 
 # %% ../../nbs/fast/compiled.ipynb #6e49cb4b
 @functools.cache
 def library()->ctypes.CDLL|None:
-    "Return the compiled functions; None without a compiler, or where the environment says `MGDARTS_KERNELS=torch`."
-    if os.environ.get("MGDARTS_KERNELS") == "torch" or not (command := find_compiler()): return None
-    try: lib = load_library(files("mgdarts.fast"), command)
-    except (OSError, subprocess.SubprocessError) as e:
+    """Return the compiled functions; None without a compiler, or where the environment says `MGDARTS_KERNELS=torch`.
+
+    `InputError` where it says something else, or `compiled` and there is no compiler.
+    """
+    wanted = os.environ.get("MGDARTS_KERNELS", "")
+    need(wanted in ("", "torch", "compiled"), f"MGDARTS_KERNELS={wanted!r}: choose torch or compiled, or leave it out")
+    command = None if wanted == "torch" else find_compiler()
+    need(command or wanted != "compiled", "MGDARTS_KERNELS=compiled needs a C++ compiler, and there is none")
+    if not command: return None
+    try: return load_library(files("mgdarts.fast"), command)
+    except (OSError, AttributeError, subprocess.SubprocessError) as e:
         said = (getattr(e, "stderr", None) or str(e)).strip().splitlines() or [str(e)]
         first = next((line for line in said if "error" in line), said[0]) # it names the file and the line
         warnings.warn(f"kernels cannot be compiled, PyTorch's are used: {first}")
         return None
-    for name, letters in SIGNATURES.items():
-        f = getattr(lib, name)
-        f.argtypes, f.restype = [TYPES[c] for c in letters.replace(" ", "")], None
-    return lib
 
 # %% ../../nbs/fast/compiled.ipynb #82cd0ff8
 def kernels_in_use(device: str = "cpu" # its type

@@ -11,6 +11,7 @@ from ..base.options import DECISIONS, Method, need
 from .sampled import SHARED
 from ..search.candidates import Judged, judged, random_candidate
 from ..search.trial import conclude
+from ..space.space import coded
 
 # %% auto #0
 __all__ = ['BATCH', 'HELD', 'AT_ONCE', 'CTNAS', 'graphs_of', 'uniform', 'Comparator', 'ChainComparator', 'is_chain', 'read_as',
@@ -52,7 +53,7 @@ class Comparator(nn.Module):
              )->Tensor: # [...]
         return a @ self.out[0] + b @ self.out[1] + self.offset
 
-# %% ../../nbs/methods/ctnas.ipynb #7e64a2f5
+# %% ../../nbs/methods/ctnas.ipynb #1d13d5a5
 class ChainComparator(Comparator):
     "The same for chains of layers."
     def __init__(self, entries: int, # of a candidate's code
@@ -72,7 +73,7 @@ def is_chain(spec)->bool: return len(spec.edges) == 1
 def read_as(spec, ops: Tensor # [n, kinds, edges, choices] bool
            )->tuple: # of tensors, as `encode` takes them
     "Candidates as comparators read them."
-    return (torch.cat(spec.code(ops), 1).float(),) if is_chain(spec) else graphs_of(spec, ops)
+    return (torch.cat(coded(spec, ops), 1).float(),) if is_chain(spec) else graphs_of(spec, ops)
 
 # %% ../../nbs/methods/ctnas.ipynb #838600e9
 def beats(comparator: Comparator, a: Tensor, b: Tensor, # [..., kinds * width] codes
@@ -166,7 +167,7 @@ class Policy(nn.Module):
                 out[rows, edge, op] = True
         return out, d.logp, d.entropy
 
-# %% ../../nbs/methods/ctnas.ipynb #50a3c98f
+# %% ../../nbs/methods/ctnas.ipynb #0f9e0430
 class ChainPolicy(nn.Module):
     "Draws chains of layers."
     def __init__(self, ops: int, widths: int, g: torch.Generator, width: int = 64):
@@ -224,7 +225,7 @@ def contestants(spec, whole: Tensor, # [kinds, edges, choices] bool
     kinds, graph, ops = len(whole), spec.graph, whole.shape[-1]
     if is_chain(spec):
         policies = [ChainPolicy(len(spec.ops), len(spec.slices), draw(12, 0))]
-        return ChainComparator(sum(v.shape[1] for v in spec.code(whole[None])), draw(11)), nn.ModuleList(policies)
+        return ChainComparator(sum(v.shape[1] for v in coded(spec, whole[None])), draw(11)), nn.ModuleList(policies)
     policies = (Policy(graph, ops, draw(12, k)) for k in range(kinds))
     return Comparator(graph.inputs + ops, kinds, draw(11)), nn.ModuleList(policies)
 
@@ -320,5 +321,4 @@ CTNAS = Method("ctnas", "a policy, rewarded by a comparator of architectures",
                scaled={"smoke": {"rules.labelled": 8, "rules.comparator_epochs": 40, "rules.policy_steps": 30,
                                  "rules.own_every": 10, "rules.base_every": 15},
                        "cpu": {"rules.labelled": 60, "rules.comparator_epochs": 200, "rules.policy_steps": 500,
-                               "rules.own_every": 50, "rules.base_every": 100}},
-               checked="antisymmetry, known rankings, the policy's gradient in closed form")
+                               "rules.own_every": 50, "rules.base_every": 100}})

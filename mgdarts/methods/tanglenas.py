@@ -5,6 +5,7 @@
 # %% ../../nbs/methods/tanglenas.ipynb #942fd586
 from __future__ import annotations
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import accumulate
 import torch, torch.nn.functional as F
 from torch import Tensor
@@ -14,7 +15,7 @@ from ..net.relax import Kernels, Relaxation
 from ..space.operation import nests
 
 # %% auto #0
-__all__ = ['TANGLENAS', 'Dirichlet', 'superposed', 'stored_for', 'Superposed']
+__all__ = ['TANGLENAS', 'Dirichlet', 'superposed', 'stored_in', 'holders', 'Superposed']
 
 # %% ../../nbs/methods/tanglenas.ipynb #f68acded
 @STRENGTHS.add("dirichlet")
@@ -44,16 +45,24 @@ def superposed(w: Tensor, # [cells, edges, operations] weights of the operations
     return torch.stack(out, -1).flatten(1), torch.stack(share, -1).flatten(1)
 
 # %% ../../nbs/methods/tanglenas.ipynb #70786b92
-def stored_for(net, chains: list # from `nests`
-              )->tuple: # [cells, edges, operations]: (bool: what is stored, int64: which of these holds an operation)
-    "Where the kernels of operations are."
-    stored = torch.stack([c.layout.ops for c in net.cells]).to(net.alpha.device)
-    at = torch.arange(stored.shape[-1], device=stored.device).expand(stored.shape).clone()
+def stored_in(net)->Tensor: # [cells, edges, operations] bool
+    "Which operations have kernels; kept, for as long as they are the same."
+    layouts, (known, there) = [c.layout for c in net.cells], getattr(net, "layouts", ([], None))
+    same = len(known) == len(layouts) and all(a is b for a, b in zip(known, layouts))
+    if not same or there.device != net.alpha.device:
+        there = torch.stack([lay.ops for lay in layouts]).to(net.alpha.device)
+        net.layouts = layouts, there
+    return there
+
+def holders(net, chains: list # from `nests`
+           )->Tensor: # int64 [cells, edges, operations], on the CPU
+    "Which operation's kernels hold those of each."
+    stored = torch.stack([c.layout.ops for c in net.cells])
+    at = torch.arange(stored.shape[-1]).expand(stored.shape).clone()
     for chain in map(list, chains):
-        held = stored[..., chain].any(-1, keepdim=True)
-        largest = (stored[..., chain] * torch.tensor(chain, device=at.device)).sum(-1, keepdim=True)
-        at[..., chain] = torch.where(held, largest, at[..., chain])
-    return stored, at
+        largest = (stored[..., chain] * torch.tensor(chain)).sum(-1, keepdim=True)
+        at[..., chain] = torch.where(stored[..., chain].any(-1, keepdim=True), largest, at[..., chain])
+    return at
 
 # %% ../../nbs/methods/tanglenas.ipynb #d3eb82a5
 @SHAPES.add("filters", "kernels", "kernels+filters")
@@ -77,19 +86,21 @@ class Superposed(Kernels):
         if "filters" in self.superpose:
             v, noise = net.widths[net.first_of_kind], net.noise if net.training else None
             m.widths = net.strength.weights(v, self.there(net, v, chains), noise, net.tau)[net.kind]
-        if chains: m.alpha, m.inner = superposed(m.alpha.view(grid), stored_for(net, chains)[0], chains)
+        if chains: m.alpha, m.inner = superposed(m.alpha.view(grid), stored_in(net), chains)
         return m
     def there(self, net, v: Tensor, chains: list)->Tensor: # bool, like `v` [cells, edges, operations, widths]
         "Which widths there are."
         if net.cuts is None: return torch.ones_like(v, dtype=torch.bool)
         out = net.cuts.clone()
-        for chain in map(list, chains): out[:, :, chain] = out[:, :, chain].any(2, keepdim=True)
+        for chain in chains:
+            of_any = reduce(torch.logical_or, (out[:, :, o] for o in chain))
+            for o in chain: out[:, :, o] = of_any
         return out[net.first_of_kind]
     @torch.no_grad()
     def cuts(self, net, keep):
         if "filters" not in self.superpose or len(net.spec.slices) == 1: return None
-        v, (_, at) = net.widths[:len(net.cells)], stored_for(net, self.chains(net.spec))
-        best = v.gather(2, at[..., None].expand_as(v)).argmax(-1).cpu()
+        v, at = net.widths[:len(net.cells)].detach().cpu(), holders(net, self.chains(net.spec))
+        best = v.gather(2, at[..., None].expand_as(v)).argmax(-1)
         return F.one_hot(best, v.shape[-1]).bool() & keep[..., None]
     def settled(self, spec, rules): return spec, replace(rules, superpose="none")
     def check(self, cfg):

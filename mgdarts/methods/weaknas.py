@@ -11,6 +11,7 @@ from ..base.options import DECISIONS, Method, need
 from .sampled import SHARED
 from ..search.candidates import Judged, judged, kendall, random_candidate
 from ..search.trial import conclude
+from ..space.space import coded
 
 # %% auto #0
 __all__ = ['WEAKNAS', 'features', 'ridge', 'perceptron', 'next_round', 'distinct', 'WeakPredictors', 'more_of_the_pool', 'refit']
@@ -19,7 +20,7 @@ __all__ = ['WEAKNAS', 'features', 'ridge', 'perceptron', 'next_round', 'distinct
 def features(spec, ops: Tensor # [n, kinds, edges, choices] bool
             )->Tensor: # float64 [n, entries]
     "Candidates as vectors, as their space codes them."
-    return torch.cat(spec.code(ops), 1).double()
+    return torch.cat(coded(spec, ops), 1).double()
 
 # %% ../../nbs/methods/weaknas.ipynb #7810a95b
 def ridge(x: Tensor, y: Tensor, # [n, m]; [n]
@@ -125,5 +126,4 @@ WEAKNAS = Method("weaknas", "a sequence of weak predictors, each for what the la
                  scaled={"smoke": {"rules.rounds": 3, "rules.draw": 4, "rules.top": 10, "rules.pool": 60,
                                    "rules.hidden": 32},
                          "cpu": {"rules.rounds": 4, "rules.draw": 10, "rules.top": 100, "rules.pool": 1000,
-                                 "rules.hidden": 100}},
-                 checked="known rankings")
+                                 "rules.hidden": 100}})

@@ -282,7 +282,7 @@ def levels(cell: Cell)->Tensor: # [filters] int64
     return cell._levels
 
 def outer_taps(cell: Cell)->Tensor: # [searched weights] int64
-    """Find the smallest operation that has each outer tap of a depthwise kernel, of those that are parts of one another.
+    """Find the smallest operation that has each outer tap of a depthwise kernel, of those that are parts of others.
 
     The place behind all operations for what belongs to the smallest of them, and for other weights.
     """

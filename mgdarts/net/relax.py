@@ -184,10 +184,10 @@ class Kernels(Shape):
 
     def check(self, cfg):
         one, r, layers = cfg.space.constraint in TWO, cfg.rules, cfg.space.kind != "darts"
-        need(not layers or self.gates != one, f"space.kind={cfg.space.kind}: a layer keeps several blocks with gates, and "
-             f"one without: set rules.gates={str(not one).lower()}, or space.constraint={3 if self.gates else 1}")
-        need(not layers or self.gates or "filters" in r.superpose, f"space.kind={cfg.space.kind}: without gates blocks have "
-             "one of several widths: set rules.superpose=filters, or kernels+filters")
+        need(not layers or self.gates != one, f"space.kind={cfg.space.kind}: a layer keeps several blocks with gates, "
+             f"and one without: set rules.gates={str(not one).lower()}, or space.constraint={3 if self.gates else 1}")
+        need(not layers or self.gates or "filters" in r.superpose, f"space.kind={cfg.space.kind}: without gates blocks "
+             "have one of several widths: set rules.superpose=filters, or kernels+filters")
         need(not self.pool_norm or cfg.space.kind == "darts",
              "the MobileNet-like space has no pools: set rules.pool_norm=false, or space.kind=darts")
         need(self.gates or cfg.search.granularities == ("operation",), "without gates (rules.gates=false) filters and "

@@ -6,6 +6,7 @@
 from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
+from typing import cast
 import torch
 from ..base.options import InputError
 from .architecture import Architecture, operation
@@ -13,11 +14,11 @@ from .cost import PARAMS, Cost
 from .count import place
 from ..space.found import ArchCell, Op
 from ..space.mobile import BLOCKS, EXPANSION, MobileSpec, divisible
-from ..space.space import Space
+from ..space.space import Space, choice_of
 
 # %% auto #0
-__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'layers_at', 'largest', 'fitted_layers', 'even_cells', 'choice_sizes',
-           'fill', 'too_small', 'random_cells', 'random_blocks', 'random_architecture', 'random_like', 'weaknas']
+__all__ = ['WEAKNAS', 'at_width', 'fitted', 'narrowed', 'even_cells', 'choice_sizes', 'fill', 'too_small', 'random_cells',
+           'random_blocks', 'random_architecture', 'random_like', 'weaknas', 'layers_at', 'largest', 'fitted_layers']
 
 # %% ../../nbs/net/sample.ipynb #e55b954a
 def at_width(arch: Architecture, channels: int, # C
@@ -70,47 +71,6 @@ def narrowed(arch: Architecture, most: float, channels: int, # C, at which it is
         if cost.of_arch(at_width(arch, channels, widths)) <= most: return widths, c
     return None, 0
 
-# %% ../../nbs/net/sample.ipynb #23f6c441
-def layers_at(arch: Architecture, width: float, # multiplier of all widths
-              scale: float = 1. # of the filters inside of operations
-             )->Architecture: # without masks
-    "Give an architecture whose layers have fixed widths those of a wider or narrower space."
-    spec, cells = replace(arch.spec, width=width), []
-    def op(c, o):
-        at, ports = place(arch, c, o), operation(arch, c, o).ports
-        of = {p: spec.cell[c].place(*at, p)[1] for p in ports}
-        share = o.widths[ports.index("mid")] / arch.spec.cell[c].place(*at, "mid")[1]
-        of["mid"] = max(1, min(of["mid"], round(scale * share * of["mid"])))
-        return replace(o, widths=tuple(of[p] for p in ports))
-    for c, cell in enumerate(arch.cells):
-        states = tuple(n for _, n in spec.cell[c].places.states)
-        cells.append(ArchCell(tuple(op(c, o) for o in cell.ops), states))
-    return Architecture(arch.name, spec, tuple(cells), {}, {**arch.provenance, "width": width})
-
-# %% ../../nbs/net/sample.ipynb #48a867be
-def largest(make, low: float, high: float, fits, steps: int = 30): # number -> Architecture; the first number does
-    "Find the largest of what a number makes that still fits."
-    for _ in range(steps):
-        middle = (low + high) / 2
-        low, high = (middle, high) if fits(make(middle)) else (low, middle)
-    return make(low)
-
-def fitted_layers(arch: Architecture, most: float, cost: Cost = PARAMS)->Architecture:
-    "As `fitted`: in whole hundredths of the width; blocks' filters, all by one factor, make up for the rest."
-    def fits(a): return cost.of_arch(a) <= most
-    own: float = getattr(arch.spec, "width") # which not every space has
-    if not cost.anywhere(arch.spec): return largest(lambda scale: layers_at(arch, own, scale), 0., EXPANSION, fits)
-    low, high = 4, max(5, round(100 * own)) # the space begins at 5
-    while fits(layers_at(arch, high / 100)): low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(layers_at(arch, middle / 100)) else (low, middle)
-    if low > 4: # more of the same, at most as many as there are in the super-net
-        found = largest(lambda scale: layers_at(arch, low / 100, scale), 1., EXPANSION, fits)
-        if cost.of_arch(found) >= .99 * most: return found
-    fewer = largest(lambda scale: layers_at(arch, high / 100, scale), 0., 1., fits)
-    return fewer if low == 4 or fits(fewer) and cost.of_arch(fewer) > cost.of_arch(found) else found
-
 # %% ../../nbs/net/sample.ipynb #32f877a6
 def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
     "Make cells of one width each."
@@ -125,7 +85,7 @@ def even_cells(spec: Space, chosen: list, widths: list)->tuple: # of ArchCell
 def choice_sizes(spec: Space, cost: Cost = PARAMS)->tuple: # (int64 [cells, edges, choices], what is around them)
     "Count what each choice costs."
     def size(c, e, i):
-        op, full = spec.found(c, e, i), spec.cell[c].ops[i // len(spec.slices)]
+        op, full = choice_of(spec, c, e, i), spec.cell[c].ops[i // len(spec.slices)]
         return cost.added(spec, c, set(), (e, i // len(spec.slices)), full.widths_by_port(op.widths))
     edges, choices = range(len(spec.edges)), range(len(spec.choices))
     sizes = [[[size(c, e, i) for i in choices] for e in edges] for c in range(spec.cells)]
@@ -233,3 +193,44 @@ def weaknas(classes: int = 1000, size: int = 236)->Architecture:
         cells.append(ArchCell((Op(names[k], 0, 1, (cin, mid, *few, cout)),), (cin, cout)))
     origin = {"origin": "WeakNAS, 1000 queries: kernels and expansions"}
     return Architecture("WeakNAS", spec, tuple(cells), provenance=origin)
+
+# %% ../../nbs/net/sample.ipynb #23f6c441
+def layers_at(arch: Architecture, width: float, # multiplier of all widths
+              scale: float = 1. # of the filters inside of operations
+             )->Architecture: # without masks
+    "Give an architecture whose layers have fixed widths those of a wider or narrower space."
+    spec, cells = replace(arch.spec, width=width), []
+    def op(c, o):
+        at, ports = place(arch, c, o), operation(arch, c, o).ports
+        of = {p: spec.cell[c].place(*at, p)[1] for p in ports}
+        share = o.widths[ports.index("mid")] / arch.spec.cell[c].place(*at, "mid")[1]
+        of["mid"] = max(1, min(of["mid"], round(scale * share * of["mid"])))
+        return replace(o, widths=tuple(of[p] for p in ports))
+    for c, cell in enumerate(arch.cells):
+        states = tuple(n for _, n in spec.cell[c].places.states)
+        cells.append(ArchCell(tuple(op(c, o) for o in cell.ops), states))
+    return Architecture(arch.name, spec, tuple(cells), {}, {**arch.provenance, "width": width})
+
+# %% ../../nbs/net/sample.ipynb #48a867be
+def largest(make, low: float, high: float, fits, steps: int = 30): # number -> Architecture; the first number does
+    "Find the largest of what a number makes that still fits."
+    for _ in range(steps):
+        middle = (low + high) / 2
+        low, high = (middle, high) if fits(make(middle)) else (low, middle)
+    return make(low)
+
+def fitted_layers(arch: Architecture, most: float, cost: Cost = PARAMS)->Architecture:
+    "As `fitted`: in whole hundredths of the width; blocks' filters, all by one factor, make up for the rest."
+    def fits(a): return cost.of_arch(a) <= most
+    own = cast(MobileSpec, arch.spec).width
+    if not cost.anywhere(arch.spec): return largest(lambda s: layers_at(arch, own, s), 0., EXPANSION, fits)
+    low, high = 4, max(5, round(100 * own)) # the space begins at 5
+    while fits(layers_at(arch, high / 100)): low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(layers_at(arch, middle / 100)) else (low, middle)
+    if low > 4: # more of the same, at most as many as there are in the super-net
+        found = largest(lambda scale: layers_at(arch, low / 100, scale), 1., EXPANSION, fits)
+        if cost.of_arch(found) >= .99 * most: return found
+    fewer = largest(lambda scale: layers_at(arch, high / 100, scale), 0., 1., fits)
+    return fewer if low == 4 or fits(fewer) and cost.of_arch(fewer) > cost.of_arch(found) else found

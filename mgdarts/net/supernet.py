@@ -71,24 +71,21 @@ class SuperNet(nn.Module):
         strengths, self.shapes = STRENGTHS.parts(self.rules), SHAPES.parts(self.rules)
         self.strength, self.parts = strengths[0], strengths + self.shapes
         # of this moment: where draws come from, their temperature, whether only what is drawn is computed, whether
-        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are, stage, its start, a cost
+        # scores are in force, drop-out on skips, a path for some steps; whether thresholds are, stage, its start, cost
         self.noise, self.tau, self.paths, self.sparse, self.skip_dropout, self.path = None, 1., False, False, 0., None
-        self.discretising, self.stage, self.first, self.priced = False, 0, 0, None
+        self.discretising, self.stage, self.first, self.priced, self.momentum = False, 0, 0, None, .1 # of statistics
         self.mask: Tensor|None = None # [cells, edges, operations] factors: what is off while others weigh what they do
         self.cuts: Tensor|None = None # [cells, edges, operations, widths] bool: the widths that there are; None: all
-        self.momentum = .1 # of running statistics
         self.strong = brought(self) # names of the parameters that have a strength
         self.alpha, self.t_alpha, self.t_beta, self.t_omega = (nn.Parameter(torch.zeros(grid(spec))) for _ in range(4))
         self.t_pre = nn.Parameter(torch.zeros(spec.cells, spec.cell[0].preprocessed))
         self.register_buffer("op_live", torch.ones(grid(spec), dtype=torch.bool))
-        hold(self, node_n=spec.node_sizes, convs=spec.convs, kinds=spec.kinds,
-             optional=[c.optional for c in spec.cell])
+        hold(self, node_n=spec.node_sizes, convs=spec.convs, kinds=spec.kinds, optional=[c.optional for c in spec.cell])
         self.stem, self.aux = spec.make_stem(self._generator(1)), cast("AuxHead|None", None)
         self.cells = cast("list[Cell]", nn.ModuleList())
 
     def _generator(self, *what)->torch.Generator: return part_generator(self.seed, *what)
     def forward(self, x, also=None, seen=None)->Tensor: return self.engine.forward(self, x, also, seen) # as it says
-
     # how strong everything counts
     def edges(self)->Tensor|None: return edge_weights(self)
     def importance(self)->Tensor: return importance(self)
@@ -105,8 +102,7 @@ class SuperNet(nn.Module):
     def rebuild(self, ops: Tensor, gates: list, stamp: int = 0)->list: return rebuild(self, ops, gates, stamp)
     def _out(self, c: int)->Tensor: return put_out(self, c)
     def _inputs(self, c: int)->tuple: return tuple(put_out(self, i) for i in range(c - self.spec.graph.inputs, c))
-    @property
-    def aux_cell(self)->int: return self.spec.ends[1] + 1 # the first of the third sub-net: `aux` reads it
+    aux_cell = property(lambda self: self.spec.ends[1] + 1) # the first of the third sub-net: `aux` reads it
     @property
     def drop(self)->tuple|None: return (self.skip_dropout, self.noise) if self.skip_dropout else None # of skips
 

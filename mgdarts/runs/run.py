@@ -11,7 +11,7 @@ from ..base.data import Splits, load_data
 from ..base.events import Event, NonFiniteLoss, RunFailed
 from ..base.files import Checkpoints, read_bytes, read_json, refuse_links, write_json
 from ..base.locks import lock
-from ..base.options import Config, InputError, from_dict, to_dict
+from ..base.options import Config, InputError, configure, from_dict, need, to_dict
 from ..base.ranks import HERE, first, wait
 from ..fast.compiled import kernels_in_use
 from ..net import files as architecture
@@ -296,6 +296,8 @@ def train(cfg: Config, arch: Architecture,
          )->dict: # the result, JSON-ready
     "Retrain an architecture and write its folder."
     clock, out = Clock(), Path(out)
+    need(init_state is not None or cfg.train.weights == "scratch", "train.weights=supernet needs the run that found "
+         "the architecture: train that")
     join_for(cfg)
     begun, ended = first(lambda: _about_training(cfg, out, resume))
     if ended: return ended
@@ -325,7 +327,9 @@ def retrain(run: str|Path, # a finished run folder
     load_run(run) # what is damaged is better known before
     cfg = cfg or read_config(run)
     arch, state = architecture.load(run), None
-    if baseline: arch = random_like(arch, cfg.seed, cost_for(cfg, run))
+    if baseline:
+        arch = random_like(arch, cfg.seed, cost_for(cfg, run))
+        cfg = configure(cfg, **{"train.weights": "scratch"})
     elif cfg.train.weights == "supernet": state = supernet_weights(run, arch)
     out = run / ("random" if baseline else "train")
     result = train(cfg, arch, out, splits, state, resume, quiet, listeners, save_every, elastic)

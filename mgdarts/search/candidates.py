@@ -22,6 +22,7 @@ from .train import Trainer
 from .trial import Attempts, kinds_of, per_cell, score_among
 from ..space.found import ArchCell
 from ..space.norms import BatchNorm, settle
+from ..space.space import choice_of
 
 # %% auto #0
 __all__ = ['NEAR', 'DRAWS', 'of_its_size', 'random_candidate', 'recalibrated', 'shared_accuracy', 'network_of', 'short_training',
@@ -97,8 +98,8 @@ def shared_accuracy(search, ops: Tensor, # [kinds, edges, choices] bool
 def network_of(spec, ops: Tensor # [kinds, edges, choices] bool
               )->Architecture:
     "Make the architecture of a candidate, at the full width of its space."
-    cells = [ArchCell(tuple(spec.found(c, *at) for at in chosen.nonzero().tolist()),
-                      tuple(n for _, n in spec.cell[c].places.states)) for c, chosen in enumerate(per_cell(spec, ops))]
+    cells = [ArchCell(tuple(choice_of(spec, c, *at) for at in own.nonzero().tolist()),
+                      tuple(n for _, n in spec.cell[c].places.states)) for c, own in enumerate(per_cell(spec, ops))]
     return Architecture("candidate", spec, tuple(cells))
 
 def short_training(search, ops: Tensor, epochs: int)->Trainer:

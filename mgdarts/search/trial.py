@@ -24,7 +24,7 @@ def per_cell(spec, ops: Tensor # [kinds, edges, operations]
     "Kinds of cells to cells."
     return ops[[kinds_of(spec).index(k) for k in spec.kinds]]
 
-# %% ../../nbs/search/trial.ipynb #f6abd7e3
+# %% ../../nbs/search/trial.ipynb #dc9a5fff
 def whole_of(search)->Tensor: # [kinds, edges, choices] bool
     "What there is to choose from."
     spec = search.spec

@@ -15,7 +15,7 @@ from .space import Space
 
 # %% auto #0
 __all__ = ['EXPANSIONS', 'EXPANSION', 'SQUEEZE', 'BLOCKS', 'GROUPS', 'divisible', 'Block', 'lay_out_layer', 'LayerSpec', 'depths',
-           'halved_ends', 'write_blocks', 'check_blocks', 'read_blocks', 'layers', 'MobileSpec']
+           'halved_ends', 'write_blocks', 'check_blocks', 'read_blocks', 'layers', 'for_blocks', 'MobileSpec']
 
 # %% ../../nbs/space/mobile.ipynb #ca71696c
 def divisible(v: float, by: int = 8)->int:
@@ -158,6 +158,14 @@ def layers(spec: MobileSpec)->tuple: # of LayerSpec
             cin, side = out[-1].width, after
     return tuple(out)
 
+# %% ../../nbs/space/mobile.ipynb #d9ec761c
+def for_blocks(settings: dict # knob, by its full name -> value
+              )->dict: # of the same kind
+    "Return what settings of a method that was made for cells come to in layers of blocks, where that differs."
+    kernels = "kernels" in settings.get("rules.superpose", "none")
+    blocks = {"rules.superpose": "kernels+filters" if kernels else "filters", "rules.recalibrate": 4}
+    return {"rules.pool_norm": False} | (blocks if settings.get("rules.gates") is False else {})
+
 # %% ../../nbs/space/mobile.ipynb #35a9d666
 @dataclass(frozen=True)
 class MobileSpec(Space):
@@ -177,15 +185,10 @@ class MobileSpec(Space):
         if type(self.width) is int and 0 < self.width <= 16: object.__setattr__(self, "width", float(self.width))
     @classmethod
     def of_config(cls, cfg, classes, size, in_channels=3):
-        space = cfg.space
-        return cls(space.cells, space.width, classes, size, in_channels, space.stem, space.constraint)
+        return cls(cfg.space.cells, cfg.space.width, classes, size, in_channels, cfg.space.stem, cfg.space.constraint)
     @classmethod
-    def meant(cls, settings): # there are no pools; without gates, a block's filters are searched as its expansion
-        kernels = "kernels" in settings.get("rules.superpose", "none")
-        blocks = {"rules.superpose": "kernels+filters" if kernels else "filters", "rules.recalibrate": 4}
-        return {"rules.pool_norm": False} | (blocks if settings.get("rules.gates") is False else {})
-    @property
-    def choices(self): return tuple(f"{op}_e{e}" for op in self.ops for e in EXPANSIONS)
+    def meant(cls, settings): return for_blocks(settings)
+    choices = property(lambda self: tuple(f"{op}_e{e}" for op in self.ops for e in EXPANSIONS))
     def check(self):
         if isinstance(self.width, (int, float)) and not isinstance(self.width, bool) and .05 <= self.width <= 16: return
         raise InputError(f"architecture: width is {str(self.width)[:40]!r}, which is not a number from 0.05 to 16")

@@ -65,6 +65,7 @@ class BatchNorm(nn.BatchNorm2d):
     running_mean: Tensor
     running_var: Tensor
     num_batches_tracked: Tensor
+    momentum: float
     MOMENTUM = .1
     def __init__(self, channels: int): super().__init__(channels, EPS, self.MOMENTUM)
     def forward(self, x):

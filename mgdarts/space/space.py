@@ -15,8 +15,8 @@ from .operation import OPERATIONS
 GRANULARITIES = ("operation", "filter", "weight") # coarse to fine
 
 # %% auto #0
-__all__ = ['GRANULARITIES', 'AUX', 'HeadSpec', 'write_operations', 'read_operations', 'Space', 'aux_head', 'stage_head',
-           'supernet_macs', 'count_supernet']
+__all__ = ['GRANULARITIES', 'AUX', 'HeadSpec', 'write_operations', 'read_operations', 'Space', 'choice_of', 'coded', 'aux_head',
+           'stage_head', 'supernet_macs', 'count_supernet']
 
 # %% ../../nbs/space/space.ipynb #e560a902
 @dataclass(frozen=True)
@@ -76,7 +76,6 @@ class Space:
     stem_params: int
     stem_macs: int # of one image
     __dataclass_fields__: ClassVar[dict] # what it takes to be a dataclass
-    # what a subclass says
     @classmethod
     def of_config(cls, cfg: Config, classes: int, size: int, in_channels: int = 3)->Space:
         "Make the space that a configuration asks for, for images of that kind."
@@ -92,38 +91,18 @@ class Space:
         "Return (parameters, MACs) of the classifier on `width` channels."
         return (width + 1) * self.classes, width * self.classes
     @classmethod
-    def meant(cls, settings: dict # knob, by its full name -> value
-             )->dict: # of the same kind
-        "Return what settings of a method that were made for cells come to here, where that is something else."
-        return {}
+    def meant(cls, settings: dict)->dict: return {} # what a method's knobs, made for cells, are here: where they differ
     def check(self): "Refuse impossible sizes that only this space has: `InputError`."
     def write_cell(self, cell: ArchCell)->dict|list: return write_operations(cell)
     def read_cell(self, c: int, d)->ArchCell: return read_operations(c, d)
 
-    # what a candidate is: on an edge one of the choices, each an operation at one of its widths
-    @property
-    def choices(self)->tuple: return self.ops # their names; one for each operation and width, in this order
-    def found(self, c: int, edge: int, choice: int # cell; numbers of them
-             )->Op:
-        "Return what a choice stands for."
-        (o, width), (src, dst), cell = divmod(choice, len(self.slices)), self.edges[edge], self.cell[c]
-        def channels(port): return round(cell.place(edge, o, port)[1] * (self.slices[width] if port == "mid" else 1))
-        return Op(self.ops[o], src, dst, tuple(map(channels, cell.ops[o].ports)))
-    def code(self, some # [n, kinds, edges, choices] bool tensor: candidates
-            )->tuple: # of bool tensors [n, ...]
-        "Return candidates as predictors read them: operations and edges, or operations and widths."
-        if len(self.slices) == 1: return some.flatten(1), some.any(-1).flatten(1)
-        by = some.unflatten(-1, (len(self.ops), len(self.slices)))
-        return by.any(-1).flatten(1), by.any(-2).flatten(1)
-
+    choices = property(lambda self: self.ops) # what a candidate has on an edge: names by operation, then by slice
     alike = property(lambda self: self.constraint in ALIKE) # cells of a kind have the same operations
     two = property(lambda self: self.constraint in TWO) # a node has two edges, with an operation each
     @cached_property
     def operations(self)->tuple: return tuple(OPERATIONS[name] for name in self.ops)
-    @property
-    def edges(self)->tuple: return self.graph.edges
-    @property
-    def convs(self)->tuple: return tuple(op.searched for op in self.cell[0].ops) # which have weights to search
+    edges = property(lambda self: self.graph.edges)
+    convs = property(lambda self: tuple(op.searched for op in self.cell[0].ops)) # which have weights to search
     @property
     def node_sizes(self)->tuple: return tuple(len(edges) * len(self.ops) for edges in self.graph.into if edges)
     @property
@@ -134,11 +113,25 @@ class Space:
     def stem_kind(self)->str: return self.stem if self.stem != "auto" else "cifar" if self.size <= 64 else "imagenet"
     @property
     def ends(self)->tuple: return self.cells // 3 - 1, 2 * self.cells // 3 - 1, self.cells - 1 # last cells of sub-nets
-    @property
-    def aux_cell(self)->int: return self.ends[1] + 1 # which the auxiliary head of retraining reads
+    aux_cell = property(lambda self: self.ends[1] + 1) # which the auxiliary head of retraining reads
     @property
     def params(self)->int: # everything but the auxiliary heads
         return self.stem_params + sum(c.params for c in self.cell) + self.top(self.cell[-1].out)[0]
+
+# %% ../../nbs/space/space.ipynb #df7d1db0
+def choice_of(spec: Space, c: int, edge: int, choice: int # cell; numbers of them
+          )->Op:
+    "Return what a choice stands for, at the full width of its space."
+    (o, width), (src, dst), cell = divmod(choice, len(spec.slices)), spec.edges[edge], spec.cell[c]
+    def channels(port): return round(cell.place(edge, o, port)[1] * (spec.slices[width] if port == "mid" else 1))
+    return Op(spec.ops[o], src, dst, tuple(map(channels, cell.ops[o].ports)))
+
+def coded(spec: Space, some # [n, kinds, edges, choices] bool tensor: candidates
+         )->tuple: # of bool tensors [n, entries]
+    "Return candidates as predictors read them: operations and edges, or operations and widths."
+    if len(spec.slices) == 1: return some.flatten(1), some.any(-1).flatten(1)
+    by = some.unflatten(-1, (len(spec.ops), len(spec.slices)))
+    return by.any(-1).flatten(1), by.any(-2).flatten(1)
 
 # %% ../../nbs/space/space.ipynb #14b005ca
 def aux_head(spec: Space, cell: int, # which it stands on

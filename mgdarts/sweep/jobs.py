@@ -14,7 +14,7 @@ __all__ = ['YOUNGER', 'checksum', 'Job', 'job_of']
 
 # %% ../../nbs/sweep/jobs.ipynb #c52c5fc6
 YOUNGER = {"compute": {"deterministic": False, "graph": "auto", "sync_norms": True},
-           "data": {"workers": -1},
+           "data": {"workers": -1, "test_fraction": .2},
            "search": {"target_macs_m": 0., "target_ms": 0., "latency": ""},
            "rules": {"truncate": .5, "credit_momentum": .8, "credit_step": .1, "identity": False,
                      "redraw": 100, "complexity": 0., "drawn_decay": 0.,
