@@ -94,9 +94,12 @@ class How:
     threads: int = 1
     batch: int = 1 # images
     repeats: int = 15 # turns of everything
-    # seconds that a turn takes at least, where what is shorter is done again and again: less than what a busy machine
-    # lets a process have at a time, so that most turns are not interrupted
-    least: float = 5e-4
+    least: float = 2e-3 # seconds that a turn takes at least; what is shorter is done again and again
+
+    @property
+    def clock(self)->str: # cpu or wall
+        "Which clock says how long something takes: one thread is waited for while it computes, and nobody else's work."
+        return "cpu" if self.device == "cpu" and self.threads == 1 else "wall"
 
 def in_torch(module: nn.Module, maps: tuple, how: How)->Callable:
     "Compute a module by PyTorch."
@@ -144,12 +147,13 @@ def in_turns(calls: list, how: How, told: Callable = lambda done: None # called 
             )->list: # for each call, seconds of each turn
     "Time functions in turns, after a round that warms up."
     wait = (lambda: torch.cuda.synchronize(how.device)) if how.device.startswith("cuda") else (lambda: None)
+    now = time.process_time if how.clock == "cpu" else time.perf_counter
     def seconds(call, n):
         wait()
-        start = time.perf_counter()
+        start = now()
         for _ in range(n): call()
         wait()
-        return (time.perf_counter() - start) / n
+        return (now() - start) / n
     for call in calls: seconds(call, 3)
     often = [max(1, min(1000, round(how.least / max(seconds(call, 2), 1e-7)))) for call in calls]
     out = [[] for _ in calls]
@@ -198,7 +202,7 @@ def measure(spec: Space, how: How, shares: tuple = (.25, .5, 1.), # of full widt
         def median(*widths): return 1e3 * max(statistics.median(of[t.key, *widths]) - overhead, 0.)
         def within(*widths): return round(spread(of[t.key, *widths]), 4)
         entries[t.key] = t.entry(median) | {"spread": t.entry(within)["ms"]}
-    return {"device": how.device, "device_name": device_name(how.device), "how": asdict(how), "shares": list(shares),
+    return {"device": how.device, "device_name": device_name(how.device), "how": asdict(how), "clock": how.clock, "shares": list(shares),
             "space": {"kind": spec.kind, **{k: v for k, v in asdict(spec).items() if not isinstance(v, tuple)}},
             "environment": environment(torch.device(how.device)), "overhead_ms": 1e3 * overhead, "entries": entries}
 
@@ -253,6 +257,6 @@ def compared(cost: Latency, arch: Architecture)->dict: # JSON-ready; measured_ms
     table, why = cost.table, elsewhere(cost.table)
     predicted, seen = cost.of_arch(arch) / 1e6, None if why else net_seconds(arch, How(**table["how"]))
     measured = None if seen is None else 1e3 * statistics.median(seen)
-    return {"predicted_ms": predicted, "measured_ms": measured, "spread": None if seen is None else spread(seen),
+    return {"clock": How(**table["how"]).clock, "predicted_ms": predicted, "measured_ms": measured, "spread": None if seen is None else spread(seen),
             "error": None if measured is None else predicted / measured - 1, "device_name": table["device_name"],
             "why_not": why or None, **{k: table["how"][k] for k in ("device", "runtime", "threads", "batch")}}
