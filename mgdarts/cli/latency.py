@@ -94,7 +94,7 @@ def latency(path: Annotated[Path, typer.Argument(
     cost = read_table(path)
     spreads = sorted(v for e in cost.entries.values() for v in flat(e["spread"]))
     out = {"table": str(path), "device_name": cost.table["device_name"], **vars(how),
-           "keys": len(cost.entries), "times": len(spreads), "supernet_ms": cost.whole(spec) / 1e6,
+           "keys": len(cost.entries), "times": len(spreads), "supernet_ms": cost.whole(spec) / 1e6, "scale": cost.scale,
            "median_spread": spreads[len(spreads) // 2]}
     show(out, as_json, table("latency", ["", ""], list(out.items())))
 

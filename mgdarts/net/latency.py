@@ -65,7 +65,8 @@ def head_key(spec: Space)->str: return f"head {spec.kind}@{spec.cell[-1].side}"
 # %% ../../nbs/net/latency.ipynb #a333b4b6
 class Grid:
     "Times of pieces [P], each on a grid of one or two widths."
-    def __init__(self, entries: list): # of {"widths": one or two lists, ascending, "ms": times, as deep as that}
+    def __init__(self, entries: list, # of {"widths": one or two lists, ascending, "ms": times, as deep as that}
+                 scale: float = 1.): # of all times
         two = [([*e["widths"], [0]], [[v] for v in e["ms"]]) if len(e["widths"]) == 1 else (e["widths"], e["ms"])
                for e in entries]
         lines = [[list(line) + [line[-1] + 1] * (len(line) == 1) for line in widths] for widths, _ in two]
@@ -75,7 +76,7 @@ class Grid:
         self.times = torch.zeros(len(two), n, n, dtype=torch.double) # nanoseconds
         for p, (one, (_, ms)) in enumerate(zip(lines, two)):
             for axis, line in enumerate(one): self.lines[p, axis, :len(line)] = torch.tensor(line)
-            t = 1e6 * torch.tensor(ms, dtype=torch.double)
+            t = 1e6 * scale * torch.tensor(ms, dtype=torch.double)
             t = t.repeat(1 + (t.shape[0] == 1), 1 + (t.shape[1] == 1)) # what was timed at one width is constant
             self.times[p, :t.shape[0], :t.shape[1]] = t
 
@@ -128,9 +129,9 @@ def to_time(spec: Space, shares: tuple = (.25, .5, 1.) # of the full width, the 
 # %% ../../nbs/net/latency.ipynb #788e3594
 class CellTimes:
     "The times of one cell's pieces, by what lives in it."
-    def __init__(self, full: CellSpec, table: dict): # key -> entry of a `Grid`
+    def __init__(self, full: CellSpec, table: dict, scale: float): # key -> entry of a `Grid`; of all times
         self.full, self.pieces = full, pieces(full)
-        self.grid = Grid([table[p.key] for p in self.pieces])
+        self.grid = Grid([table[p.key] for p in self.pieces], scale)
         needs = [(i, op) for i, p in enumerate(self.pieces) for op in p.ops or (full.grid[0] * full.grid[1],)]
         self.piece, self.op = torch.tensor(needs).unbind(1) # an operation behind all others is always there
         places = [[place_of(full, *axis) for axis in p.axes] for p in self.pieces]
@@ -161,9 +162,10 @@ class Latency(Cost):
     "Predicted latency of a batch on the device of a table, in nanoseconds."
     name, knob, what, plain, unit = "latency", "target_ms", "latency", "nanoseconds", "ms"
 
-    def __init__(self, table: dict, # overhead_ms, and `entries`: key -> what a `Grid` takes
+    def __init__(self, table: dict, # overhead_ms, scale (1 if it is not there), `entries`: key -> what a `Grid` takes
                  sha256: str = ""): # checksum of the table
         self.table, self.entries, self.sha256, self.cells = table, table["entries"], sha256, {}
+        self.scale = table.get("scale", 1.)
     @property
     def fingerprint(self): return f"latency {self.sha256}"
     def fits(self, spec):
@@ -173,10 +175,10 @@ class Latency(Cost):
                                    f"{spec.size} pixels, with mgdarts latency")
     def times(self, full: CellSpec)->CellTimes:
         "Return the times of a cell."
-        if full not in self.cells: self.cells[full] = CellTimes(full, self.entries)
+        if full not in self.cells: self.cells[full] = CellTimes(full, self.entries, self.scale)
         return self.cells[full]
     def once(self, key: str, width: int)->float: # nanoseconds
-        return float(Grid([self.entries[key]])(torch.tensor([[width, 0]])))
+        return float(Grid([self.entries[key]], self.scale)(torch.tensor([[width, 0]])))
 
     def cell(self, index, ops, unit):
         t = self.times(index.spec)

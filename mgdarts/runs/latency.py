@@ -16,9 +16,10 @@ from ..base.files import digest, read_json
 from ..base.options import Config, InputError, need
 from ..net.architecture import Architecture
 from ..net.cell import FIRST
-from ..net.cost import COUNTED, Cost
+from ..net.cost import COUNTED, PARAMS, Cost
 from ..net.discrete import DerivedNet, OpModule
 from ..net.latency import Latency, Timed, head_key, to_time
+from ..net.sample import random_architecture
 from .folder import environment
 from ..space.operation import PREPROCESS
 from ..space.space import Space
@@ -26,7 +27,8 @@ from ..space.space import Space
 # %% auto #0
 __all__ = ['RUNTIMES', 'TABLE_FILE', 'Alone', 'ports_at', 'operation_alone', 'preprocess_alone', 'ends_alone', 'alone', 'How',
            'in_torch', 'onnx_runtime', 'onnx_graph', 'in_onnx', 'in_turns', 'spread', 'device_name', 'with_threads',
-           'measure', 'read_table', 'latency_for', 'cost_for', 'elsewhere', 'net_seconds', 'compared']
+           'net_alone', 'drawn', 'entries_of', 'calibrated', 'measure', 'read_table', 'latency_for', 'cost_for',
+           'elsewhere', 'net_seconds', 'compared']
 
 # %% ../../nbs/runs/latency.ipynb #b5983ab1
 class Alone(nn.Module):
@@ -149,6 +151,7 @@ def in_turns(calls: list, how: How, told: Callable = lambda done: None # called 
     wait = (lambda: torch.cuda.synchronize(how.device)) if how.device.startswith("cuda") else (lambda: None)
     now = time.process_time if how.clock == "cpu" else time.perf_counter
     def seconds(call, n):
+        call() # whatever has computed in the meantime has filled the caches
         wait()
         start = now()
         for _ in range(n): call()
@@ -185,26 +188,60 @@ def with_threads(n: int):
     try: yield
     finally: torch.set_num_threads(before)
 
-# %% ../../nbs/runs/latency.ipynb #6c2a7f8d
+# %% ../../nbs/runs/latency.ipynb #84c544d9
+def net_alone(arch: Architecture, batch: int)->tuple: # (module, its input)
+    "Make a discrete network, untrained."
+    net, g = DerivedNet(arch).eval(), torch.Generator().manual_seed(0)
+    def images(n): return torch.randn(n, arch.in_channels, arch.size, arch.size, generator=g)
+    def follow(norm, given): # else numbers would shrink from layer to layer, and the smallest are slow to compute with
+        norm.running_mean.copy_(given[0].mean((0, 2, 3)))
+        norm.running_var.copy_(given[0].var((0, 2, 3), unbiased=False))
+    hooks = [m.register_forward_pre_hook(follow) for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    with torch.no_grad(): net(images(8))
+    for h in hooks: h.remove()
+    return Alone(lambda x: net(x)[0], net), (images(batch),)
+
+def drawn(spec: Space, shares: tuple = (.1, .2, .4) # of the super-net's parameters, beside stem and classifier
+         )->list: # of Architecture
+    "Draw the networks that say how much longer a whole takes than its parts."
+    ends = PARAMS.ends(spec, spec.cell[-1].out)
+    return [random_architecture(spec, round(ends + share * (PARAMS.whole(spec) - ends)), seed)
+            for seed, share in enumerate(shares)]
+
+def entries_of(todo: list, seen: dict, # of Timed; (key, widths) -> seconds of each turn
+               overhead: float)->dict: # of nothing at all, seconds; key -> what a `Grid` takes, and the spread
+    "Lay out what was timed."
+    def median(key): return lambda *w: 1e3 * max(statistics.median(seen[key, w]) - overhead, 0.)
+    def within(key): return lambda *w: round(spread(seen[key, w]), 4)
+    return {t.key: t.entry(median(t.key)) | {"spread": t.entry(within(t.key))["ms"]} for t in todo}
+
+# %% ../../nbs/runs/latency.ipynb #2a7e5074
+def calibrated(table: dict, nets: list, seen: list # of Architecture; seconds of each turn
+              )->dict: # the table with `scale`, and what it comes from
+    "Say how much longer whole networks take than the sum of their pieces: the median over some."
+    cost, begin, rows = Latency(table), table["overhead_ms"], []
+    for arch, turns in zip(nets, seen):
+        sum_ms, ms = cost.of_arch(arch) / 1e6 - begin, 1e3 * statistics.median(turns) - begin
+        rows.append({"origin": arch.provenance, "sum_ms": sum_ms, "ms": ms, "spread": round(spread(turns), 4)})
+    return {**table, "scale": statistics.median(r["ms"] / r["sum_ms"] for r in rows), "calibration": rows}
+
 def measure(spec: Space, how: How, shares: tuple = (.25, .5, 1.), # of full widths
             told: Callable = lambda done: None # called after each round, with their number
            )->dict: # the table, JSON-ready
-    "Time everything that networks of a space consist of."
-    points = [(t, widths) for t in to_time(spec, shares) for widths in product(*t.lines)]
-    nothing = Alone(F.relu), (torch.zeros(1, 1, 1, 1),)
-    with with_threads(how.threads):
-        calls = [RUNTIMES[how.runtime](module, maps, how)
-                 for module, maps in (nothing, *(alone(t, widths, how.batch, spec) for t, widths in points))]
-        first, *seen = in_turns(calls, how, told)
-    overhead, entries = statistics.median(first), {}
-    of = {(t.key, *widths): s for (t, widths), s in zip(points, seen)}
-    for t in to_time(spec, shares):
-        def median(*widths): return 1e3 * max(statistics.median(of[t.key, *widths]) - overhead, 0.)
-        def within(*widths): return round(spread(of[t.key, *widths]), 4)
-        entries[t.key] = t.entry(median) | {"spread": t.entry(within)["ms"]}
-    return {"device": how.device, "device_name": device_name(how.device), "how": asdict(how), "clock": how.clock, "shares": list(shares),
-            "space": {"kind": spec.kind, **{k: v for k, v in asdict(spec).items() if not isinstance(v, tuple)}},
-            "environment": environment(torch.device(how.device)), "overhead_ms": 1e3 * overhead, "entries": entries}
+    "Time everything that networks of a space consist of, and a few networks."
+    todo, nets = to_time(spec, shares), drawn(spec)
+    points = [(t, widths) for t in todo for widths in product(*t.lines)]
+    modules = [(Alone(F.relu), (torch.zeros(1, 1, 1, 1),)), *(net_alone(arch, how.batch) for arch in nets),
+               *(alone(t, widths, how.batch, spec) for t, widths in points)]
+    with with_threads(how.threads): seen = in_turns([RUNTIMES[how.runtime](*m, how) for m in modules], how, told)
+    first, whole, each = seen[0], seen[1:1 + len(nets)], seen[1 + len(nets):]
+    overhead, of = statistics.median(first), {(t.key, w): s for (t, w), s in zip(points, each)}
+    size = {k: v for k, v in asdict(spec).items() if not isinstance(v, tuple)}
+    table = {"device": how.device, "device_name": device_name(how.device), "how": asdict(how), "clock": how.clock,
+             "shares": list(shares), "space": {"kind": spec.kind, **size},
+             "environment": environment(torch.device(how.device)), "overhead_ms": 1e3 * overhead,
+             "entries": entries_of(todo, of, overhead)}
+    return calibrated(table, nets, whole)
 
 # %% ../../nbs/runs/latency.ipynb #055aa614
 TABLE_FILE = "latency.json" # in a run's folder
@@ -217,6 +254,7 @@ def read_table(path: str|Path)->Latency:
     try:
         How(**table["how"])
         cost = Latency({**table, "overhead_ms": float(table["overhead_ms"])}, digest(table))
+        assert cost.scale > 0
         for key in table["entries"]: cost.once(key, 4)
         assert isinstance(table["device_name"], str) and table["entries"]
     except Exception: raise InputError(f"{path} is not a table of times: measure one with mgdarts latency") from None
@@ -245,10 +283,7 @@ def elsewhere(table: dict)->str: # empty: it is here
 
 def net_seconds(arch: Architecture, how: How)->list: # of each turn
     "Time a discrete network, untrained."
-    net = DerivedNet(arch)
-    maps = (torch.randn(how.batch, arch.in_channels, arch.size, arch.size, generator=torch.Generator().manual_seed(0)),)
-    with with_threads(how.threads):
-        return in_turns([RUNTIMES[how.runtime](Alone(lambda x: net(x)[0], net), maps, how)], how)[0]
+    with with_threads(how.threads): return in_turns([RUNTIMES[how.runtime](*net_alone(arch, how.batch), how)], how)[0]
 
 # %% ../../nbs/runs/latency.ipynb #9f8980e1
 def compared(cost: Latency, arch: Architecture)->dict: # JSON-ready; measured_ms and error None where it is not here
@@ -257,6 +292,7 @@ def compared(cost: Latency, arch: Architecture)->dict: # JSON-ready; measured_ms
     table, why = cost.table, elsewhere(cost.table)
     predicted, seen = cost.of_arch(arch) / 1e6, None if why else net_seconds(arch, How(**table["how"]))
     measured = None if seen is None else 1e3 * statistics.median(seen)
-    return {"clock": How(**table["how"]).clock, "predicted_ms": predicted, "measured_ms": measured, "spread": None if seen is None else spread(seen),
+    return {"predicted_ms": predicted, "measured_ms": measured, "spread": None if seen is None else spread(seen),
             "error": None if measured is None else predicted / measured - 1, "device_name": table["device_name"],
-            "why_not": why or None, **{k: table["how"][k] for k in ("device", "runtime", "threads", "batch")}}
+            "why_not": why or None, "clock": How(**table["how"]).clock,
+            **{k: table["how"][k] for k in ("device", "runtime", "threads", "batch")}}
