@@ -107,9 +107,9 @@ WILD = ["lr_weights=10", "search.clip=1e30", "lr_arch=100", "search.momentum=0.9
 
 
 def test_the_first_tensor_that_goes_bad_is_named(tmp_path, capsys):
-    wild = [x for s in WILD for x in ("--set", s)]
-    every = ["--set", "rules.ops=" + ",".join(NetSpec.ops)]
-    code = main(["search", "--preset", "smoke", *SETS, *every, *wild, "--out", str(tmp_path / "run")])
+    every = [f"{k}={v}" for k, v in (FAST | {"rules.ops": ",".join(NetSpec.ops)}).items()]
+    sets = [x for s in (*every, *WILD) for x in ("--set", s)]
+    code = main(["search", "--preset", "smoke", *sets, "--out", str(tmp_path / "run")])
     (line,) = said(capsys)
     assert code == 1 and "epoch" in line and "step" in line and any(w in line for w in ("gradient", "loss", "cells."))
     state = Checkpoints(tmp_path / "run/checkpoint").load()

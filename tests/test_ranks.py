@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -33,7 +34,7 @@ def torchrun(flag, how, *args, restarts=0, n=2):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--master-port", "0",
                "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--max-restarts", str(restarts),
                "tests/ranks/run.py", str(flag), how, *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, timeout=400)
+    return subprocess.run(command, cwd=ROOT, env=alone(), capture_output=True, text=True, timeout=1200)
 
 
 def content(run):
@@ -67,6 +68,18 @@ def test_a_net_that_is_trained_along():
 def test_a_retraining_with_all_that_is_random_in_it():
     one, two = (steps(n, "train", "fused", "float64", "4") for n in (1, 2))
     assert max(abs(a - b) for a, b in zip(one["losses"], two["losses"], strict=True)) < 1e-9
+
+
+def test_a_store_that_is_kept_misleads_nobody():
+    "As `torchrun` keeps its own, with the addresses of processes that are gone in it."
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {**alone(), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": "2",
+           "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    two = [subprocess.Popen([sys.executable, "tests/ranks/again.py"], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                            env={**env, "RANK": str(r)}) for r in range(2)]
+    try: assert [json.loads(p.communicate(timeout=120)[0]) for p in two] == [[3] * 12] * 2
+    finally:
+        for p in two: p.kill()
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ BAD = [
     (["search", "--out", "{run}"], "exists"),
     (["search", "--resume"], "--out"),
     (["search", "--resume", "--out", "{tmp}/nowhere"], "run folder"),
-    (["search", "--resume", "--dry-run", "--out", "{tmp}/nowhere"], "leave out the other options"),
+    (["search", "--resume", "--dry-run", "--out", "{tmp}/nowhere"], "leave out --"),
     (["search", "--bogus"], "bogus"),
     (["train", "{tmp}/nowhere"], "nowhere"),
     (["train", "{run}"], "exists"),

@@ -24,7 +24,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent.parent
 FILE = HERE / "tests" / "golden.json"
 METHODS = ("mg-darts", "darts-v1", "darts-v2", "pc-darts", "gdas", "p-darts", "gold-nas", "beta-darts", "dass",
-           "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random")
+           "tanglenas", "proxylessnas", "zero-cost-pt", "fixed-rate", "random", "shapley-nas", "csc-darts", "l-darts",
+           "ctnas", "weaknas", "cdarts", "u-darts", "pa-darts", "aca-pc-darts")  # as old as they are
 
 
 def settings(*changes): return [word for change in changes for word in ("--set", change)]

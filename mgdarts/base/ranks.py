@@ -12,8 +12,8 @@ from torch import Tensor
 from .events import RunFailed, in_a_team
 
 # %% auto #0
-__all__ = ['HERE', 'Ranks', 'asked', 'join', 'leave', 'PeerLost', 'exchanged', 'total', 'gather', 'agree', 'wait', 'first',
-           'average', 'refuse_different']
+__all__ = ['HERE', 'Ranks', 'asked', 'meeting_point', 'join', 'leave', 'PeerLost', 'exchanged', 'total', 'gather', 'agree',
+           'wait', 'first', 'average', 'refuse_different']
 
 # %% ../../nbs/base/ranks.ipynb #2c413675
 @dataclass
@@ -46,14 +46,27 @@ def asked()->bool:
     "Whether this process was started as one of many that belong together, and is not part of them yet."
     return in_a_team() and int(os.environ["WORLD_SIZE"]) > 1 and not HERE.many
 
+def meeting_point()->tuple: # a store, the number of this process, how many there are
+    """Where the processes find each other.
+
+    `torchrun` keeps its store when it starts them again, and with it where those before were to be found: two of them
+    would wait for each other for ever. What stands in it is therefore kept apart, attempt by attempt.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+    store, rank, size = next(rendezvous("env://"))
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)} of {size}"
+    return PrefixStore(f"{attempt}, {store.add(f'{attempt}, {rank}', 1)}", store), rank, size
+
 def join(cuda: bool = False, # whether this run computes on GPUs
          synced: bool = True # as in `Ranks`
         )->Ranks:
     "Become one of the processes that `torchrun` has started, where it has; in any case, say how norms are computed."
     HERE.synced = synced
     if not asked(): return HERE
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    HERE.rank, HERE.size, HERE.local = dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
+    store, HERE.rank, HERE.size = meeting_point()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=HERE.rank, world_size=HERE.size)
+    HERE.local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda: torch.cuda.set_device(HERE.local)
     return HERE
 
