@@ -25,8 +25,15 @@ class Counted(Study):
         return self
     def stat(self, label: str, metric: str)->tuple:
         "What the project's record says."
-        need(self.record, f"{self.asked.item} takes settings from results, and there is no record of any")
+        self.recorded()
         return super().stat(label, metric)
+    def by_seed(self, label: str, metric: str)->dict:
+        "What the project's record says; of seeds that are not in it, what it says of the first."
+        self.recorded()
+        found = super().by_seed(label, metric)
+        return dict.fromkeys(self.seeds, next(iter(found.values()))) | found
+    def recorded(self):
+        need(self.record, f"{self.asked.item} takes settings from results, and there is no record of any")
 
 # %% ../../nbs/paper/evidence.ipynb #fde9dcbe
 def _runs(node: ast.stmt)->bool:
