@@ -7,7 +7,8 @@ from __future__ import annotations
 import statistics
 
 # %% auto #0
-__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'gap', 'paired', 'more', 'exactly', 'NotRun', 'together', 'Values']
+__all__ = ['REPRODUCED', 'NOT', 'UNSURE', 'NOT_RUN', 'MARGIN', 'gap', 'paired', 'difference', 'more', 'exactly', 'NotRun',
+           'together', 'Values']
 
 # %% ../../nbs/paper/noise.ipynb #007eb7f2
 def gap(a: list, b: list, # a value a seed
@@ -30,6 +31,16 @@ def paired(a: dict, b: dict # seed -> value
     if len(d) < 2: return (d[0] if d else None), None, len(d)
     from scipy.stats import t
     return statistics.fmean(d), float(t.ppf(.975, len(d) - 1)) * statistics.stdev(d) / len(d) ** .5, len(d)
+
+# %% ../../nbs/paper/noise.ipynb #92084879
+def difference(results, a: str, b: str # what has `by_seed`; labels of arms
+              )->dict|None: # JSON-ready; None: no seed has both
+    "Say in a row how two arms differ in accuracy, and whether that is decided."
+    d, half, n = paired(results.by_seed(a, "acc"), results.by_seed(b, "acc"))
+    if d is None: return None
+    decided = "" if half is None else "yes" if abs(d) > half else "no"
+    points = f"{d:+.2f}" + ("" if half is None else f" ± {half:.2f}")
+    return {"difference": f"{a} - {b}", "points": points, "pairs": n, "decided": decided}
 
 # %% ../../nbs/paper/noise.ipynb #5105c284
 REPRODUCED, NOT, UNSURE, NOT_RUN = "reproduced", "not reproduced", "inconclusive", "not run"
