@@ -6,7 +6,7 @@
 from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
-from ..base.options import closest, need
+from ..base.options import need
 from ..base.presets import PRESETS
 from .shared import show, table
 from .sweep import asked, listed, target_of
@@ -21,12 +21,7 @@ def of_target(given: dict # from `target_of`
     from mgdarts.paper.data import TARGETS
     from mgdarts.paper.evidence import jobs_of
     names = TARGETS if given["target"] == "all" else [given["target"]]
-    how = {k: given[k] for k in ("preset", "seeds", "settings") if k in given}
-    out = {name: jobs_of(name, **how) for name in names}
-    wanted = {a.strip() for a in given.get("arms", "").split(",") if a.strip()} - {"all"}
-    labels = {j.label: None for jobs in out.values() for j in jobs}
-    for label in wanted: need(label in labels, f"no arm {label!r}: {closest(label, labels)}")
-    return {name: [j for j in jobs if not wanted or j.label in wanted] for name, jobs in out.items()}
+    return {name: jobs_of(name, **{k: given[k] for k in ("preset", "seeds", "settings", "arms")}) for name in names}
 
 def parts_in(what: str, # a file, a preset, a target, or paper
              seeds: str|None = None # comma-separated; None: the file's, or the paper's three

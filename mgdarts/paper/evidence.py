@@ -9,7 +9,7 @@ from ..base.files import read_json
 from ..base.options import need, root
 from .arms import job
 from .data import target
-from .study import Study
+from .study import Study, chosen
 
 # %% auto #0
 __all__ = ['PAPER', 'Counted', 'statements', 'jobs_of', 'evidence']
@@ -17,10 +17,13 @@ __all__ = ['PAPER', 'Counted', 'statements', 'jobs_of', 'evidence']
 # %% ../../nbs/paper/evidence.ipynb #59552d60
 class Counted(Study):
     "A study that runs nothing: its jobs are in `todo`."
-    def run(self, arms: list, *given, **more)->Study: # itself
-        "Note all arms, whichever are enough at preset smoke."
+    def run(self, arms: list, enough: list|None = None, first: bool = False, **more)->Study: # itself
+        "Note the arms that are asked for, or all, whichever are enough at preset smoke."
         a, path = self.asked, root() / "figures" / self.asked.item / "record.json"
-        self.todo += [job(arm, a.preset, s, **self.common) for arm in arms for s in self.seeds]
+        self.known += [arm.label for arm in arms]
+        wanted = {"all"} if first else chosen(a, self.known, None)
+        mine = [arm for arm in arms if wanted & {arm.label, "all"}]
+        self.todo += [job(arm, a.preset, s, **self.common) for arm in mine for s in self.seeds]
         if path.exists(): self.record = read_json(path, "a record")
         return self
     def stat(self, label: str, metric: str)->tuple:
