@@ -14,9 +14,9 @@ from .options import Data, InputError, need
 from .randomness import by_class, stream
 
 # %% auto #0
-__all__ = ['SUFFIXES', 'VALIDATION', 'GREY', 'IN_MEMORY', 'MEANT', 'Source', 'class_files', 'splits_in', 'all_splits',
-           'split_here', 'readable', 'without_damaged', 'header', 'headers', 'side_of', 'decode_all', 'listed',
-           'looked_at', 'read_folder']
+__all__ = ['SUFFIXES', 'VALIDATION', 'GREY', 'IN_MEMORY', 'MEANT', 'Source', 'class_files', 'splits_in', 'refuse_few',
+           'all_splits', 'split_here', 'readable', 'without_damaged', 'header', 'headers', 'side_of', 'decode_all',
+           'listed', 'looked_at', 'read_folder']
 
 # %% ../../nbs/base/folders.ipynb #9f8897fa
 @dataclass
@@ -81,6 +81,10 @@ def splits_in(folder: Path, test: str = "test" # name of the split that is teste
     if own and not (folder / test).is_dir(): return {"train": folder / "train", "test": own[0]}
     return {"train": folder / "train", "test": folder / test} | {"val": f for f in own}
 
+def refuse_few(folder: Path, classes: dict):
+    "`InputError` where there are not two classes."
+    need(len(classes) > 1, f"{folder} needs at least two folders of images, one a class: it has {len(classes)}")
+
 def all_splits(folders: dict # from `splits_in`
               )->dict: # split -> class name -> paths
     "The files of an image folder. `InputError` when its splits have other classes, or there are too few."
@@ -91,8 +95,7 @@ def all_splits(folders: dict # from `splits_in`
             gone = (f if name in out["train"] else train) / name
             raise InputError(f"{gone} is missing: unpack the dataset again, every class needs train and {f.name} "
                              "images")
-    need(len(out["train"]) > 1, f"{train} needs at least two folders of images, one a class: it has "
-         f"{len(out['train'])}")
+    refuse_few(train, out["train"])
     return out
 
 # %% ../../nbs/base/folders.ipynb #ac08404a
@@ -105,8 +108,7 @@ def split_here(folder: Path, share: float # of each class that is tested on
         need(many, f"{folder / name} has one image, and one is needed to train and one to test: add images")
         for_test = set(by_class(torch.zeros(len(files), dtype=torch.int64), [many], stream("split", name)).tolist())
         for i, f in enumerate(files): out["test" if i in for_test else "train"].setdefault(name, []).append(f)
-    need(len(out["train"]) > 1, f"{folder} needs at least two folders of images, one a class: it has "
-         f"{len(out['train'])}")
+    refuse_few(folder, out["train"])
     return out
 
 # %% ../../nbs/base/folders.ipynb #2728ad18
