@@ -40,12 +40,14 @@ class Cost:
     def whole(self, spec: Space)->int:
         "Return what the full super-net costs."
         raise NotImplementedError
+    def full(self, cells)->int: # of CellSpec
+        "Return what cells cost in which everything lives."
+        every = ((CellIndex(c), *(torch.ones(n, dtype=torch.bool) for n in (c.grid, c.units))) for c in cells)
+        return sum(self.cell(*c) for c in every)
     def share(self, spec: Space, end: int # last cell of a sub-net
              )->float:
         "Return how much of what the full super-net costs is in a sub-net's stem and cells."
-        cells = [(CellIndex(c), torch.ones(c.grid, dtype=torch.bool), torch.ones(c.units, dtype=torch.bool))
-                 for c in spec.cell[:end + 1]]
-        return (self.ends(spec, None) + sum(self.cell(*c) for c in cells)) / self.whole(spec)
+        return (self.ends(spec, None) + self.full(spec.cell[:end + 1])) / self.whole(spec)
     def added(self, spec: Space, c: int, chosen: set, # {(edge, operation)} that cell `c` has
               at: tuple[int, int], widths: dict # the operation that comes; its channels by port
              )->int:

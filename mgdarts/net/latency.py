@@ -10,14 +10,13 @@ import torch, torch.nn.functional as F
 from torch import Tensor
 from ..base.options import InputError
 from .architecture import Architecture
-from .channels import CellIndex
 from .cost import Cost
 from ..space.cell import CellSpec
 from ..space.space import Space
 
 # %% auto #0
-__all__ = ['Piece', 'operation_piece', 'read_pieces', 'pieces', 'stem_width', 'stem_key', 'head_key', 'Grid', 'place_of', 'Timed',
-           'to_time', 'CellTimes', 'live_in', 'Latency', 'discrete_widths', 'soft_latency']
+__all__ = ['Piece', 'operation_piece', 'read_pieces', 'pieces', 'stem_width', 'stem_free', 'stem_key', 'head_key', 'Grid',
+           'place_of', 'Timed', 'to_time', 'CellTimes', 'live_in', 'Latency', 'discrete_widths', 'soft_latency']
 
 # %% ../../nbs/net/latency.ipynb #2341ebb4
 @dataclass(frozen=True)
@@ -59,6 +58,7 @@ def pieces(full: CellSpec)->tuple: # of Piece
     return tuple(out)
 
 def stem_width(spec: Space)->int: return getattr(spec, "channels") # each space has its own way to say it
+def stem_free(spec: Space)->bool: return "channels" in {f.name for f in fields(spec)} # else it follows from others
 def stem_key(spec: Space)->str: return f"stem {spec.kind}:{spec.stem_kind}@{spec.size}"
 def head_key(spec: Space)->str: return f"head {spec.kind}@{spec.cell[-1].side}"
 
@@ -121,8 +121,8 @@ def to_time(spec: Space, shares: tuple = (.25, .5, 1.) # of the full width, the 
             most[p.key] = [max(pair) for pair in zip(sizes, most.get(p.key, sizes))]
             first.setdefault(p.key, (full, p))
     def line(n): return tuple(sorted({max(min(2, n), round(share * n)) for share in shares}))
-    free = "channels" in {f.name for f in fields(spec)} # else it follows from something else
-    stem = tuple(sorted({max(2, 2 * round(s * stem_width(spec) / 2)) for s in shares})) if free else (stem_width(spec),)
+    n = stem_width(spec)
+    stem = tuple(sorted({max(2, 2 * round(s * n / 2)) for s in shares})) if stem_free(spec) else (n,)
     return [Timed(stem_key(spec), (stem,)), Timed(head_key(spec), (line(spec.cell[-1].out),)),
             *(Timed(key, tuple(map(line, sizes)), *first[key]) for key, sizes in most.items())]
 
@@ -186,10 +186,7 @@ class Latency(Cost):
     def ends(self, spec, width):
         begin = 1e6 * self.table["overhead_ms"] + self.once(stem_key(spec), stem_width(spec))
         return round(begin + (0. if width is None else self.once(head_key(spec), width)))
-    def whole(self, spec):
-        cells = [(CellIndex(c), torch.ones(c.grid, dtype=torch.bool), torch.ones(c.units, dtype=torch.bool))
-                 for c in spec.cell]
-        return self.ends(spec, spec.cell[-1].out) + sum(self.cell(*c) for c in cells)
+    def whole(self, spec): return self.ends(spec, spec.cell[-1].out) + self.full(spec.cell)
     def operations(self, full: CellSpec)->float: # nanoseconds
         "Return what all operations of a full cell take, without what they read."
         t, own = self.times(full), torch.tensor([p.kind == "op" for p in pieces(full)])

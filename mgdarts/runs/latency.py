@@ -8,7 +8,7 @@ import importlib.util, io, platform, statistics, time, warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from itertools import product
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 import torch, torch.nn.functional as F
 from torch import nn
@@ -18,7 +18,7 @@ from ..net.architecture import Architecture
 from ..net.cell import FIRST
 from ..net.cost import COUNTED, PARAMS, Cost
 from ..net.discrete import DerivedNet, OpModule
-from ..net.latency import Latency, Timed, head_key, to_time
+from ..net.latency import Latency, Timed, head_key, stem_free, to_time
 from ..net.sample import random_architecture
 from .folder import environment
 from ..space.operation import PREPROCESS
@@ -69,8 +69,7 @@ def ends_alone(t: Timed, widths: tuple, batch: int, g: torch.Generator, spec: Sp
     "Make a stem of so many channels, or a classifier behind so many."
     (width,), side = widths, spec.cell[-1].side
     if t.key == head_key(spec): return spec.make_top(width, g), (torch.randn(batch, width, side, side, generator=g),)
-    free = "channels" in {f.name for f in fields(spec)}
-    stem = (replace(spec, channels=width) if free else spec).make_stem(g)
+    stem = (replace(spec, channels=width) if stem_free(spec) else spec).make_stem(g)
     return stem, (torch.randn(batch, spec.in_channels, spec.size, spec.size, generator=g),)
 
 def alone(t: Timed, widths: tuple, batch: int, spec: Space, seed: int = 0)->tuple: # (module, its inputs)
