@@ -158,7 +158,6 @@ def train(what: Annotated[Path, typer.Argument(
     from mgdarts.runs import run as runs
     from mgdarts.base.ranks import first
     from mgdarts.runs.folder import begun, read_config
-    from mgdarts.runs.make import supernet_weights
     from mgdarts.runs.together import join_for
     if not what.exists(): raise InputError(f"{what} is not there: give a run folder or an architecture")
     is_run = (what / "config.json").exists() and (what / "events.jsonl").exists()
@@ -173,10 +172,8 @@ def train(what: Annotated[Path, typer.Argument(
     join_for(cfg)
     resume = resume or requeue and first(lambda: begun(folder, cfg))
     how = {"resume": resume, "elastic": elastic, "quiet": as_json, "save_every": save_every}
-    if is_run and out is None: result = runs.retrain(what, cfg, baseline, listeners=(reported,), **how)
+    if is_run: result = runs.retrain(what, cfg, baseline, listeners=(reported,), out=out, **how)
     else:
-        arch, state = architecture.load(what), None
-        if baseline: arch = random_like(arch, cfg.seed)
-        elif is_run and cfg.train.weights == "supernet": state = supernet_weights(what, arch)
-        result = runs.train(cfg, arch, folder, None, state, **how)
+        arch = architecture.load(what)
+        result = runs.train(cfg, random_like(arch, cfg.seed) if baseline else arch, folder, **how)
     show(result, as_json, table("train", ["", ""], trained(result)))

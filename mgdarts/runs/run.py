@@ -319,9 +319,10 @@ def retrain(run: str|Path, # a finished run folder
             splits: Splits|None = None, resume: bool = False, quiet: bool = True,
             listeners: tuple = (), # each called with every event that is recorded, and with `written` in the end
             save_every: float = 60., # seconds between two states
-            elastic: bool = False # as for `search`
+            elastic: bool = False, # as for `search`
+            out: str|Path|None = None # of this training; None: `train` or `random` in the run's, which tells of it
            )->dict:
-    "Retrain what a run found (into its `train` folder), or a random architecture of the same size (into `random`)."
+    "Retrain what a run found, or a random architecture of the same size."
     run = Path(run)
     refuse_links(run)
     load_run(run) # what is damaged is better known before
@@ -331,7 +332,7 @@ def retrain(run: str|Path, # a finished run folder
         arch = random_like(arch, cfg.seed, cost_for(cfg, run))
         cfg = configure(cfg, **{"train.weights": "scratch"})
     elif cfg.train.weights == "supernet": state = supernet_weights(run, arch)
-    out = run / ("random" if baseline else "train")
-    result = train(cfg, arch, out, splits, state, resume, quiet, listeners, save_every, elastic)
-    if HERE.leads: _tell(run, listeners)
+    folder = out or run / ("random" if baseline else "train")
+    result = train(cfg, arch, folder, splits, state, resume, quiet, listeners, save_every, elastic)
+    if HERE.leads and out is None: _tell(run, listeners)
     return result
