@@ -5,6 +5,7 @@
 # %% ../../nbs/paper/compositions.ipynb #9c60c003
 from __future__ import annotations
 import itertools
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 import plotly.graph_objects as go
@@ -15,7 +16,7 @@ from ..runs.run import search
 from ..views.theme import GREY, theme
 
 # %% auto #0
-__all__ = ['AXES', 'QUICK', 'TINY', 'all_pairs', 'around', 'attempt', 'compose', 'matrix']
+__all__ = ['AXES', 'QUICK', 'TINY', 'all_pairs', 'said', 'around', 'attempt', 'compose', 'matrix']
 
 # %% ../../nbs/paper/compositions.ipynb #dd356344
 AXES = {"strength": STRENGTHS, "schedule": SCHEDULES, "pressure": PRESSURES, "decision": DECISIONS}
@@ -33,11 +34,13 @@ TINY = {"threads": 1, "data.subset": 120, "search.length": 2, "search.max_epochs
         "rules.rounds": 2, "rules.draw": 2, "rules.top": 4, "rules.pool": 8, "rules.hidden": 8, "rules.labelled": 8,
         "rules.comparator_epochs": 2, "rules.policy_steps": 4, "rules.own_every": 2, "rules.base_every": 2}
 
+@cache
+def said(method: str)->dict: return to_dict(preset("smoke", method))
+
 def around(pair: dict)->list: # of methods' names
     "Which methods a pair is tried on top of."
     def has(name):
-        cfg = to_dict(preset("smoke", name))
-        return sum(cfg[section][knob] == v for k, v in pair.items() for section, knob in [k.split(".")])
+        return sum(said(name)[section][knob] == v for k, v in pair.items() for section, knob in [k.split(".")])
     def dear(name): return QUICK.index(name) if name in QUICK else len(QUICK) + (name in ("zero-cost-pt", "mg-darts"))
     having = {name: has(name) for name in METHODS}
     return sorted((n for n in METHODS if having[n]), key=lambda n: (-having[n], dear(n)))
